@@ -1,0 +1,1 @@
+"""Configuration: the schema as dataclasses, and the one module that speaks Hydra."""

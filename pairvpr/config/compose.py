@@ -1,0 +1,231 @@
+"""Hydra in, dataclasses out: the command line and `configs/` become the objects of `schema.py`.
+
+Nothing else imports hydra. Every mistake of a user becomes a `UserError` that names the valid choices.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_type_hints
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pairvpr.config import schema
+from pairvpr.errors import UserError
+
+T = TypeVar("T")
+
+JOBS: dict[type, str] = {
+    schema.EvaluateConfig: "evaluate",
+    schema.BuildIndexConfig: "build_index",
+    schema.QueryConfig: "query",
+}
+BENCHMARKS: dict[str, type[schema.BenchmarkConfig]] = {
+    "folders": schema.FoldersConfig,
+    "toy_city": schema.ToyCityConfig,
+}
+
+
+def load(job: type[T], arguments: Sequence[str]) -> T:
+    """The configuration of `job` (a class of `JOBS`) from command-line arguments `key=value`.
+
+    Raises `UserError` for unknown keys and choices, missing keys and values of the wrong type or range.
+    """
+    with _hydra():
+        overrides = _parse(arguments)
+        _check_choices(job, overrides)
+        _check_keys(job, overrides)
+        try:
+            config = compose(JOBS[job], [override.input_line or "" for override in overrides])
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(_one_line(error)) from error
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise UserError(f"missing: {', '.join(f'{key}=...' for key in missing)} (--help explains each key)")
+        return cast(T, OmegaConf.to_object(config))
+
+
+def load_evaluations(arguments: Sequence[str]) -> list[schema.EvaluateConfig]:
+    """One configuration for each benchmark of `benchmarks=[a,b]`, or the one of `benchmark=a`.
+
+    With several, a `benchmark.key=value` goes to those benchmarks that have this key.
+    """
+    with _hydra():
+        overrides = _parse(arguments)
+    several = [override for override in overrides if override.key_or_group == "benchmarks"]
+    if not several:
+        return [load(schema.EvaluateConfig, arguments)]
+    names = several[-1].value()
+    if any(override.key_or_group == "benchmark" for override in overrides):
+        raise UserError("benchmark=... and benchmarks=[...] are both given: expected one of them")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"benchmarks={names}: expected a list of names such as [toy_city,folders]")
+    configs = []
+    for name in names:
+        _check_choice("benchmark", name, sorted(BENCHMARKS))
+        kept = [
+            override.input_line or ""
+            for override in overrides
+            if not _belongs_to_another(override.key_or_group, name, names)
+        ]
+        configs.append(load(schema.EvaluateConfig, [f"benchmark={name}", *kept]))
+    labels = [config.benchmark.name for config in configs]
+    if len(set(labels)) < len(labels):
+        raise UserError(f"benchmarks={names}: two have the same name, and each needs a folder of its own")
+    return configs
+
+
+def _belongs_to_another(key: str, benchmark: str, benchmarks: Sequence[str]) -> bool:
+    """Whether `benchmark.key` is a key of another of these benchmarks and not of this one."""
+    if not key.startswith("benchmark."):
+        return False
+    name = key.removeprefix("benchmark.").split(".")[0]
+    holders = [other for other in benchmarks if name in {field.name for field in fields(BENCHMARKS[other])}]
+    return bool(holders) and benchmark not in holders
+
+
+def help_text(job: type) -> str:
+    """Every group with its choices, and every key with its default and its doc line."""
+    lines = [f"usage: python -m ray_jobs.{JOBS[job]} key=value ...", "", inspect.getdoc(job) or "", ""]
+    with _hydra():
+        for group in _groups(job):
+            lines.append(f"  {group}=  one of {', '.join(_choices(group))}")
+    lines.append("")
+    for key, default, doc in _documented_keys(job, ""):
+        lines += [f"  {key} = {default}", f"      {doc}"]
+    for name, benchmark in BENCHMARKS.items():
+        if "benchmark" in _groups(job):
+            lines.append(f"\nwith benchmark={name}:")
+            for key, default, doc in _documented_keys(benchmark, "benchmark."):
+                lines += [f"  {key} = {default}", f"      {doc}"]
+    return "\n".join(lines)
+
+
+def _hydra() -> initialize_config_dir:
+    store = ConfigStore.instance()
+    for job, name in JOBS.items():
+        store.store(name=f"{name}_schema", node=job)
+    for name, benchmark in BENCHMARKS.items():
+        store.store(group="benchmark", name=f"{name}_schema", node=benchmark)
+    return initialize_config_dir(str(_config_directory()), version_base="1.3", job_name="pairvpr")
+
+
+def _config_directory() -> Path:
+    """`configs/` of a checkout, or the copy of it that a wheel carries inside the package."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def _parse(arguments: Sequence[str]) -> list[Override]:
+    parser = OverridesParser.create(config_loader=None)
+    parsed = []
+    for argument in arguments:
+        try:
+            parsed += parser.parse_overrides([argument])
+        except HydraException as error:
+            raise UserError(f"can't read the argument {argument!r}: expected key=value") from error
+        if parsed[-1].is_sweep_override():
+            raise UserError(f"{argument!r}: expected one value, not a sweep; write a list as key=[a,b]")
+    return parsed
+
+
+def _groups(job: type) -> list[str]:
+    names = [path.name for path in sorted(_config_directory().iterdir()) if path.is_dir()]
+    keys = {field.name for field in fields(job)}
+    return [name for name in names if name in keys or (name == "experiment" and job is schema.EvaluateConfig)]
+
+
+def _choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (_config_directory() / group).glob("*.yaml"))
+
+
+def _check_choice(group: str, choice: object, choices: Sequence[str]) -> None:
+    if choice not in choices:
+        raise UserError(f"{group}={choice}: unknown; {_suggest(str(choice), choices)}")
+
+
+def _check_choices(job: type, overrides: Sequence[Override]) -> None:
+    groups = _groups(job)
+    given = {override.key_or_group for override in overrides}
+    for override in overrides:
+        if override.key_or_group in groups:
+            _check_choice(override.key_or_group, override.value(), _choices(override.key_or_group))
+    if "benchmark" in groups and "benchmark" not in given:
+        raise UserError(f"missing: benchmark=... (one of {', '.join(_choices('benchmark'))})")
+
+
+def _check_keys(job: type, overrides: Sequence[Override]) -> None:
+    """Every `a.b.c` given must be a key of the schema; the choices made decide which."""
+    groups = _groups(job)
+    chosen = [override.input_line or "" for override in overrides if override.key_or_group in groups]
+    config = compose(JOBS[job], chosen)
+    for override in overrides:
+        if override.key_or_group in groups:
+            continue
+        node: Any = config
+        parts = override.key_or_group.split(".")
+        for depth, part in enumerate(parts):
+            valid = [str(key) for key in node] if isinstance(node, DictConfig) else []
+            if part not in valid:
+                where = ".".join(parts[:depth])
+                prefix = f"{where}." if where else ""
+                raise UserError(f"unknown key {override.key_or_group}: {_suggest(part, valid, prefix)}")
+            node = node._get_node(part)
+        if isinstance(node, DictConfig):
+            raise UserError(f"{override.key_or_group} is a section: expected one of its keys, such as "
+                            f"{override.key_or_group}.{next(iter(node))}=...")
+
+
+def _suggest(word: str, valid: Sequence[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(word, valid, n=1)
+    hint = f"did you mean {prefix}{close[0]}? " if close else ""
+    return f"{hint}valid: {', '.join(prefix + name for name in valid) or 'none here'}"
+
+
+def _one_line(error: Exception) -> str:
+    """Hydra's and OmegaConf's messages, with the key in front and without their internals."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    key = getattr(cause, "full_key", None)
+    text = str(cause).strip().splitlines()[0]
+    return f"{key}: {text}" if key and key not in text else text
+
+
+def _documented_keys(config: type, prefix: str) -> Iterator[tuple[str, object, str]]:
+    hints = get_type_hints(config)
+    docs = _field_docs(config)
+    for item in fields(config):
+        nested = hints[item.name]
+        if is_dataclass(nested):
+            if nested is not schema.BenchmarkConfig:
+                yield from _documented_keys(cast(type, nested), f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", _default_text(item), docs.get(item.name, "")
+
+
+def _default_text(item: Field[Any]) -> str:
+    default = item.default if item.default is not MISSING else cast(Any, item.default_factory)()
+    return {"???": "(required)", "None": "null"}.get(str(default), str(default))
+
+
+def _field_docs(config: type) -> dict[str, str]:
+    """The string under each field, which Python itself throws away."""
+    docs: dict[str, str] = {}
+    for owner in reversed(config.__mro__[:-1]):
+        body = cast(ast.ClassDef, ast.parse(inspect.getsource(owner)).body[0]).body
+        for node, following in zip(body, body[1:], strict=False):
+            if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr):
+                docs[cast(ast.Name, node.target).id] = cast(str, cast(ast.Constant, following.value).value)
+    return docs
+

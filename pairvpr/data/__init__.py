@@ -1,0 +1,1 @@
+"""Photos and what is known about them: storage, manifests, benchmarks, positives, decoding."""

@@ -1,0 +1,49 @@
+"""From the bytes of a photo to upright RGB pixels of the network's size.
+
+S = image side in pixels. Normalisation happens on the device, see `pairvpr.models.pair_vpr`.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from pairvpr.data import storage
+
+
+class BrokenImageError(Exception):
+    """A photo that can't be read; the message says why."""
+
+
+def decode(data: bytes, image_size_px: int) -> NDArray[np.uint8]:
+    """(S, S, 3) uint8: upright RGB, resized bilinearly on 8-bit pixels, aspect ratio not kept (method, section 3).
+
+    Raises `BrokenImageError` for what is not a whole photo: truncated or foreign bytes, absurd sizes.
+    """
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
+            warnings.simplefilter("ignore")
+            upright = _to_rgb(ImageOps.exif_transpose(image))
+            return np.asarray(upright.resize((image_size_px, image_size_px), Image.Resampling.BILINEAR))
+    except Exception as error:  # Pillow's decoders raise nearly anything on foreign bytes
+        raise BrokenImageError(f"{type(error).__name__}: {error}") from error
+
+
+def load(url: str, image_size_px: int) -> NDArray[np.uint8]:
+    """`decode` of a file. Raises `BrokenImageError`, also where the file is gone."""
+    try:
+        data = storage.read_bytes(url)
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise BrokenImageError(f"{type(error).__name__}: {error.strerror or 'no such file'}") from error
+    return decode(data, image_size_px)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of any mode; 16-bit grey is scaled to 8 bits, where Pillow alone would clip it."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")

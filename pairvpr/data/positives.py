@@ -1,0 +1,19 @@
+"""Who counts as the same place."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial import cKDTree
+
+
+def within_radius(
+    queries_utm_m: NDArray[np.float64], database_utm_m: NDArray[np.float64], radius_m: float
+) -> list[NDArray[np.int64]]:
+    """For each query the ids of database photos at most `radius_m` away, ascending.
+
+    Both arrays are (n, 2), east and north in metres of one UTM zone. A photo exactly `radius_m` away counts.
+    """
+    tree = cKDTree(database_utm_m)
+    found = tree.query_ball_point(queries_utm_m, radius_m, return_sorted=True)
+    return [np.asarray(ids, dtype=np.int64) for ids in found]

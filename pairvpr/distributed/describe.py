@@ -1,0 +1,255 @@
+"""Photos -> descriptor shards with Ray Data. The flow is drawn in `docs/data_flow.md`.
+
+    batches still to do -> decode (CPU tasks) -> network (actor pool) -> part files -> driver commits shards
+
+A batch is cut from the manifest by position. Its part file has a name and a content that depend on settings and
+ids alone, so a part that exists is right, whoever wrote it and when; retries and resumes rewrite equal bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+from numpy.typing import NDArray
+from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
+
+from pairvpr.config.schema import DescribeConfig
+from pairvpr.data import storage
+from pairvpr.data.manifest import Manifest
+from pairvpr.distributed.progress import Progress, say
+from pairvpr.distributed.runtime import CPUS_OF_A_SMALL_TASK, ModelSource, plan_actors
+from pairvpr.index import store
+from pairvpr.retrieval.describe import PhotoBatch, load_batch, num_batches
+
+Rows = dict[str, Any]
+BYTES_PER_TASK = 32 << 20
+MAX_BATCHES_PER_TASK = 8
+MAX_TRIES = 3
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is described where: the photos of `manifest` into `num_shards` shards below `directory`."""
+
+    manifest: Manifest
+    directory: str
+    num_shards: int
+    source: ModelSource
+    config: DescribeConfig
+
+    @property
+    def batches(self) -> int:
+        """Number of batches of the manifest."""
+        return num_batches(len(self.manifest), self.config.batch_size)
+
+    def batches_of(self, shard: store.ShardRange) -> range:
+        """The batches that hold the shard's photos; a batch on a border belongs to both its shards."""
+        if shard.count == 0:
+            return range(0)
+        size = self.config.batch_size
+        return range(shard.first_id // size, (shard.stop_id - 1) // size + 1)
+
+    def part_url(self, batch: int) -> str:
+        """Where a batch's descriptors wait until their shards are committed."""
+        return storage.join(self.directory, "parts", part_name(batch))
+
+
+def part_name(batch: int) -> str:
+    """File name of a batch's part."""
+    return f"{batch:08d}.npz"
+
+
+def describe(description: Description, label: str) -> None:
+    """Describe every photo; finished shards and batches are skipped, and a finished description wholly."""
+    if store.read_description(description.directory) is not None:
+        say(f"describe {label}: finished earlier, skipped")
+        return
+    manifest = description.manifest
+    manifest.write(storage.join(description.directory, "images.parquet"))
+    shards = store.shard_ranges(len(manifest), description.num_shards)
+    open_shards = [
+        shard for shard in shards if store.read_shard_description(description.directory, shard.shard) is None
+    ]
+    wanted = sorted({batch for shard in open_shards for batch in description.batches_of(shard)})
+    existing = set(storage.list_files(storage.join(description.directory, "parts")))
+    done = {batch for batch in wanted if part_name(batch) in existing}
+    pending = [batch for batch in wanted if batch not in done]
+
+    photos_left = sum(len(_ids_of(description, batch)) for batch in pending)
+    progress = Progress(f"describe {label}", len(manifest), "photos", already_done=len(manifest) - photos_left)
+    commits = _commit_finished(description, open_shards, done)
+    for batch in _finished_batches(description, pending):
+        done.add(batch)
+        progress.add(len(_ids_of(description, batch)))
+        commits += _commit_finished(description, open_shards, done)
+    ray.get(commits)
+    assert not open_shards, f"shards {open_shards} were never completed"
+    described = [store.read_shard_description(description.directory, shard.shard) for shard in shards]
+    store.finish_description(description.directory, manifest, [about for about in described if about is not None])
+    storage.remove_tree(storage.join(description.directory, "parts"))
+    progress.finish()
+
+
+def _ids_of(description: Description, batch: int) -> range:
+    size = description.config.batch_size
+    return range(batch * size, min((batch + 1) * size, len(description.manifest)))
+
+
+def _commit_finished(
+    description: Description, open_shards: list[store.ShardRange], done: set[int]
+) -> list[ray.ObjectRef[None]]:
+    """Start to commit, and take off the list, every open shard whose batches are all done."""
+    complete = [shard for shard in open_shards if all(batch in done for batch in description.batches_of(shard))]
+    for shard in complete:
+        open_shards.remove(shard)
+    return [
+        _commit_shard.options(num_cpus=CPUS_OF_A_SMALL_TASK).remote(
+            description.directory,
+            shard,
+            [description.part_url(batch) for batch in description.batches_of(shard)],
+            description.source.config.descriptor_dim,
+        )
+        for shard in complete
+    ]
+
+
+@ray.remote(max_retries=MAX_TRIES, retry_exceptions=[OSError])
+def _commit_shard(
+    directory: str, shard: store.ShardRange, part_urls: Sequence[str], descriptor_dim: int
+) -> None:
+    """Gather a shard's rows from its parts, in the order of ids, and publish it."""
+    ids, rows = [np.empty(0, np.int64)], [np.empty((0, descriptor_dim), np.float32)]
+    rejected: dict[int, str] = {}
+    seconds = 0.0
+    for url in part_urls:
+        with np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False) as part:
+            inside = (part["ids"] >= shard.first_id) & (part["ids"] < shard.stop_id)
+            ids.append(part["ids"][inside])
+            rows.append(part["descriptors"][inside])
+            for image_id, error in zip(part["rejected_ids"].tolist(), part["rejected_errors"].tolist(), strict=True):
+                if shard.first_id <= image_id < shard.stop_id:
+                    rejected[image_id] = error
+            if shard.first_id <= int(part["first_id"]) < shard.stop_id:
+                seconds += float(part["seconds"])
+    all_ids = np.concatenate(ids)
+    accounted = np.sort(np.concatenate([all_ids, np.fromiter(rejected, np.int64, len(rejected))]))
+    assert np.array_equal(accounted, np.arange(shard.first_id, shard.stop_id)), "a photo is missing or double"
+    about = store.ShardDescription(shard.first_id, shard.count, len(all_ids), rejected, seconds)
+    store.write_shard_description(directory, shard.shard, all_ids, np.concatenate(rows), about)
+
+
+def _finished_batches(description: Description, pending: Sequence[int]) -> Iterator[int]:
+    """Run the batches through Ray Data; yields each when its part is on storage."""
+    if not pending:
+        return
+    plan = plan_actors(description.config)
+    size_px = description.source.config.image_size_px
+    batch_bytes = description.config.batch_size * size_px * size_px * 3
+    batches_per_task = max(1, min(MAX_BATCHES_PER_TASK, BYTES_PER_TASK // batch_bytes, len(pending) // (4 * plan.num_actors)))
+    tasks = [pending[first : first + batches_per_task] for first in range(0, len(pending), batches_per_task)]
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options.resource_limits = ExecutionResources.for_limits(
+        object_store_memory=description.config.memory_gib * 2**30
+    )
+    manifest = ray.put(description.manifest)
+    parts = (
+        ray.data.range(len(tasks), override_num_blocks=len(tasks))
+        .map_batches(
+            partial(_decode, tasks=tasks, manifest=manifest, batch_size=description.config.batch_size, size_px=size_px),
+            batch_size=None,
+            num_cpus=plan.cpus_per_task,
+            max_retries=MAX_TRIES,
+        )
+        .map_batches(
+            _Network,
+            batch_size=None,
+            compute=ActorPoolStrategy(size=plan.num_actors),
+            fn_constructor_kwargs={
+                "source": description.source,
+                "num_threads": description.config.num_threads_per_actor,
+            },
+            num_cpus=plan.cpus_per_actor,
+            num_gpus=plan.gpus_per_actor or None,
+            max_restarts=-1,  # spot nodes vanish again and again; a batch that kills its actor is stopped below
+            max_task_retries=MAX_TRIES,
+        )
+        .map_batches(
+            partial(_write_parts, directory=description.directory),
+            batch_size=None,
+            num_cpus=CPUS_OF_A_SMALL_TASK,
+            max_retries=MAX_TRIES,
+        )
+    )
+    for rows in parts.iter_batches(batch_size=None, prefetch_batches=0):
+        yield from (int(batch) for batch in rows["batch"])
+
+
+def _decode(
+    rows: Rows, *, tasks: Sequence[Sequence[int]], manifest: ray.ObjectRef[Manifest], batch_size: int, size_px: int
+) -> Rows:
+    """Task numbers -> a row for each of their batches: pixels as bytes, errors as JSON."""
+    photos = ray.get(manifest)
+    decoded: dict[str, list[Any]] = {"batch": [], "first_id": [], "pixels": [], "errors": [], "seconds": []}
+    for batch in (batch for task in rows["id"] for batch in tasks[task]):
+        started_s = time.perf_counter()
+        loaded = load_batch(photos, batch, batch_size, size_px)
+        decoded["batch"].append(batch)
+        decoded["first_id"].append(loaded.first_id)
+        decoded["pixels"].append(loaded.pixels.tobytes())
+        decoded["errors"].append(json.dumps(loaded.errors))
+        decoded["seconds"].append(time.perf_counter() - started_s)
+    return decoded
+
+
+class _Network:
+    """One model actor: pixels -> the bytes of part files."""
+
+    def __init__(self, source: ModelSource, num_threads: int) -> None:
+        self.describer = source.describer(num_threads)
+        self.size_px = source.config.image_size_px
+
+    def __call__(self, rows: Rows) -> Rows:
+        parts = []
+        columns = (rows[name] for name in ("first_id", "pixels", "errors", "seconds"))
+        for first_id, pixels, errors, seconds in zip(*columns, strict=True):
+            started_s = time.perf_counter()
+            shape = (-1, self.size_px, self.size_px, 3)
+            photos = np.frombuffer(pixels, np.uint8).reshape(shape).copy()
+            loaded = PhotoBatch(int(first_id), photos, {int(position): text for position, text in json.loads(errors).items()})
+            descriptors = self.describer.descriptors(photos)
+            parts.append(_part_bytes(loaded, descriptors, seconds + time.perf_counter() - started_s))
+        return {"batch": rows["batch"], "part": parts}
+
+
+def _part_bytes(batch: PhotoBatch, descriptors: NDArray[np.float32], seconds: float) -> bytes:
+    ids, rows = batch.kept(descriptors)
+    sink = io.BytesIO()
+    np.savez(
+        sink,
+        allow_pickle=False,
+        first_id=np.int64(batch.first_id),
+        ids=ids,
+        descriptors=rows,
+        rejected_ids=np.array(list(batch.rejected), np.int64),
+        rejected_errors=np.array(list(batch.rejected.values()), np.str_),
+        seconds=np.float64(seconds),
+    )
+    return sink.getvalue()
+
+
+def _write_parts(rows: Rows, *, directory: str) -> Rows:
+    for batch, part in zip(rows["batch"], rows["part"], strict=True):
+        storage.write_bytes(storage.join(directory, "parts", part_name(batch)), bytes(part))
+    return {"batch": rows["batch"]}

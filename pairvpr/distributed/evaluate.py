@@ -1,0 +1,244 @@
+"""The main job: describe -> index -> retrieve -> re-rank -> report, each step finished before the next.
+
+Everything that can be wrong with what a user gave is found by `prepare`, before a file is written or Ray starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import ray
+
+from pairvpr.config.schema import (
+    BuildIndexConfig,
+    DescribeConfig,
+    EvaluateConfig,
+    IndexConfig,
+    ModelConfig,
+    QueryConfig,
+)
+from pairvpr.data import storage
+from pairvpr.data.benchmarks import load_benchmark, prepare_benchmark
+from pairvpr.data.claim import check_claim, claim
+from pairvpr.data.manifest import Benchmark, Manifest, folder_manifest
+from pairvpr.distributed.describe import Description, describe
+from pairvpr.distributed.index import Candidates, build_index, retrieve
+from pairvpr.distributed.progress import say
+from pairvpr.distributed.rerank import rerank
+from pairvpr.distributed.runtime import ModelSource, ray_session
+from pairvpr.errors import UserError
+from pairvpr.evaluation.predictions import predictions_table, write_predictions
+from pairvpr.evaluation.report import RunFacts, metrics, summary
+from pairvpr.index import store
+from pairvpr.models.weights import Weights, announce, load_weights
+from pairvpr.retrieval.pipeline import answers
+from pairvpr.retrieval.rerank import work_units
+
+IMAGES_PER_SHARD = 250_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One benchmark, checked and ready to run. `index` and `output` are absolute paths or URLs."""
+
+    config: EvaluateConfig
+    benchmark: Benchmark
+    weights: Weights
+    index: str
+    output: str
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the database's index."""
+        return self.config.index.num_shards or _default_num_shards(len(self.benchmark.database))
+
+    def index_settings(self) -> dict[str, Any]:
+        """What decides the bytes of the index."""
+        return index_settings(
+            self.benchmark.database, self.num_shards, self.config.model, self.weights, self.config.describe
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the bytes of the predictions."""
+        return self.index_settings() | {
+            "benchmark": {"name": self.benchmark.name} | self.benchmark.stamp(),
+            "queries": {"root": self.benchmark.queries.root},
+            "index": {"path": self.index, "num_retrieved": self.config.index.num_retrieved,
+                      "num_threads_per_actor": self.config.index.num_threads_per_actor},
+            "rerank": {
+                name: getattr(self.config.rerank, name)
+                for name in ("num_candidates", "batch_size", "queries_per_unit", "num_threads_per_actor")
+            },
+        }
+
+
+def index_settings(
+    database: Manifest, num_shards: int, model: ModelConfig, weights: Weights, config: DescribeConfig
+) -> dict[str, Any]:
+    """What decides the bytes of an index, in plain values."""
+    shape = asdict(model)
+    del shape["weights"], shape["encoder"]["num_trainable_blocks"]
+    return {
+        "model": shape | {"weights_sha256": weights.sha256},
+        "describe": {"batch_size": config.batch_size, "num_threads_per_actor": config.num_threads_per_actor},
+        "database": {"root": database.root, "num_images": len(database), "paths_sha256": database.paths_sha256},
+        "index_num_shards": num_shards,
+    }
+
+
+def _default_num_shards(num_images: int) -> int:
+    return -(-num_images // IMAGES_PER_SHARD)
+
+
+def prepare(configs: Sequence[EvaluateConfig]) -> list[Run]:
+    """Check all benchmarks of a run; writes nothing. Several go to folders of their own, and share the weights."""
+    outputs = [storage.absolute(config.output) for config in configs]
+    if len(configs) > 1:
+        outputs = [storage.join(output, config.benchmark.name) for output, config in zip(outputs, configs, strict=True)]
+    benchmarks = [load_benchmark(config.benchmark, output) for config, output in zip(configs, outputs, strict=True)]
+    weights = load_weights(configs[0].model)
+    runs = []
+    for config, benchmark, output in zip(configs, benchmarks, outputs, strict=True):
+        index = storage.absolute(config.index.path or storage.join(output, "index"))
+        run = Run(config=config, benchmark=benchmark, weights=weights, index=index, output=output)
+        check_claim(output, run.settings(), "output")
+        check_claim(index, run.index_settings(), "index.path")
+        runs.append(run)
+    return runs
+
+
+def evaluate(configs: Sequence[EvaluateConfig]) -> list[dict[str, Any]]:
+    """Run one benchmark or several; prints a table for each and returns the contents of their metrics.json."""
+    runs = prepare(configs)
+    announce(configs[0].model, runs[0].weights)
+    for run in runs:
+        claim(run.output, run.settings())
+        prepare_benchmark(run.config.benchmark, run.output)
+    with ray_session(configs[0].cluster):
+        source = ModelSource(configs[0].model, ray.put(runs[0].weights))
+        reports = []
+        for run in runs:
+            make_index(
+                run.benchmark.database, run.index, run.num_shards, source, run.config.describe, run.index_settings()
+            )
+            reports.append(answer(run, source))
+    return reports
+
+
+def make_index(
+    database: Manifest,
+    directory: str,
+    num_shards: int,
+    source: ModelSource,
+    config: DescribeConfig,
+    settings: dict[str, Any],
+) -> None:
+    """Describe the database and build its index; what is finished is kept."""
+    claim(directory, settings)
+    describe(Description(database, directory, num_shards, source, config), "database")
+    about = store.read_description(directory)
+    if about is not None and about["num_rejected"] == about["num_images"]:
+        raise UserError(f"{database.root}: none of the {len(database)} photos can be read; see {directory}/rejected.parquet")
+    model = {"name": settings["model"]["name"], "weights_sha256": settings["model"]["weights_sha256"]}
+    build_index(directory, database, num_shards, model, source.config.descriptor_dim)
+
+
+def answer(run: Run, source: ModelSource) -> dict[str, Any]:
+    """Describe the queries, retrieve, re-rank, and write predictions.parquet and metrics.json."""
+    config, benchmark = run.config, run.benchmark
+    queries = storage.join(run.output, "queries")
+    describe(Description(benchmark.queries, queries, 1, source, config.describe), "queries")
+    num_kept = max(config.rerank.num_candidates, config.index.num_retrieved)
+    found = retrieve(run.index, queries, num_kept, config.index, storage.join(run.output, "candidates.parquet"))
+    num_candidates = found.ids.shape[1] if len(found.ids) else len(benchmark.database)
+    num_candidates = min(config.rerank.num_candidates, num_candidates)
+    if num_candidates < config.rerank.num_candidates:
+        say(f"rerank.num_candidates={config.rerank.num_candidates}: the database has {num_candidates} readable photos, "
+            "all of them are re-ranked")
+    units = work_units(_first_candidates(found, num_candidates), config.rerank.queries_per_unit)
+    scored = rerank(units, replace(benchmark, positives=None), source, config, run.output)
+
+    final = answers(len(benchmark.queries), found.query_ids, found.squared_distances, found.ids, scored.by_query)
+    write_predictions(storage.join(run.output, "predictions.parquet"), predictions_table(benchmark, final))
+    index_about, queries_about = store.read_description(run.index), store.read_description(queries)
+    assert index_about is not None
+    assert queries_about is not None
+    facts = RunFacts(
+        weights_sha256=run.weights.sha256,
+        untrained=run.weights.untrained,
+        num_candidates=num_candidates,
+        seconds_describe=queries_about["seconds"],
+        seconds_retrieve=found.seconds,
+        seconds_rerank=scored.seconds,
+        num_rejected_database=index_about["num_rejected"],
+        num_rejected_queries=queries_about["num_rejected"],
+    )
+    content = metrics(benchmark, final, config.model, facts)
+    storage.write_json(storage.join(run.output, "metrics.json"), content)
+    print(f"\n{summary(content)}\n\n{run.output}: predictions.parquet, metrics.json", flush=True)
+    return content
+
+
+def _first_candidates(found: Candidates, num_candidates: int) -> dict[int, list[int]]:
+    return {
+        int(query_id): row[:num_candidates].tolist()
+        for query_id, row in zip(found.query_ids, found.ids, strict=True)
+    }
+
+
+def build(config: BuildIndexConfig) -> str:
+    """Describe and index a folder of photos; returns the index directory."""
+    database = folder_manifest(config.database, "database")
+    weights = load_weights(config.model)
+    directory = storage.absolute(config.output)
+    num_shards = config.index.num_shards or _default_num_shards(len(database))
+    settings = index_settings(database, num_shards, config.model, weights, config.describe)
+    check_claim(directory, settings, "output")
+    announce(config.model, weights)
+    with ray_session(config.cluster):
+        source = ModelSource(config.model, ray.put(weights))
+        make_index(database, directory, num_shards, source, config.describe, settings)
+    return directory
+
+
+def query(config: QueryConfig) -> dict[str, Any]:
+    """Answer a folder of queries from an index that exists; prints a summary, returns metrics.json's content."""
+    index = storage.absolute(config.index.path)
+    manifest = store.read_manifest(index)
+    if manifest is None:
+        raise UserError(f"index.path={config.index.path}: no finished index there; expected a directory with manifest.json")
+    queries = folder_manifest(config.queries, "queries")
+    weights = load_weights(config.model)
+    store.check_model(index, manifest, name=config.model.name, weights_sha256=weights.sha256)
+    evaluate_config = EvaluateConfig(
+        output=config.output,
+        model=config.model,
+        describe=config.describe,
+        index=IndexConfig(
+            path=index,
+            num_shards=len(manifest.shards),
+            num_retrieved=config.index.num_retrieved,
+            num_threads_per_actor=config.index.num_threads_per_actor,
+            num_actors=config.index.num_actors,
+        ),
+        rerank=config.rerank,
+        cluster=config.cluster,
+    )
+    benchmark = Benchmark(
+        name="query",
+        database=Manifest.read(storage.join(index, "images.parquet"), manifest.images_root),
+        queries=queries,
+        positives=None,
+        protocol={"positives": "none", "radius_m": None},
+    )
+    run = Run(
+        config=evaluate_config, benchmark=benchmark, weights=weights, index=index,
+        output=storage.absolute(config.output),
+    )
+    check_claim(run.output, run.settings(), "output")
+    announce(config.model, weights)
+    claim(run.output, run.settings())
+    with ray_session(config.cluster):
+        return answer(run, ModelSource(config.model, ray.put(weights)))

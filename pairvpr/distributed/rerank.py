@@ -1,0 +1,124 @@
+"""Re-ranking in a supervised pool of actors; each finished unit is a file, so a resumed run skips it."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from pairvpr.config.schema import EvaluateConfig
+from pairvpr.data import storage
+from pairvpr.data.manifest import Benchmark
+from pairvpr.distributed.pool import PoolActor, SupervisedPool
+from pairvpr.distributed.progress import Progress
+from pairvpr.distributed.runtime import ModelSource, plan_actors
+from pairvpr.errors import IncompleteRunError
+from pairvpr.retrieval.pipeline import photo_reranker
+from pairvpr.retrieval.rerank import Reranked, WorkUnit
+
+FAILED_UNITS = "failed_units.json"
+NUM_FAILURES_NAMED = 5
+
+
+@dataclass(frozen=True)
+class RerankResult:
+    """Every unit's answers by query id, and the seconds of work they took."""
+
+    by_query: dict[int, Reranked]
+    seconds: float
+
+
+def rerank(
+    units: Sequence[WorkUnit], benchmark: Benchmark, source: ModelSource, config: EvaluateConfig, directory: str
+) -> RerankResult:
+    """Score all units; `directory` (path or URL) keeps a file for each finished one under `reranked/`.
+
+    Raises `IncompleteRunError`, after everything else is done, if units failed for good; `failed_units.json`
+    then names their queries.
+    """
+    finished = set(storage.list_files(storage.join(directory, "reranked")))
+    pending = {unit.unit: unit for unit in units if unit_name(unit.unit) not in finished}
+    num_queries = sum(len(unit.candidates) for unit in units)
+    num_pending = sum(len(unit.candidates) for unit in pending.values())
+    progress = Progress("re-rank", num_queries, "queries", already_done=num_queries - num_pending)
+    failed: dict[int, str] = {}
+    if pending:
+        plan = plan_actors(config.rerank)
+        args = (source, ray.put(benchmark), config, directory)
+        make_actor = _RerankActor.options(num_cpus=plan.cpus_per_actor, num_gpus=plan.gpus_per_actor).remote
+        num_actors = min(plan.num_actors, len(pending))
+        with SupervisedPool[WorkUnit](lambda: make_actor(*args), num_actors, "re-rank") as pool:
+            failed = pool.run(pending, lambda key, _: progress.add(len(pending[key].candidates)))
+    _report_failures(failed, pending, benchmark, directory)
+    progress.finish()
+    return _read_units(directory, (unit.unit for unit in units))
+
+
+def unit_name(unit: int) -> str:
+    """File name of a unit's answers."""
+    return f"{unit:06d}.parquet"
+
+
+@ray.remote
+class _RerankActor(PoolActor):
+    """Describes the photos it needs, scores pairs, and publishes each unit before it reports it done."""
+
+    def __init__(self, source: ModelSource, benchmark: Benchmark, config: EvaluateConfig, directory: str) -> None:
+        self.directory = directory
+        self.reranker = photo_reranker(benchmark, source.describer(config.rerank.num_threads_per_actor), config)
+
+    def run(self, unit: WorkUnit) -> None:
+        started_s = time.perf_counter()
+        answers = self.reranker.rerank(unit)
+        _write_unit(self.directory, unit.unit, answers, time.perf_counter() - started_s)
+
+
+def _write_unit(directory: str, unit: int, answers: Sequence[Reranked], seconds: float) -> None:
+    table = pa.table(
+        {
+            "query_id": pa.array([answer.query_id for answer in answers], pa.int64()),
+            "reranked": pa.array([answer.ids for answer in answers], pa.list_(pa.int64())),
+            "pair_scores": pa.array([answer.pair_scores for answer in answers], pa.list_(pa.float32())),
+        }
+    ).replace_schema_metadata({"seconds": repr(seconds)})
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    storage.write_bytes(storage.join(directory, "reranked", unit_name(unit)), sink.getvalue())
+
+
+def _read_units(directory: str, units: Iterable[int]) -> RerankResult:
+    by_query: dict[int, Reranked] = {}
+    seconds = 0.0
+    for unit in units:
+        table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(directory, "reranked", unit_name(unit)))))
+        columns = (table.column(name) for name in ("query_id", "reranked", "pair_scores"))
+        for query_id, ids, scores in zip(*columns, strict=True):
+            answer = Reranked(query_id.as_py(), ids.values.to_numpy(), scores.values.to_numpy())
+            by_query[answer.query_id] = answer
+        seconds += float((table.schema.metadata or {})[b"seconds"])
+    return RerankResult(by_query, seconds)
+
+
+def _report_failures(
+    failed: dict[int, str], units: dict[int, WorkUnit], benchmark: Benchmark, directory: str
+) -> None:
+    url = storage.join(directory, FAILED_UNITS)
+    if not failed:
+        storage.remove_file(url)
+        return
+    rows = [
+        {"unit": key, "queries": [benchmark.queries.path(query) for query in units[key].candidates], "error": error}
+        for key, error in sorted(failed.items())
+    ]
+    storage.write_json(url, rows)
+    named = "; ".join(f"unit {row['unit']} ({', '.join(row['queries'])}): {row['error']}" for row in rows[:NUM_FAILURES_NAMED])
+    more = f"; and {len(rows) - NUM_FAILURES_NAMED} more" if len(rows) > NUM_FAILURES_NAMED else ""
+    raise IncompleteRunError(
+        f"{len(rows)} of the re-ranking units failed three times: {named}{more}; all are listed in {url}. "
+        "Everything else is kept: the same line again tries only these"
+    )

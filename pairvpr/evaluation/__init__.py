@@ -1,0 +1,1 @@
+"""Recall, the results table and the report."""

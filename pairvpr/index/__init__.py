@@ -1,0 +1,1 @@
+"""Descriptor shards and faiss: store, build, search, merge."""

@@ -1,0 +1,116 @@
+"""Pair-VPR (Hausler and Moghadam, RA-L 2025): describe images, score pairs of them, reconstruct masked ones.
+
+B batch, L patches, C encoder width, D decoder width, G descriptor width, S image side in pixels, P patch side.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pairvpr.config.schema import ModelConfig, Precision
+from pairvpr.models.pair_decoder import DecoderBlock
+from pairvpr.models.pos_embed import sine_cosine_2d
+from pairvpr.models.vit import LAYER_NORM_EPS, VisionTransformer
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+CLASSIFIER_WIDTH = 512
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """(B, S, S, 3) uint8 RGB -> (B, 3, S, S) float32, scaled to [0, 1], ImageNet mean and standard deviation."""
+    images = pixels.permute(0, 3, 1, 2).to(torch.float32) / 255
+    mean, std = (torch.tensor(values, device=pixels.device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images - mean) / std
+
+
+class Encoder(nn.Module):
+    """Holder of the ViT under the published prefix `encoder.model.`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.model = VisionTransformer(config.encoder, config.patch_size_px)
+
+
+class PairVPR(nn.Module):
+    """The network of both training stages and of inference.
+
+    `describe`: images (B, 3, S, S) -> global descriptors (B, G) of unit length and dense features (B, L, C).
+    `pair_logits`: dense features of first and second images, (B, L, C) each -> logits (B,); higher = same place.
+    `score_pairs`: the sum of both directions, which re-ranking sorts by.
+    `reconstruct`: stage one's prediction of a masked image from an unmasked one of the same place.
+
+    With `pair_classifier_token=False` it is the stage-one network: no class token in the decoder.
+    Weights are those of torch's constructors until `pairvpr.models.weights` fills them in.
+    """
+
+    mask_token: Tensor
+    dec_pos_embed: Tensor
+    dec_pos_embed_cls: Tensor
+
+    def __init__(self, config: ModelConfig, *, pair_classifier_token: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        dim, decoder_dim = config.encoder.embed_dim, config.decoder.embed_dim
+        grid_size = config.image_size_px // config.patch_size_px
+        if pair_classifier_token:
+            self.decoder_clstoken = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        # Never used, but part of the published state dicts.
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        table = sine_cosine_2d(decoder_dim, grid_size)
+        if pair_classifier_token:
+            self.register_buffer("dec_pos_embed_cls", torch.cat([torch.zeros(1, decoder_dim), table]))
+        self.register_buffer("dec_pos_embed", table)
+        self.encoder = Encoder(config)
+        self.decoder_embed = nn.Linear(dim, decoder_dim)
+        self.dec_blocks = nn.ModuleList(
+            DecoderBlock(decoder_dim, config.decoder.num_heads) for _ in range(config.decoder.depth)
+        )
+        self.dec_norm = nn.LayerNorm(decoder_dim, eps=LAYER_NORM_EPS)
+        self.prediction_head = nn.Linear(decoder_dim, config.patch_size_px**2 * 3)
+        self.classvprmodule = nn.Sequential(
+            nn.Linear(decoder_dim, CLASSIFIER_WIDTH), nn.ReLU(), nn.Linear(CLASSIFIER_WIDTH, 1)
+        )
+        self.globalizer = nn.Sequential(nn.Linear(dim, config.descriptor_dim))
+
+    def describe(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised images (B, 3, S, S) -> global descriptors (B, G) float32, dense features (B, L, C)."""
+        with self._precision(images.device):
+            class_token, dense = self.encoder.model(images)
+            descriptors = self.globalizer(class_token)
+        return F.normalize(descriptors.float(), dim=-1), dense
+
+    def pair_logits(self, dense_first: Tensor, dense_second: Tensor) -> Tensor:
+        """Dense features (B, L, C) of both images of each pair -> logits (B,) float32. Direction matters."""
+        with self._precision(dense_first.device):
+            x = self.decoder_embed(dense_first)
+            x = torch.cat([self.decoder_clstoken.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+            x = self._decode(x + self.dec_pos_embed_cls, self.decoder_embed(dense_second) + self.dec_pos_embed)
+            return self.classvprmodule(x[:, 0]).squeeze(-1).float()
+
+    def score_pairs(self, dense_query: Tensor, dense_candidates: Tensor) -> Tensor:
+        """logit(query, candidate) + logit(candidate, query): (B,) float32 for (B, L, C) each."""
+        return self.pair_logits(dense_query, dense_candidates) + self.pair_logits(dense_candidates, dense_query)
+
+    def reconstruct(self, images_masked: Tensor, images_other: Tensor, mask: Tensor) -> Tensor:
+        """Stage one: patches (B, L, P * P * 3) of the first image, its patches under `mask` (B, L) hidden."""
+        with self._precision(images_masked.device):
+            _, dense_masked = self.encoder.model(images_masked, mask)
+            _, dense_other = self.encoder.model(images_other)
+            x = self.decoder_embed(dense_masked) + self.dec_pos_embed
+            x = self._decode(x, self.decoder_embed(dense_other) + self.dec_pos_embed)
+            return self.prediction_head(x)
+
+    def _decode(self, x: Tensor, memory: Tensor) -> Tensor:
+        for block in self.dec_blocks:
+            x = block(x, memory)
+        return self.dec_norm(x)
+
+    def _precision(self, device: torch.device) -> AbstractContextManager[object]:
+        """16-bit matrix products under autocast; norms, softmax and the residual stream stay in fp32."""
+        dtype = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}.get(self.config.precision)
+        return nullcontext() if dtype is None else torch.autocast(device.type, dtype)

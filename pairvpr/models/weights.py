@@ -1,0 +1,181 @@
+"""Weights: read without running anything, check every key, initialise what is new.
+
+`.pth` files hold a bare state dict or a dict with `model`; `.safetensors` hold tensors alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import pickle
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pairvpr.config.schema import ModelConfig
+from pairvpr.data import storage
+from pairvpr.errors import UserError
+from pairvpr.models.pair_vpr import PairVPR
+from pairvpr.models.vit import LayerScale
+
+UNTRAINED_SEED = 0
+TERMS = "the published Pair-VPR weights carry their owners' own, non-commercial terms"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A checked state dict of float32 arrays and the sha256 of the file that holds (or would hold) it."""
+
+    arrays: Mapping[str, NDArray[np.float32]]
+    sha256: str
+    untrained: bool
+
+
+def load_weights(config: ModelConfig) -> Weights:
+    """The weights that `config` names, checked against the network; untrained, seeded ones where it names none.
+
+    Nothing of the file is executed. Raises `UserError` for a missing or foreign file, code in it, and
+    missing, unexpected or mis-shaped keys, all named.
+    """
+    with torch.device("meta"):
+        expected = PairVPR(config).state_dict()
+    if config.weights is None:
+        state = untrained_state(config)
+        digest = hashlib.sha256(_safetensors_bytes(state)).hexdigest()
+    else:
+        state, digest = read_state_dict(config.weights)
+        check_keys(state, expected, config.weights)
+    arrays = {name: tensor.detach().to(torch.float32).numpy() for name, tensor in state.items()}
+    return Weights(arrays, digest, untrained=config.weights is None)
+
+
+def announce(config: ModelConfig, weights: Weights) -> None:
+    """Say on standard error which weights run, and under whose terms."""
+    if weights.untrained:
+        text = f"model {config.name}: UNTRAINED, random weights from a fixed seed (model.weights=null)"
+    else:
+        text = f"model {config.name}: weights {config.weights} (sha256 {weights.sha256[:12]}); note: {TERMS}"
+    print(text, file=sys.stderr, flush=True)
+
+
+def build_model(config: ModelConfig, weights: Weights, device: torch.device) -> PairVPR:
+    """The network with these weights on a device, for inference."""
+    with torch.device("meta"):
+        model = PairVPR(config)
+    model = model.to_empty(device=device)
+    # The arrays may be read-only views of shared memory; they are copied here, never written.
+    state = {name: torch.from_numpy(np.array(array)) for name, array in weights.arrays.items()}
+    model.load_state_dict(state, strict=True)
+    return model.eval().requires_grad_(False)
+
+
+def load_dinov2(model: PairVPR, url: str) -> None:
+    """Start the encoder from DINOv2 weights, whose keys are the encoder's without its prefix.
+
+    Raises `UserError` as `load_weights`.
+    """
+    state, _ = read_state_dict(url)
+    check_keys(state, model.encoder.model.state_dict(), url)
+    model.encoder.model.load_state_dict(state, strict=True)
+
+
+def read_state_dict(url: str) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a `.pth` or `.safetensors` file (path or URL) on the CPU, and the file's sha256.
+
+    Raises `UserError` for what is neither, and for a pickle that holds more than tensors.
+    """
+    try:
+        with storage.open_input(url) as file:
+            return _parse_state_dict(file, url), storage.sha256(url)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UserError(f"model.weights={url}: no such file") from error
+    except OSError as error:
+        raise UserError(f"model.weights={url}: can't be read: {str(error).splitlines()[0]}") from error
+
+
+def _parse_state_dict(file: storage.IO[bytes], url: str) -> dict[str, Tensor]:
+    if url.endswith(".safetensors"):
+        import safetensors.torch
+
+        try:
+            return safetensors.torch.load(file.read())
+        except safetensors.SafetensorError as error:
+            raise UserError(f"model.weights={url}: not a safetensors file: {error}") from error
+    try:
+        # Published stage-one files carry their command line as an argparse.Namespace: that class, nothing else.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"model.weights={url}: refused, it holds more than tensors (a pickle can run code); "
+            "expected a state dict saved by torch.save, or .safetensors"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"model.weights={url}: not a .pth or .safetensors file") from error
+    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
+        content = content["model"]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"model.weights={url}: expected a state dict, or a dict with one under 'model'")
+    return dict(content)
+
+
+def check_keys(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], url: str) -> None:
+    """Raise `UserError` that names every kind of misfit between a file's tensors and the network's."""
+    misfits = {
+        "missing": sorted(expected.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - expected.keys()),
+        "mis-shaped": [
+            f"{name} {_shape(state[name])} instead of {_shape(expected[name])}"
+            for name in sorted(expected.keys() & state.keys())
+            if state[name].shape != expected[name].shape
+        ],
+    }
+    if any(misfits.values()):
+        found = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in misfits.items() if names]
+        raise UserError(f"model.weights={url} does not fit the network; {'; '.join(found)}")
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape))
+
+
+def untrained_state(config: ModelConfig) -> dict[str, Tensor]:
+    """A state dict drawn from a fixed seed, the same on every machine."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(UNTRAINED_SEED)
+        model = PairVPR(config)
+        initialise(model)
+    return model.state_dict()
+
+
+@torch.no_grad()
+def initialise(model: PairVPR) -> None:
+    """Method, section 2: linear weights Xavier-uniform, biases 0, norms 1 and 0, the tokens normal."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
+            nn.init.zeros_(module.bias if module.bias is not None else torch.empty(0))
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, LayerScale):
+            nn.init.ones_(module.gamma)
+    nn.init.normal_(model.mask_token, std=0.02)
+    if hasattr(model, "decoder_clstoken"):
+        nn.init.normal_(model.decoder_clstoken, std=1e-6)
+    encoder = model.encoder.model
+    nn.init.normal_(encoder.cls_token, std=1e-6)
+    nn.init.trunc_normal_(encoder.pos_embed, std=0.02)
+    if encoder.config.num_registers:
+        nn.init.normal_(encoder.register_tokens, std=1e-6)
+
+
+def _safetensors_bytes(state: Mapping[str, Tensor]) -> bytes:
+    import safetensors.torch
+
+    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in state.items()})

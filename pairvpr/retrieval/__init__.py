@@ -1,0 +1,1 @@
+"""The two steps of inference on one machine: retrieval and re-ranking."""

@@ -1,0 +1,114 @@
+"""Both steps on one machine, in memory, without Ray: the reference that every distributed result must equal.
+
+G descriptor width, K candidates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pairvpr.config.schema import EvaluateConfig
+from pairvpr.data import images
+from pairvpr.data.manifest import Benchmark, Manifest
+from pairvpr.index.search import Shard, flat_index, search
+from pairvpr.models.pair_vpr import PairVPR
+from pairvpr.retrieval.describe import Describer, load_batch, num_batches
+from pairvpr.retrieval.rerank import FeatureCache, Reranked, Reranker, work_units
+
+
+@dataclass(frozen=True)
+class Described:
+    """Ids (n,) and global descriptors (n, G) of the photos that could be read; why the others could not."""
+
+    ids: NDArray[np.int64]
+    descriptors: NDArray[np.float32]
+    rejected: dict[int, str]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is known of one query: `candidates` by `squared_distances`, the first K of them `reranked`.
+
+    All arrays are best first, and empty for a query photo that could not be read.
+    """
+
+    query_id: int
+    candidates: NDArray[np.int64]
+    squared_distances: NDArray[np.float32]
+    reranked: NDArray[np.int64]
+    pair_scores: NDArray[np.float32]
+
+
+def run(benchmark: Benchmark, model: PairVPR, config: EvaluateConfig) -> list[Answer]:
+    """Describe, retrieve and re-rank every query of the benchmark, in query order."""
+    torch.set_num_threads(config.describe.num_threads_per_actor)
+    describer = Describer(model)
+    database = describe(benchmark.database, describer, config)
+    queries = describe(benchmark.queries, describer, config)
+
+    num_kept = max(config.rerank.num_candidates, config.index.num_retrieved)
+    shard = Shard(flat_index(database.descriptors), database.ids)
+    distances, ids = search(shard, queries.descriptors, num_kept, num_threads=config.index.num_threads_per_actor)
+
+    torch.set_num_threads(config.rerank.num_threads_per_actor)
+    reranker = photo_reranker(benchmark, describer, config)
+    candidates = {
+        int(query_id): row[: config.rerank.num_candidates].tolist()
+        for query_id, row in zip(queries.ids, ids, strict=True)
+    }
+    units = work_units(candidates, config.rerank.queries_per_unit)
+    reranked = {answer.query_id: answer for unit in units for answer in reranker.rerank(unit)}
+    return answers(len(benchmark.queries), queries.ids, distances, ids, reranked)
+
+
+def describe(manifest: Manifest, describer: Describer, config: EvaluateConfig) -> Described:
+    """Global descriptors of all photos of a manifest, batch by batch."""
+    ids, rows, rejected = [], [], {}
+    batch_size = config.describe.batch_size
+    for number in range(num_batches(len(manifest), batch_size)):
+        batch = load_batch(manifest, number, batch_size, config.model.image_size_px)
+        batch_ids, batch_rows = batch.kept(describer.descriptors(batch.pixels))
+        ids.append(batch_ids)
+        rows.append(batch_rows)
+        rejected |= batch.rejected
+    return Described(np.concatenate(ids), np.concatenate(rows), rejected)
+
+
+def photo_reranker(benchmark: Benchmark, describer: Describer, config: EvaluateConfig) -> Reranker:
+    """A re-ranker that describes the benchmark's photos when it needs them."""
+    image_size_px = config.model.image_size_px
+    return Reranker(
+        describer.model,
+        batch_size=config.rerank.batch_size,
+        query_features=lambda query_id: describer.dense_features(
+            images.load(benchmark.queries.url(query_id), image_size_px)
+        ),
+        database_features=lambda image_id: describer.dense_features(
+            images.load(benchmark.database.url(image_id), image_size_px)
+        ),
+        cache=FeatureCache(int(config.rerank.cache_gib * 2**30)),
+    )
+
+
+def answers(
+    num_queries: int,
+    query_ids: NDArray[np.int64],
+    distances: NDArray[np.float32],
+    ids: NDArray[np.int64],
+    reranked: dict[int, Reranked],
+) -> list[Answer]:
+    """One answer for each query; `query_ids` are those that could be read, row by row of `distances` and `ids`."""
+    no_ids, no_scores = np.empty(0, np.int64), np.empty(0, np.float32)
+    rows = {int(query_id): row for row, query_id in enumerate(query_ids)}
+    found = []
+    for query_id in range(num_queries):
+        if query_id in rows:
+            row, scored = rows[query_id], reranked[query_id]
+            found.append(Answer(query_id, ids[row], distances[row], scored.ids, scored.pair_scores))
+        else:
+            found.append(Answer(query_id, no_ids, no_scores, no_ids, no_scores))
+    return found

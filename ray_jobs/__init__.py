@@ -1,0 +1,1 @@
+"""The commands: `python -m ray_jobs.evaluate ...`, on a laptop or under `ray job submit`."""
