@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
@@ -184,8 +185,10 @@ def _check_keys(job: type, overrides: Sequence[Override]) -> None:
                 raise UserError(f"unknown key {override.key_or_group}: {_suggest(part, valid, prefix)}")
             node = node._get_node(part)
         if isinstance(node, DictConfig):
-            raise UserError(f"{override.key_or_group} is a section: expected one of its keys, such as "
-                            f"{override.key_or_group}.{next(iter(node))}=...")
+            raise UserError(
+                f"{override.key_or_group} is a section: expected one of its keys, such as "
+                f"{override.key_or_group}.{next(iter(node))}=..."
+            )
 
 
 def _suggest(word: str, valid: Sequence[str], prefix: str = "") -> str:
@@ -224,8 +227,7 @@ def _field_docs(config: type) -> dict[str, str]:
     docs: dict[str, str] = {}
     for owner in reversed(config.__mro__[:-1]):
         body = cast(ast.ClassDef, ast.parse(inspect.getsource(owner)).body[0]).body
-        for node, following in zip(body, body[1:], strict=False):
+        for node, following in itertools.pairwise(body):
             if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr):
                 docs[cast(ast.Name, node.target).id] = cast(str, cast(ast.Constant, following.value).value)
     return docs
-

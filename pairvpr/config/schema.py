@@ -198,9 +198,7 @@ class DescribeConfig:
     """Scheduling: object-store memory for decoded photos in flight, whatever the number of photos."""
 
     def __post_init__(self) -> None:
-        _require_positive(
-            self, "describe", "batch_size", "num_threads_per_actor", "num_actors", "memory_gib"
-        )
+        _require_positive(self, "describe", "batch_size", "num_threads_per_actor", "num_actors", "memory_gib")
         _require(
             self.num_gpus_per_actor is None or self.num_gpus_per_actor >= 0,
             f"describe.num_gpus_per_actor={self.num_gpus_per_actor}: expected 0 or more",
@@ -276,8 +274,13 @@ class RerankConfig:
 
     def __post_init__(self) -> None:
         _require_positive(
-            self, "rerank", "num_candidates", "batch_size", "queries_per_unit",
-            "num_threads_per_actor", "num_actors",
+            self,
+            "rerank",
+            "num_candidates",
+            "batch_size",
+            "queries_per_unit",
+            "num_threads_per_actor",
+            "num_actors",
         )
         _require(self.cache_gib >= 0, f"rerank.cache_gib={self.cache_gib}: expected 0 or more")
         _require(

@@ -28,7 +28,7 @@ def decode(data: bytes, image_size_px: int) -> NDArray[np.uint8]:
         with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
             warnings.simplefilter("ignore")
             upright = _to_rgb(ImageOps.exif_transpose(image))
-            return np.asarray(upright.resize((image_size_px, image_size_px), Image.Resampling.BILINEAR))
+            return np.array(upright.resize((image_size_px, image_size_px), Image.Resampling.BILINEAR))
     except Exception as error:  # Pillow's decoders raise nearly anything on foreign bytes
         raise BrokenImageError(f"{type(error).__name__}: {error}") from error
 

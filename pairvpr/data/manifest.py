@@ -129,9 +129,7 @@ class Benchmark:
         return {
             "num_queries": len(self.queries),
             "num_queries_with_positives": with_positives,
-            "num_queries_without_positives": (
-                None if with_positives is None else len(self.queries) - with_positives
-            ),
+            "num_queries_without_positives": (None if with_positives is None else len(self.queries) - with_positives),
             "num_database": len(self.database),
             **self.protocol,
             "database_paths_sha256": self.database.paths_sha256,

@@ -148,7 +148,7 @@ def size_bytes(url: str) -> int:
     if is_local(url):
         return _local_path(url).stat().st_size
     filesystem, path = _remote(url)
-    return int(_retried(lambda: filesystem.size(path)))
+    return int(_retried(lambda: filesystem.info(path)["size"]))
 
 
 def sha256(url: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,16 +22,18 @@ import ray
 import ray.data
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
+from ray.util.annotations import RayDeprecationWarning
 
 from pairvpr.config.schema import DescribeConfig
 from pairvpr.data import storage
 from pairvpr.data.manifest import Manifest
 from pairvpr.distributed.progress import Progress, say
-from pairvpr.distributed.runtime import CPUS_OF_A_SMALL_TASK, ModelSource, plan_actors
+from pairvpr.distributed.runtime import CPUS_OF_A_SMALL_TASK, ActorPlan, ModelSource, plan_actors
 from pairvpr.index import store
 from pairvpr.retrieval.describe import PhotoBatch, load_batch, num_batches
 
-Rows = dict[str, Any]
+Rows = Any
+"""A batch of Ray Data: a dict from column names to arrays."""
 BYTES_PER_TASK = 32 << 20
 MAX_BATCHES_PER_TASK = 8
 MAX_TRIES = 3
@@ -122,10 +125,8 @@ def _commit_finished(
     ]
 
 
-@ray.remote(max_retries=MAX_TRIES, retry_exceptions=[OSError])
-def _commit_shard(
-    directory: str, shard: store.ShardRange, part_urls: Sequence[str], descriptor_dim: int
-) -> None:
+@ray.remote(max_retries=MAX_TRIES, retry_exceptions=True)
+def _commit_shard(directory: str, shard: store.ShardRange, part_urls: Sequence[str], descriptor_dim: int) -> None:
     """Gather a shard's rows from its parts, in the order of ids, and publish it."""
     ids, rows = [np.empty(0, np.int64)], [np.empty((0, descriptor_dim), np.float32)]
     rejected: dict[int, str] = {}
@@ -154,7 +155,8 @@ def _finished_batches(description: Description, pending: Sequence[int]) -> Itera
     plan = plan_actors(description.config)
     size_px = description.source.config.image_size_px
     batch_bytes = description.config.batch_size * size_px * size_px * 3
-    batches_per_task = max(1, min(MAX_BATCHES_PER_TASK, BYTES_PER_TASK // batch_bytes, len(pending) // (4 * plan.num_actors)))
+    fair_share = len(pending) // (4 * plan.num_actors)
+    batches_per_task = max(1, min(MAX_BATCHES_PER_TASK, BYTES_PER_TASK // batch_bytes, fair_share))
     tasks = [pending[first : first + batches_per_task] for first in range(0, len(pending), batches_per_task)]
 
     context = DataContext.get_current()
@@ -163,26 +165,35 @@ def _finished_batches(description: Description, pending: Sequence[int]) -> Itera
     context.execution_options.resource_limits = ExecutionResources.for_limits(
         object_store_memory=description.config.memory_gib * 2**30
     )
-    manifest = ray.put(description.manifest)
-    parts = (
+    with warnings.catch_warnings():
+        # The retry limits have no other spelling in this Ray, which warns that they will get one.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        parts = _parts(description, tasks, plan)
+    for rows in parts.iter_batches(batch_size=None, prefetch_batches=0):
+        yield from (int(batch) for batch in rows["batch"])
+
+
+def _parts(description: Description, tasks: Sequence[Sequence[int]], plan: ActorPlan) -> ray.data.Dataset:
+    """The data set of finished batches; nothing runs before it is read."""
+    config, source = description.config, description.source
+    decode = partial(
+        _decode,
+        tasks=tasks,
+        manifest=ray.put(description.manifest),
+        batch_size=config.batch_size,
+        size_px=source.config.image_size_px,
+    )
+    return (
         ray.data.range(len(tasks), override_num_blocks=len(tasks))
-        .map_batches(
-            partial(_decode, tasks=tasks, manifest=manifest, batch_size=description.config.batch_size, size_px=size_px),
-            batch_size=None,
-            num_cpus=plan.cpus_per_task,
-            max_retries=MAX_TRIES,
-        )
+        .map_batches(decode, batch_size=None, num_cpus=plan.cpus_per_task, max_retries=MAX_TRIES)
         .map_batches(
             _Network,
             batch_size=None,
             compute=ActorPoolStrategy(size=plan.num_actors),
-            fn_constructor_kwargs={
-                "source": description.source,
-                "num_threads": description.config.num_threads_per_actor,
-            },
+            fn_constructor_kwargs={"source": source, "num_threads": config.num_threads_per_actor},
             num_cpus=plan.cpus_per_actor,
             num_gpus=plan.gpus_per_actor or None,
-            max_restarts=-1,  # spot nodes vanish again and again; a batch that kills its actor is stopped below
+            max_restarts=-1,  # spot nodes vanish again and again; a batch that kills its actor ends by the next line
             max_task_retries=MAX_TRIES,
         )
         .map_batches(
@@ -192,12 +203,15 @@ def _finished_batches(description: Description, pending: Sequence[int]) -> Itera
             max_retries=MAX_TRIES,
         )
     )
-    for rows in parts.iter_batches(batch_size=None, prefetch_batches=0):
-        yield from (int(batch) for batch in rows["batch"])
 
 
 def _decode(
-    rows: Rows, *, tasks: Sequence[Sequence[int]], manifest: ray.ObjectRef[Manifest], batch_size: int, size_px: int
+    rows: Rows,
+    *,
+    tasks: Sequence[Sequence[int]],
+    manifest: ray.ObjectRef[Manifest],
+    batch_size: int,
+    size_px: int,
 ) -> Rows:
     """Task numbers -> a row for each of their batches: pixels as bytes, errors as JSON."""
     photos = ray.get(manifest)
@@ -227,7 +241,9 @@ class _Network:
             started_s = time.perf_counter()
             shape = (-1, self.size_px, self.size_px, 3)
             photos = np.frombuffer(pixels, np.uint8).reshape(shape).copy()
-            loaded = PhotoBatch(int(first_id), photos, {int(position): text for position, text in json.loads(errors).items()})
+            loaded = PhotoBatch(
+                int(first_id), photos, {int(position): text for position, text in json.loads(errors).items()}
+            )
             descriptors = self.describer.descriptors(photos)
             parts.append(_part_bytes(loaded, descriptors, seconds + time.perf_counter() - started_s))
         return {"batch": rows["batch"], "part": parts}

@@ -65,8 +65,11 @@ class Run:
         return self.index_settings() | {
             "benchmark": {"name": self.benchmark.name} | self.benchmark.stamp(),
             "queries": {"root": self.benchmark.queries.root},
-            "index": {"path": self.index, "num_retrieved": self.config.index.num_retrieved,
-                      "num_threads_per_actor": self.config.index.num_threads_per_actor},
+            "index": {
+                "path": self.index,
+                "num_retrieved": self.config.index.num_retrieved,
+                "num_threads_per_actor": self.config.index.num_threads_per_actor,
+            },
             "rerank": {
                 name: getattr(self.config.rerank, name)
                 for name in ("num_candidates", "batch_size", "queries_per_unit", "num_threads_per_actor")
@@ -83,7 +86,11 @@ def index_settings(
     return {
         "model": shape | {"weights_sha256": weights.sha256},
         "describe": {"batch_size": config.batch_size, "num_threads_per_actor": config.num_threads_per_actor},
-        "database": {"root": database.root, "num_images": len(database), "paths_sha256": database.paths_sha256},
+        "database": {
+            "root": database.root,
+            "num_images": len(database),
+            "paths_sha256": database.paths_sha256,
+        },
         "index_num_shards": num_shards,
     }
 
@@ -121,7 +128,12 @@ def evaluate(configs: Sequence[EvaluateConfig]) -> list[dict[str, Any]]:
         reports = []
         for run in runs:
             make_index(
-                run.benchmark.database, run.index, run.num_shards, source, run.config.describe, run.index_settings()
+                run.benchmark.database,
+                run.index,
+                run.num_shards,
+                source,
+                run.config.describe,
+                run.index_settings(),
             )
             reports.append(answer(run, source))
     return reports
@@ -140,7 +152,9 @@ def make_index(
     describe(Description(database, directory, num_shards, source, config), "database")
     about = store.read_description(directory)
     if about is not None and about["num_rejected"] == about["num_images"]:
-        raise UserError(f"{database.root}: none of the {len(database)} photos can be read; see {directory}/rejected.parquet")
+        raise UserError(
+            f"{database.root}: none of the {len(database)} photos can be read; see {directory}/rejected.parquet"
+        )
     model = {"name": settings["model"]["name"], "weights_sha256": settings["model"]["weights_sha256"]}
     build_index(directory, database, num_shards, model, source.config.descriptor_dim)
 
@@ -155,8 +169,10 @@ def answer(run: Run, source: ModelSource) -> dict[str, Any]:
     num_candidates = found.ids.shape[1] if len(found.ids) else len(benchmark.database)
     num_candidates = min(config.rerank.num_candidates, num_candidates)
     if num_candidates < config.rerank.num_candidates:
-        say(f"rerank.num_candidates={config.rerank.num_candidates}: the database has {num_candidates} readable photos, "
-            "all of them are re-ranked")
+        say(
+            f"rerank.num_candidates={config.rerank.num_candidates}: the database has {num_candidates} readable photos, "
+            "all of them are re-ranked"
+        )
     units = work_units(_first_candidates(found, num_candidates), config.rerank.queries_per_unit)
     scored = rerank(units, replace(benchmark, positives=None), source, config, run.output)
 
@@ -183,8 +199,7 @@ def answer(run: Run, source: ModelSource) -> dict[str, Any]:
 
 def _first_candidates(found: Candidates, num_candidates: int) -> dict[int, list[int]]:
     return {
-        int(query_id): row[:num_candidates].tolist()
-        for query_id, row in zip(found.query_ids, found.ids, strict=True)
+        int(query_id): row[:num_candidates].tolist() for query_id, row in zip(found.query_ids, found.ids, strict=True)
     }
 
 
@@ -208,7 +223,9 @@ def query(config: QueryConfig) -> dict[str, Any]:
     index = storage.absolute(config.index.path)
     manifest = store.read_manifest(index)
     if manifest is None:
-        raise UserError(f"index.path={config.index.path}: no finished index there; expected a directory with manifest.json")
+        raise UserError(
+            f"index.path={config.index.path}: no finished index there; expected a directory with manifest.json"
+        )
     queries = folder_manifest(config.queries, "queries")
     weights = load_weights(config.model)
     store.check_model(index, manifest, name=config.model.name, weights_sha256=weights.sha256)
@@ -234,7 +251,10 @@ def query(config: QueryConfig) -> dict[str, Any]:
         protocol={"positives": "none", "radius_m": None},
     )
     run = Run(
-        config=evaluate_config, benchmark=benchmark, weights=weights, index=index,
+        config=evaluate_config,
+        benchmark=benchmark,
+        weights=weights,
+        index=index,
         output=storage.absolute(config.output),
     )
     check_claim(run.output, run.settings(), "output")

@@ -49,7 +49,7 @@ def build_index(directory: str, images: Manifest, num_shards: int, model: dict[s
     progress.finish()
 
 
-@ray.remote(num_cpus=CPUS_OF_A_SMALL_TASK, max_retries=3, retry_exceptions=[OSError])
+@ray.remote(num_cpus=CPUS_OF_A_SMALL_TASK, max_retries=3, retry_exceptions=True)
 def _build_shard(directory: str, shard: int) -> dict[str, Any]:
     return build.build_shard(directory, shard)
 

@@ -34,7 +34,11 @@ class RerankResult:
 
 
 def rerank(
-    units: Sequence[WorkUnit], benchmark: Benchmark, source: ModelSource, config: EvaluateConfig, directory: str
+    units: Sequence[WorkUnit],
+    benchmark: Benchmark,
+    source: ModelSource,
+    config: EvaluateConfig,
+    directory: str,
 ) -> RerankResult:
     """Score all units; `directory` (path or URL) keeps a file for each finished one under `reranked/`.
 
@@ -104,19 +108,23 @@ def _read_units(directory: str, units: Iterable[int]) -> RerankResult:
     return RerankResult(by_query, seconds)
 
 
-def _report_failures(
-    failed: dict[int, str], units: dict[int, WorkUnit], benchmark: Benchmark, directory: str
-) -> None:
+def _report_failures(failed: dict[int, str], units: dict[int, WorkUnit], benchmark: Benchmark, directory: str) -> None:
     url = storage.join(directory, FAILED_UNITS)
     if not failed:
         storage.remove_file(url)
         return
     rows = [
-        {"unit": key, "queries": [benchmark.queries.path(query) for query in units[key].candidates], "error": error}
+        {
+            "unit": key,
+            "queries": [benchmark.queries.path(query) for query in units[key].candidates],
+            "error": error,
+        }
         for key, error in sorted(failed.items())
     ]
     storage.write_json(url, rows)
-    named = "; ".join(f"unit {row['unit']} ({', '.join(row['queries'])}): {row['error']}" for row in rows[:NUM_FAILURES_NAMED])
+    named = "; ".join(
+        f"unit {row['unit']} ({', '.join(row['queries'])}): {row['error']}" for row in rows[:NUM_FAILURES_NAMED]
+    )
     more = f"; and {len(rows) - NUM_FAILURES_NAMED} more" if len(rows) > NUM_FAILURES_NAMED else ""
     raise IncompleteRunError(
         f"{len(rows)} of the re-ranking units failed three times: {named}{more}; all are listed in {url}. "

@@ -12,6 +12,7 @@ import ray
 import torch
 
 from pairvpr.config.schema import ClusterConfig, DescribeConfig, ModelConfig, RerankConfig
+from pairvpr.distributed.quiet import filtered_stderr
 from pairvpr.models.weights import Weights, build_model
 from pairvpr.retrieval.describe import Describer
 
@@ -31,19 +32,17 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     address = config.address or os.environ.get("RAY_ADDRESS")
-    if address:
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-    else:
-        ray.init(
-            num_cpus=config.num_cpus,
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with filtered_stderr():
+        if address:
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+        else:
+            ray.init(
+                num_cpus=config.num_cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False
+            )
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 @dataclass(frozen=True)

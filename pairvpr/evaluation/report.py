@@ -14,7 +14,7 @@ from pairvpr.evaluation.recall import REPORTED_N, recall_at
 from pairvpr.retrieval.pipeline import Answer
 
 BYTES_PER_FLOAT = 4
-PACKAGES = ("pairvpr", "torch", "ray", "faiss-cpu", "faiss-gpu-cu12", "xformers", "numpy", "pyarrow", "pillow")
+PACKAGES = ("pairvpr", "torch", "ray", "faiss-cpu", "faiss-gpu", "xformers", "numpy", "pyarrow", "pillow")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +104,13 @@ def summary(content: dict[str, Any]) -> str:
         f"model {model['name']} ({model['precision']}, weights {model['weights_sha256'][:12]})"
     ]
     if model["untrained"]:
-        lines.append("The network is UNTRAINED (seeded random weights): these numbers show the machinery, nothing else.")
-    lines += ["", *(_recall_table(content) if content["recall"] else ["no ground truth: predictions without recall"])]
+        lines.append(
+            "The network is UNTRAINED (seeded random weights): these numbers show the machinery, nothing else."
+        )
+    lines += [
+        "",
+        *(_recall_table(content) if content["recall"] else ["no ground truth: predictions without recall"]),
+    ]
     seconds, kib = content["seconds_per_query"], content["kib_per_image"]
     lines += [
         "",
@@ -128,8 +133,10 @@ def _recall_table(content: dict[str, Any]) -> list[str]:
     for step, label in (("global", "global descriptor"), ("reranked", f"re-ranked, K = {num_candidates}")):
         cells = [recall[step].get(n) for n in recall["global"]]
         lines.append(f"{label:<20}" + "".join(f"{cell:>8.1f}" if cell is not None else f"{'-':>8}" for cell in cells))
-    lines.append(f"candidate ceiling: {content['candidate_ceiling']:.1f} % of the queries have a positive among their "
-                 f"{num_candidates} candidates")
+    lines.append(
+        f"candidate ceiling: {content['candidate_ceiling']:.1f} % of the queries have a positive among their "
+        f"{num_candidates} candidates"
+    )
     without = content["protocol"]["num_queries_without_positives"]
     if without:
         lines.append(f"{without} queries without a positive count as misses")

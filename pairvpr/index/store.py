@@ -13,6 +13,7 @@ The full description of the format is in `docs/formats.md`.
 from __future__ import annotations
 
 import io
+import itertools
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -72,10 +73,7 @@ class IndexManifest:
 def shard_ranges(num_images: int, num_shards: int) -> list[ShardRange]:
     """Equal contiguous cuts of the ids 0..num_images-1; the first ones may be empty if there are few photos."""
     cuts = [shard * num_images // num_shards for shard in range(num_shards + 1)]
-    return [
-        ShardRange(shard, first, stop - first)
-        for shard, (first, stop) in enumerate(zip(cuts, cuts[1:], strict=False))
-    ]
+    return [ShardRange(shard, first, stop - first) for shard, (first, stop) in enumerate(itertools.pairwise(cuts))]
 
 
 def shard_url(directory: str, shard: int, name: str) -> str:
@@ -97,7 +95,11 @@ def read_array(url: str) -> NDArray[Any]:
 
 
 def write_shard_description(
-    directory: str, shard: int, ids: NDArray[np.int64], descriptors: NDArray[np.float32], about: ShardDescription
+    directory: str,
+    shard: int,
+    ids: NDArray[np.int64],
+    descriptors: NDArray[np.float32],
+    about: ShardDescription,
 ) -> None:
     """Publish a described shard; its `described.json` comes last."""
     write_array(shard_url(directory, shard, "ids.npy"), ids)

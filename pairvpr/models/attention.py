@@ -32,7 +32,7 @@ def _xformers_operator(device: str, dtype: torch.dtype, head_width: int) -> Any:
     if device == "cpu":
         return None
     try:
-        from xformers.ops import memory_efficient_attention
+        from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]
 
         probe = torch.zeros(1, 16, 1, head_width, device=device, dtype=dtype, requires_grad=True)
         with torch.enable_grad():

@@ -24,7 +24,9 @@ CLASSIFIER_WIDTH = 512
 def normalise(pixels: Tensor) -> Tensor:
     """(B, S, S, 3) uint8 RGB -> (B, 3, S, S) float32, scaled to [0, 1], ImageNet mean and standard deviation."""
     images = pixels.permute(0, 3, 1, 2).to(torch.float32) / 255
-    mean, std = (torch.tensor(values, device=pixels.device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (
+        torch.tensor(values, device=pixels.device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
+    )
     return (images - mean) / std
 
 

@@ -30,7 +30,10 @@ def test_stage_two_outputs(name: str) -> None:
     with torch.no_grad():
         descriptors, dense = model.describe(torch.from_numpy(arrays["two/images"]))
         query = dense[:1].expand(4, -1, -1)
-        query_first, candidate_first = model.pair_logits(query, dense[1:]), model.pair_logits(dense[1:], query)
+        query_first, candidate_first = (
+            model.pair_logits(query, dense[1:]),
+            model.pair_logits(dense[1:], query),
+        )
         both = model.score_pairs(query, dense[1:])
     _assert_close(dense, arrays["two/dense"])
     _assert_close(descriptors, arrays["two/descriptors"])
@@ -82,9 +85,7 @@ MILLION_PARAMETERS = {"vitb": 201.9, "vitl": 420.0, "vitg": 1252.7}
 def test_full_size_keys(size: str, stage: str) -> None:
     shapes = json.loads((SHARED / "parity" / f"state_dict_{size}_stage_{stage}.json").read_text())
     image_size_px = 224 if stage == "one" else 322
-    config = ModelConfig(
-        name=size, image_size_px=image_size_px, encoder=SIZES[size], decoder=DecoderConfig()
-    )
+    config = ModelConfig(name=size, image_size_px=image_size_px, encoder=SIZES[size], decoder=DecoderConfig())
     with torch.device("meta"):
         model = PairVPR(config, pair_classifier_token=stage == "two")
         published = {name: torch.empty(shape) for name, shape in shapes.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,18 +21,16 @@ needs_shared = pytest.mark.skipif(
 )
 
 
-def parity_arrays(name: str) -> dict[str, NDArray[np.generic]]:
+def parity_arrays(name: str) -> dict[str, NDArray[Any]]:
     """All arrays of `parity/<name>.npz`."""
     with np.load(SHARED / "parity" / f"{name}.npz") as arrays:
         return dict(arrays)
 
 
-def weights_of(arrays: dict[str, NDArray[np.generic]], prefix: str) -> dict[str, torch.Tensor]:
+def weights_of(arrays: dict[str, NDArray[Any]], prefix: str) -> dict[str, torch.Tensor]:
     """The state dict below `prefix`."""
     return {
-        name.removeprefix(prefix): torch.from_numpy(array)
-        for name, array in arrays.items()
-        if name.startswith(prefix)
+        name.removeprefix(prefix): torch.from_numpy(array) for name, array in arrays.items() if name.startswith(prefix)
     }
 
 

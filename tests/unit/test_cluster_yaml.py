@@ -240,9 +240,7 @@ def test_lock_meets_every_direct_requirement(locked: dict[str, Version]) -> None
 
 
 def test_lock_meets_the_extras_of_ray(locked: dict[str, Version]) -> None:
-    assert locked["ray"] == Version(metadata.version("ray")), (
-        "tests and cluster run different versions of Ray"
-    )
+    assert locked["ray"] == Version(metadata.version("ray")), "tests and cluster run different versions of Ray"
     extras = next(r.extras for r in direct_requirements() if r.name == "ray")
     requirements = [
         requirement
