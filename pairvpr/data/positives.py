@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 
 
 def within_radius(
@@ -14,6 +14,6 @@ def within_radius(
 
     Both arrays are (n, 2), east and north in metres of one UTM zone. A photo exactly `radius_m` away counts.
     """
-    tree = cKDTree(database_utm_m)
+    tree = KDTree(database_utm_m)
     found = tree.query_ball_point(queries_utm_m, radius_m, return_sorted=True)
     return [np.asarray(ids, dtype=np.int64) for ids in found]

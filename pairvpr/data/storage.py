@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 
 from pairvpr.errors import UserError
 
@@ -50,7 +50,7 @@ def read_bytes(url: str) -> bytes:
     if is_local(url):
         return _local_path(url).read_bytes()
     filesystem, path = _remote(url)
-    return _retried(lambda: filesystem.cat_file(path))
+    return cast(bytes, _retried(lambda: filesystem.cat_file(path)))
 
 
 def read_json(url: str) -> Any:
@@ -92,7 +92,7 @@ def open_input(url: str) -> IO[bytes]:
     if is_local(url):
         return _local_path(url).open("rb")
     filesystem, path = _remote(url)
-    return _retried(lambda: filesystem.open(path, "rb"))
+    return cast(IO[bytes], _retried(lambda: filesystem.open(path, "rb")))
 
 
 def exists(url: str) -> bool:

@@ -189,7 +189,7 @@ def _parts(description: Description, tasks: Sequence[Sequence[int]], plan: Actor
         .map_batches(
             _Network,
             batch_size=None,
-            compute=ActorPoolStrategy(size=plan.num_actors),
+            compute=ActorPoolStrategy(size=min(plan.num_actors, len(tasks))),
             fn_constructor_kwargs={"source": source, "num_threads": config.num_threads_per_actor},
             num_cpus=plan.cpus_per_actor,
             num_gpus=plan.gpus_per_actor or None,

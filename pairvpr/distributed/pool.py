@@ -7,6 +7,7 @@ aside and named.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -149,6 +150,9 @@ class SupervisedPool(Generic[Unit]):
 
 
 def _reason(error: RayError) -> str:
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    lines = str(cause).strip().splitlines()
-    return f"{type(cause).__name__}: {lines[0] if lines else ''}"
+    """One line: the exception of a unit, or of an actor's start (Ray puts that last), or why an actor died."""
+    if isinstance(error, RayTaskError):
+        return f"{type(error.cause).__name__}: {error.cause}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    in_actor = lines and re.match(r"[\w.]*(Error|Exception)\b", lines[-1])
+    return lines[-1] if in_actor else f"{type(error).__name__}: {lines[0] if lines else ''}"

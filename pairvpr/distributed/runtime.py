@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+import psutil
 import ray
 import torch
 
@@ -17,6 +18,7 @@ from pairvpr.models.weights import Weights, build_model
 from pairvpr.retrieval.describe import Describer
 
 CPUS_OF_A_SMALL_TASK = 0.1
+SECONDS_TO_EXIT = 5.0
 
 
 @contextmanager
@@ -42,7 +44,18 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
         try:
             yield
         finally:
+            # Of a cluster that goes on nothing is our child.
+            children = psutil.Process().children(recursive=True)
             ray.shutdown()
+            _end(children)
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    """A Ray 2.60 worker can deadlock in its own exit handler (~Publisher), which would leave it for ever."""
+    _, alive = psutil.wait_procs(processes, timeout=SECONDS_TO_EXIT)
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 @dataclass(frozen=True)

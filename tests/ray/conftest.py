@@ -1,0 +1,41 @@
+"""Ray for the tests of this folder: each starts its own and shuts it down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pairvpr.config.schema import ClusterConfig
+from pairvpr.distributed.runtime import ray_session
+from tests.support.runs import arguments, draw_city, single_machine_predictions
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything here wants both cores."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.cluster)
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """A Ray in this process with four logical CPUs."""
+    with ray_session(ClusterConfig(num_cpus=4)):
+        yield
+
+
+@pytest.fixture(scope="session")
+def city(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A drawn city with copies and broken photos."""
+    folder = tmp_path_factory.mktemp("city")
+    draw_city(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def expected(city: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """predictions.parquet of the city from the pipeline without Ray."""
+    folder = tmp_path_factory.mktemp("expected")
+    return single_machine_predictions(arguments(city, folder / "unused"), folder / "predictions.parquet")

@@ -1,0 +1,94 @@
+"""However the work is cut and shared out, the predictions are those of one machine without Ray, byte for byte."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from pairvpr.config.compose import load, load_evaluations
+from pairvpr.config.schema import BuildIndexConfig, QueryConfig
+from pairvpr.distributed.evaluate import build, evaluate, query
+from pairvpr.index import store
+from tests.support.runs import arguments
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+@pytest.mark.parametrize(("num_shards", "num_actors"), [(1, 1), (1, 3), (2, 2), (5, 1), (5, 3)])
+def test_shards_and_actors(city: Path, expected: bytes, tmp_path: Path, num_shards: int, num_actors: int) -> None:
+    line = arguments(
+        city,
+        tmp_path / "out",
+        f"index.num_shards={num_shards}",
+        f"index.num_actors={num_actors}",
+        f"describe.num_actors={num_actors}",
+        f"rerank.num_actors={num_actors}",
+        f"rerank.cache_gib={0 if num_actors == 3 else 0.5}",
+    )
+    (content,) = evaluate(load_evaluations(line))
+    assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected
+    assert content == json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert content["rejected_images"] == {"database": 1, "queries": 1}
+    manifest = store.read_manifest(str(tmp_path / "out" / "index"))
+    assert manifest is not None
+    assert len(manifest.shards) == num_shards
+    assert sum(shard["count"] for shard in manifest.shards) == manifest.num_images
+    assert not (tmp_path / "out" / "index" / "parts").exists()
+
+
+def test_ties_and_rejects_are_in_the_test_data(expected: bytes, tmp_path: Path) -> None:
+    (tmp_path / "predictions.parquet").write_bytes(expected)
+    rows = pq.read_table(tmp_path / "predictions.parquet").to_pylist()
+    assert any(len(set(row["squared_distances"])) < len(row["squared_distances"]) for row in rows)
+    unanswered = [row for row in rows if not row["candidates"]]
+    assert [Path(row["query_path"]).name.endswith("@broken.jpg") for row in unanswered] == [True]
+    assert unanswered[0]["reranked"] == []
+    assert len(unanswered[0]["positives"]) > 0  # so it counts as a miss
+
+
+def test_index_then_query(city: Path, expected: bytes, tmp_path: Path) -> None:
+    """`build_index` and `query` alone give the candidates and scores of the whole job; no ground truth, no recall."""
+    shared = [word for word in arguments(city, "unused") if word.split(".")[0] in ("model", "describe", "model=tiny")]
+    index = build(
+        load(BuildIndexConfig, [f"database={city}/database", f"output={tmp_path}/index", "index.num_shards=3", *shared])
+    )
+    rest = [word for word in arguments(city, "unused") if word.split(".")[0] in ("rerank", "index")]
+    content = query(
+        load(QueryConfig, [f"index.path={index}", f"queries={city}/queries", f"output={tmp_path}/out", *shared, *rest])
+    )
+    assert content["recall"] is None
+    (tmp_path / "expected.parquet").write_bytes(expected)
+    whole, alone = (pq.read_table(tmp_path / name) for name in ("expected.parquet", "out/predictions.parquet"))
+    assert alone.drop(["positives"]).equals(whole.drop(["positives"]))
+    assert alone.column("positives").null_count == alone.num_rows
+
+
+def test_several_benchmarks_share_one_run(city: Path, expected: bytes, tmp_path: Path) -> None:
+    line = [word for word in arguments(city, tmp_path / "out") if word != "benchmark=folders"]
+    line += ["benchmarks=[folders,toy_city]", "benchmark.num_places=4"]
+    first, second = evaluate(load_evaluations(line))
+    assert (first["benchmark"], second["benchmark"]) == ("folders", "toy_city")
+    assert (tmp_path / "out" / "folders" / "predictions.parquet").read_bytes() == expected
+    assert pq.read_table(tmp_path / "out" / "toy_city" / "predictions.parquet").num_rows == 4
+
+
+def test_index_directory_is_readable_by_other_tools(city: Path, tmp_path: Path) -> None:
+    """The promises of docs/formats.md, read with numpy and pyarrow alone."""
+    evaluate(load_evaluations(arguments(city, tmp_path, "index.num_shards=3")))
+    images = pq.read_table(tmp_path / "index" / "images.parquet")
+    rejected = pq.read_table(tmp_path / "index" / "rejected.parquet").to_pylist()
+    assert images.column("image_id").to_pylist() == list(range(images.num_rows))
+    assert images.column("path").to_pylist() == sorted(images.column("path").to_pylist())
+    assert len(rejected) == 1
+    assert rejected[0]["path"].endswith("@broken.jpg")
+    assert rejected[0]["error"]
+    ids = np.concatenate([np.load(tmp_path / f"index/shards/{shard:05d}/ids.npy") for shard in range(3)])
+    rows = np.concatenate([np.load(tmp_path / f"index/shards/{shard:05d}/descriptors.npy") for shard in range(3)])
+    held = [row for row, path in enumerate(images.column("path").to_pylist()) if path != rejected[0]["path"]]
+    assert ids.tolist() == held
+    assert rows.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)

@@ -1,0 +1,93 @@
+"""kill -9 of the driver or of an actor, photos that vanish: no result is lost, doubled or invented."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.runs import arguments, descendants, run_job, start_job, wait_gone, wait_until
+
+MOMENTS = {
+    "while describing": "index/parts/*.npz",
+    "when the index is finished": "index/manifest.json",
+    "while re-ranking": "reranked/000001.parquet",
+}
+
+
+@pytest.mark.parametrize("moment", list(MOMENTS))
+def test_driver_killed_and_run_again(city: Path, expected: bytes, tmp_path: Path, moment: str) -> None:
+    line = arguments(city, tmp_path / "out", "index.num_shards=2", "rerank.num_actors=1")
+    driver = start_job("evaluate", line)
+    wait_until(lambda: any((tmp_path / "out").glob(MOMENTS[moment])), moment)
+    children = descendants(driver.pid)
+    driver.kill()
+    driver.communicate()
+    assert not (tmp_path / "out" / "predictions.parquet").exists()
+
+    survivors = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("reranked/*.parquet")}
+    again = run_job("evaluate", line)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected
+    assert all(file.stat().st_mtime_ns == written for file, written in survivors.items())  # not done twice
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+
+    third = run_job("evaluate", line)
+    assert third.returncode == 0, third.stderr
+    assert third.stderr.count("finished earlier, skipped") == 4, third.stderr
+    wait_gone(children)
+
+
+def test_reranking_actor_killed(city: Path, expected: bytes, tmp_path: Path) -> None:
+    line = arguments(city, tmp_path / "out", "rerank.num_actors=2", "rerank.queries_per_unit=1")
+    driver = start_job("evaluate", line)
+    wait_until(lambda: any((tmp_path / "out").glob("reranked/*.parquet")), "the first unit")
+    actors = [child for child in descendants(driver.pid) if "_RerankActor" in " ".join(_command(child))]
+    assert actors
+    actors[0].kill()
+    out, err = driver.communicate(timeout=300)
+    assert driver.returncode == 0, err
+    assert "an actor died" in err
+    assert "recall@N" in out
+    assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def test_unit_that_fails_three_times_is_named_and_the_rest_kept(city: Path, expected: bytes, tmp_path: Path) -> None:
+    own = tmp_path / "city"
+    shutil.copytree(city, own)
+    line = arguments(own, tmp_path / "out", "rerank.num_actors=1")
+    whole = run_job("evaluate", line)
+    assert whole.returncode == 0, whole.stderr
+    for name in ("predictions.parquet", "metrics.json", "reranked"):
+        target = tmp_path / "out" / name
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+    victim = sorted((own / "queries").iterdir())[2]
+    hidden = victim.rename(tmp_path / victim.name)
+    # The same list of photos, but one can't be read any more.
+    victim.write_bytes(b"")
+
+    broken = run_job("evaluate", line)
+    assert broken.returncode == 1
+    assert "Traceback" not in broken.stderr
+    assert victim.name in broken.stderr
+    failures = json.loads((tmp_path / "out" / "failed_units.json").read_text())
+    assert [victim.name in failure["queries"] for failure in failures] == [True]
+    kept = sorted(file.name for file in (tmp_path / "out" / "reranked").iterdir())
+    assert len(kept) == 5  # 12 readable queries, 2 in each unit, one unit failed
+    assert not (tmp_path / "out" / "predictions.parquet").exists()
+
+    hidden.replace(victim)
+    mended = run_job("evaluate", line)
+    assert mended.returncode == 0, mended.stderr
+    assert not (tmp_path / "out" / "failed_units.json").exists()
+    assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected

@@ -1,0 +1,69 @@
+"""The same line under `ray job submit`, against a cluster that the test starts itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.runs import ROOT, arguments, wait_gone, wait_until
+
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture
+def dashboard(ray_home: Path) -> Iterator[str]:
+    """The address that jobs are submitted to."""
+    port = _free_port()
+    options = [f"--port={_free_port()}", f"--dashboard-port={port}", "--num-cpus=3", f"--temp-dir={ray_home}"]
+    head = subprocess.Popen(
+        [RAY, "start", "--head", "--block", "--object-store-memory=200000000", *options],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    wait_until(lambda: _listens(port), "the cluster's start")
+    yield f"http://127.0.0.1:{port}"
+    processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
+    head.send_signal(signal.SIGTERM)
+    head.wait(timeout=60)
+    for process in processes[1:]:
+        if process.is_running():
+            process.terminate()
+    wait_gone(processes[1:])
+
+
+def test_job_submit(city: Path, expected: bytes, tmp_path: Path, dashboard: str) -> None:
+    line = arguments(city, tmp_path / "out", "index.num_shards=2", "rerank.num_actors=2")
+    submitted = subprocess.run(
+        [
+            *(RAY, "job", "submit", "--address", dashboard, "--working-dir", ".", "--"),
+            *(sys.executable, "-m", "ray_jobs.evaluate", *line),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"RAY_ADDRESS": ""},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert submitted.returncode == 0, submitted.stdout[-4000:] + submitted.stderr[-4000:]
+    assert "recall@N" in submitted.stdout
+    assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected

@@ -1,0 +1,100 @@
+"""Attention and position tables against their formulas written out."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from pairvpr.models.attention import attention
+from pairvpr.models.pair_vpr import PairVPR
+from pairvpr.models.pos_embed import resize_encoder_table, sine_cosine_2d
+from tests.support.small import small_model_config
+
+
+def naive_attention(
+    query: NDArray[np.float64], key: NDArray[np.float64], value: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    logits = np.einsum("blhe,bmhe->bhlm", query, key) / math.sqrt(query.shape[-1])
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.einsum("bhlm,bmhe->blhe", exponentials / exponentials.sum(axis=-1, keepdims=True), value)
+
+
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(1, 9), st.integers(1, 3), st.sampled_from([1, 4, 8])),
+    st.integers(0, 2**32 - 1),
+)
+def test_attention_is_a_softmax_of_scaled_products(shape: tuple[int, int, int, int, int], seed: int) -> None:
+    B, L, M, H, E = shape
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = (
+        3 * torch.randn(size, generator=generator, dtype=torch.float64)
+        for size in ((B, L, H, E), (B, M, H, E), (B, M, H, E))
+    )
+    expected = naive_attention(query.numpy(), key.numpy(), value.numpy())
+    np.testing.assert_allclose(attention(query, key, value).numpy(), expected, rtol=0, atol=1e-12)
+    single = attention(query.float(), key.float(), value.float())
+    assert single.shape == (B, L, H, E)
+    np.testing.assert_allclose(single.numpy(), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("embed_dim", "grid_size"), [(4, 1), (8, 3), (32, 7), (768, 23)])
+def test_the_sine_cosine_table_entry_by_entry(embed_dim: int, grid_size: int) -> None:
+    quarter = embed_dim // 4
+    expected = np.empty((grid_size**2, embed_dim))
+    for row in range(grid_size):
+        for column in range(grid_size):
+            for i in range(quarter):
+                frequency = 10000 ** (-i / (embed_dim / 4))
+                for half, position in ((0, column), (embed_dim // 2, row)):
+                    expected[row * grid_size + column, half + i] = math.sin(position * frequency)
+                    expected[row * grid_size + column, half + quarter + i] = math.cos(position * frequency)
+    table = sine_cosine_2d(embed_dim, grid_size)
+    assert table.dtype == torch.float32
+    np.testing.assert_allclose(table.numpy(), expected, rtol=0, atol=1e-7)
+
+
+def test_the_class_token_has_a_row_of_zeros() -> None:
+    model = PairVPR(small_model_config())
+    assert not model.dec_pos_embed_cls[0].any()
+    assert torch.equal(model.dec_pos_embed_cls[1:], model.dec_pos_embed)
+    assert torch.equal(model.dec_pos_embed, sine_cosine_2d(32, 2))
+
+
+def test_the_stored_grid_is_used_as_it_is() -> None:
+    table = torch.randn(1, 17, 6)
+    assert torch.equal(resize_encoder_table(table, 4, antialias=True, offset=0.1), table)
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize("grid_size", [2, 3, 7])
+def test_a_constant_table_stays_constant_and_keeps_its_class_row(grid_size: int, antialias: bool) -> None:
+    table = torch.cat([torch.full((1, 1, 6), 9.0), torch.full((1, 25, 6), 2.5)], dim=1)
+    for offset in (0.0, 0.1):
+        resized = resize_encoder_table(table, grid_size, antialias=antialias, offset=offset)
+        assert resized.shape == (1, 1 + grid_size**2, 6)
+        assert (resized[:, 0] == 9).all()
+        torch.testing.assert_close(resized[:, 1:], torch.full((1, grid_size**2, 6), 2.5))
+
+
+def test_a_table_is_resized_as_an_image_with_rows_first() -> None:
+    table = torch.randn(1, 26, 3, generator=torch.Generator().manual_seed(0))
+    image = torch.empty(1, 3, 5, 5)
+    for row in range(5):
+        for column in range(5):
+            image[0, :, row, column] = table[0, 1 + row * 5 + column]
+    given_size = F.interpolate(image, size=(3, 3), mode="bicubic")
+    given_factor = F.interpolate(image, scale_factor=3.1 / 5, mode="bicubic")
+    for offset, expected in ((0.0, given_size), (0.1, given_factor)):
+        resized = resize_encoder_table(table, 3, antialias=False, offset=offset)
+        for row in range(3):
+            for column in range(3):
+                torch.testing.assert_close(resized[0, 1 + row * 3 + column], expected[0, :, row, column])
+    sixteen_bits = resize_encoder_table(table.to(torch.bfloat16), 3, antialias=False, offset=0.0)
+    assert sixteen_bits.dtype == torch.bfloat16

@@ -1,0 +1,65 @@
+"""A directory belongs to the settings that made it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pairvpr.data.claim import check_claim, claim
+from pairvpr.errors import UserError
+
+SETTINGS: dict[str, Any] = {
+    "model": {"name": "tiny", "encoder": {"depth": 2, "ffn": "mlp"}, "weights_sha256": "ab"},
+    "index_num_shards": 3,
+    "radius_m": 25.0,
+    "positives": None,
+    "sizes": [1, 2],
+}
+
+
+def changed(**values: Any) -> dict[str, Any]:
+    return {**SETTINGS, **values}
+
+
+def test_an_unclaimed_directory_is_free(tmp_path: Path) -> None:
+    check_claim(str(tmp_path), SETTINGS, "output")
+    check_claim(str(tmp_path / "missing"), SETTINGS, "output")
+    (tmp_path / "file").touch()
+    check_claim(str(tmp_path / "file"), SETTINGS, "output")
+
+
+@pytest.mark.parametrize("kind", ["local", "memory"])
+def test_the_same_settings_pass_again(tmp_path: Path, kind: str) -> None:
+    directory = str(tmp_path / "run") if kind == "local" else f"memory://{tmp_path.name}/claim"
+    claim(directory, SETTINGS)
+    check_claim(directory, SETTINGS, "output")
+    check_claim(directory, dict(reversed(SETTINGS.items())), "output")
+    with pytest.raises(UserError):
+        check_claim(directory, changed(index_num_shards=4), "output")
+
+
+def test_every_difference_is_named_and_nothing_else(tmp_path: Path) -> None:
+    claim(str(tmp_path), SETTINGS)
+    other = changed(index_num_shards=4, model={"name": "tiny", "encoder": {"depth": 3, "ffn": "mlp"}}, seed=7)
+    with pytest.raises(UserError) as caught:
+        check_claim(str(tmp_path), other, "index.path")
+    assert str(caught.value) == (
+        f"index.path={tmp_path} was made by other settings: index_num_shards 3 there, 4 now; "
+        "model.encoder.depth 2 there, 3 now; model.weights_sha256 ab there, absent now; seed absent there, 7 now; "
+        "expected the same settings, or another directory"
+    )
+
+
+def test_a_second_claim_changes_nothing(tmp_path: Path) -> None:
+    claim(str(tmp_path), SETTINGS)
+    before = (tmp_path / "settings.json").read_bytes()
+    claim(str(tmp_path), changed(index_num_shards=4))
+    assert (tmp_path / "settings.json").read_bytes() == before
+
+
+def test_an_unreadable_claim_is_a_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text("{not json")
+    with pytest.raises(UserError, match=r"output=.*settings\.json is not readable"):
+        check_claim(str(tmp_path), SETTINGS, "output")

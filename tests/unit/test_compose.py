@@ -1,0 +1,277 @@
+"""The command line becomes the dataclasses of the schema; every mistake becomes one line that helps."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any, get_type_hints
+
+import pytest
+import torch
+
+from pairvpr.config import schema
+from pairvpr.config.compose import JOBS, help_text, load, load_evaluations
+from pairvpr.config.schema import BuildIndexConfig, EvaluateConfig, FoldersConfig, QueryConfig, ToyCityConfig
+from pairvpr.errors import UserError
+from pairvpr.models.pair_vpr import PairVPR
+
+TOY = ["benchmark=toy_city", "output=/out"]
+FOLDERS = ["benchmark.database=/d", "benchmark.queries=/q"]
+
+
+def evaluation(*arguments: str) -> EvaluateConfig:
+    return load(EvaluateConfig, [*TOY, *arguments])
+
+
+def mistake(*arguments: str) -> str:
+    """The message for arguments that are wrong: one line, without the libraries' inner words."""
+    with pytest.raises(UserError) as caught:
+        load_evaluations(arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert not re.search(r"object_type|full_key|Traceback|DictConfig object", message)
+    return message
+
+
+def test_defaults_are_those_of_the_schema_and_the_tiny_model() -> None:
+    config = evaluation()
+    assert config.output == "/out"
+    assert config.benchmark == ToyCityConfig(name="toy_city")
+    assert (config.describe, config.index, config.rerank, config.cluster) == (
+        schema.DescribeConfig(),
+        schema.IndexConfig(),
+        schema.RerankConfig(),
+        schema.ClusterConfig(),
+    )
+    assert (config.model.name, config.model.weights, config.model.image_size_px) == ("tiny", None, 98)
+    assert type(config.model.encoder.ffn) is schema.Ffn
+    assert type(config.model.precision) is schema.Precision
+
+
+def test_values_reach_their_fields_with_their_types() -> None:
+    config = evaluation(
+        "rerank.num_candidates=7",
+        "rerank.cache_gib=0",
+        "describe.num_actors=null",
+        "model.precision=bf16",
+        "model.encoder.ffn=swiglu",
+        "benchmark.radius_m=10",
+        "index.path=s3://bucket/index",
+        "output='a b=c'",
+        "model.weights=/w.pth",
+    )
+    assert config.rerank.num_candidates == 7
+    assert isinstance(config.rerank.cache_gib, float)
+    assert config.describe.num_actors is None
+    assert config.model.precision is schema.Precision.bf16
+    assert config.model.encoder.ffn is schema.Ffn.swiglu
+    assert isinstance(config.benchmark, ToyCityConfig)
+    assert config.benchmark.radius_m == 10.0
+    assert (config.index.path, config.output, config.model.weights) == ("s3://bucket/index", "a b=c", "/w.pth")
+
+
+def test_the_last_of_two_equal_keys_wins() -> None:
+    assert evaluation("rerank.batch_size=3", "rerank.batch_size=4").rerank.batch_size == 4
+
+
+@pytest.mark.parametrize(
+    ("argument", "parts"),
+    [
+        ("benchmark=toycity", ["benchmark=toycity: unknown", "did you mean toy_city?", "folders, toy_city"]),
+        ("model=vitx", ["model=vitx: unknown", "tiny, vitb, vitg, vitl, vits"]),
+        ("experiment=spede", ["experiment=spede: unknown", "did you mean speed?", "performance, speed"]),
+        ("model=null", ["model=", "tiny, vitb, vitg, vitl, vits"]),
+        ("~model", ["tiny, vitb, vitg, vitl, vits"]),
+        ("model={a:1}", ["tiny, vitb, vitg, vitl, vits"]),
+        ("rerank.num_candidats=3", ["unknown key rerank.num_candidats", "did you mean rerank.num_candidates?"]),
+        ("rerankk.batch_size=3", ["unknown key rerankk.batch_size", "did you mean rerank?", "describe, index"]),
+        ("model.encoder.dept=3", ["did you mean model.encoder.depth?", "model.encoder.num_heads"]),
+        ("benchmark.database=/d", ["unknown key benchmark.database", "benchmark.num_places"]),
+        ("rerank.batch_size.x=3", ["unknown key rerank.batch_size.x"]),
+        ("hydra.run.dir=x", ["unknown key hydra.run.dir"]),
+        ("+foo=1", ["unknown key foo", "output"]),
+        ("++rerank.foo=1", ["unknown key rerank.foo", "rerank.batch_size"]),
+        ("rerank=3", ["rerank is a section", "rerank.num_candidates=..."]),
+        ("~rerank.batch_size", ["rerank.batch_size"]),
+        ("model", ["'model'", "expected key=value"]),
+        ("output=a=b", ["'output=a=b'", "expected key=value"]),
+        ("rerank.batch_size=1,2", ["'rerank.batch_size=1,2'", "not a sweep", "key=[a,b]"]),
+        ("rerank.batch_size=abc", ["rerank.batch_size", "'abc'", "Integer"]),
+        ("rerank.batch_size=2.5", ["rerank.batch_size", "'2.5'"]),
+        ("rerank.batch_size=null", ["rerank.batch_size", "not Optional"]),
+        ("rerank.batch_size=true", ["rerank.batch_size"]),
+        ("model.precision=fp8", ["model.precision", "'fp8'", "fp32, bf16, fp16"]),
+        ("model.encoder.ffn=relu", ["model.encoder.ffn", "mlp, swiglu"]),
+        ("output=[a]", ["output"]),
+        ("output='???'", ["missing: output=..."]),
+        ("rerank.batch_size=0", ["rerank.batch_size=0: expected a number above 0"]),
+        ("rerank.cache_gib=-1", ["rerank.cache_gib=-1.0: expected 0 or more"]),
+        ("rerank.cache_gib=nan", ["rerank.cache_gib=nan"]),
+        ("index.num_shards=0", ["index.num_shards=0: expected a number above 0"]),
+        ("index.num_retrieved=-5", ["index.num_retrieved=-5"]),
+        ("describe.num_gpus_per_actor=-1", ["describe.num_gpus_per_actor=-1.0: expected 0 or more"]),
+        ("cluster.num_cpus=0", ["cluster.num_cpus=0"]),
+        ("benchmark.seed=-1", ["benchmark.seed=-1: expected 0 or more"]),
+        ("benchmark.radius_m=0", ["benchmark.radius_m=0.0"]),
+        ("model.image_size_px=100", ["model.image_size_px=100: expected a multiple of model.patch_size_px=14"]),
+        ("model.encoder.pretrain_image_size_px=99", ["model.encoder.pretrain_image_size_px=99"]),
+        ("model.encoder.num_heads=5", ["model.encoder.num_heads=5 does not divide model.encoder.embed_dim=96"]),
+        ("model.encoder.num_trainable_blocks=9", ["model.encoder.num_trainable_blocks=9: expected 0 to depth=4"]),
+        ("model.encoder.num_registers=-1", ["model.encoder.num_registers=-1: expected 0 or more"]),
+        ("model.decoder.num_heads=5", ["model.decoder.num_heads=5 does not divide"]),
+        ("model.decoder.embed_dim=90", ["model.decoder.embed_dim=90: expected a multiple of 4"]),
+        ("output=${nope}", ["nope"]),
+        ("benchmark.seed=${oc.env:NOT_SET_ANYWHERE}", ["NOT_SET_ANYWHERE"]),
+        ("model@encoder=vitb", ["model@encoder"]),
+        ("benchmark@benchmark=toy_city", ["benchmark"]),
+        ("~output", ["output"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_choices(argument: str, parts: list[str]) -> None:
+    message = mistake(*TOY, argument)
+    assert [part for part in parts if part not in message] == [], message
+
+
+def test_what_is_missing_is_named() -> None:
+    assert mistake("output=/out") == "missing: benchmark=... (one of folders, toy_city)"
+    assert mistake("benchmark=toy_city") == "missing: output=... (--help explains each key)"
+    assert "benchmark.database=..., benchmark.queries=..." in mistake("benchmark=folders", "output=/out")
+    with pytest.raises(UserError, match=r"missing: index\.path=\.\.\., output=\.\.\., queries=\.\.\."):
+        load(QueryConfig, [])
+    with pytest.raises(UserError, match=r"missing: database=\.\.\., output=\.\.\."):
+        load(BuildIndexConfig, ["model=vitb"])
+
+
+def test_two_sources_of_positives_are_one_too_many() -> None:
+    message = mistake("benchmark=folders", "output=/o", *FOLDERS, "benchmark.positives=/p.csv", "benchmark.radius_m=25")
+    assert "benchmark.positives and benchmark.radius_m are both set" in message
+
+
+def test_an_experiment_belongs_to_evaluate_alone() -> None:
+    with pytest.raises(UserError, match="unknown key experiment"):
+        load(BuildIndexConfig, ["database=/d", "output=/o", "experiment=speed"])
+
+
+@pytest.mark.parametrize(
+    ("experiment", "model", "num_candidates"), [("speed", "vitb", 100), ("performance", "vitg", 500)]
+)
+def test_experiments_set_what_they_say(experiment: str, model: str, num_candidates: int) -> None:
+    config = evaluation(f"experiment={experiment}")
+    plain = evaluation(f"model={model}")
+    assert asdict(config.model) == asdict(plain.model)
+    assert config.rerank.num_candidates == num_candidates
+    config.rerank.num_candidates = plain.rerank.num_candidates
+    assert asdict(config) == asdict(plain)
+
+
+def test_the_command_line_beats_an_experiment() -> None:
+    config = evaluation("experiment=performance", "rerank.num_candidates=7", "model=tiny")
+    assert (config.rerank.num_candidates, config.model.name) == (7, "tiny")
+
+
+def test_several_benchmarks_share_everything_but_their_own_keys() -> None:
+    both = load_evaluations(
+        [
+            "benchmarks=[toy_city,folders]",
+            "output=/o",
+            *FOLDERS,
+            "benchmark.seed=3",
+            "benchmark.radius_m=7",
+            "model=vits",
+        ]
+    )
+    assert [config.benchmark for config in both] == [
+        ToyCityConfig(name="toy_city", seed=3, radius_m=7.0),
+        FoldersConfig(name="folders", database="/d", queries="/q", radius_m=7.0),
+    ]
+    assert {(config.output, config.model.name) for config in both} == {("/o", "vits")}
+
+
+def test_one_benchmark_in_the_list_is_that_benchmark() -> None:
+    (config,) = load_evaluations(["benchmarks=[toy_city]", "output=/out"])
+    assert config.benchmark == evaluation().benchmark
+    assert load_evaluations(TOY) == [evaluation()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["benchmarks=[toy_city]", "benchmark=toy_city"], ["both given", "expected one of them"]),
+        (["benchmarks=toy_city"], ["expected a list of names such as [toy_city,folders]"]),
+        (["benchmarks=[]"], ["expected a list of names"]),
+        (["benchmarks=[1]"], ["expected a list of names"]),
+        (["benchmarks=null"], ["expected a list of names"]),
+        (["benchmarks=[toy_city,toy_city]"], ["two have the same name"]),
+        (["benchmarks=[toy_city,folders]", *FOLDERS, "benchmark.name=x"], ["two have the same name"]),
+        (["benchmarks=[toy_city,nope]"], ["benchmark=nope: unknown", "folders, toy_city"]),
+        (["benchmarks=[nope,toy_city]", "benchmark.seed=1"], ["benchmark=nope: unknown", "folders, toy_city"]),
+        (["benchmarks=[toy_city,nope]", "benchmark.seed=1"], ["benchmark=nope: unknown", "folders, toy_city"]),
+        (["benchmarks=[toy_city,folders]", "benchmark.sed=1"], ["did you mean benchmark.seed?"]),
+        (["benchmarks=[toy_city,folders]"], ["missing: benchmark.database=..., benchmark.queries=..."]),
+    ],
+)
+def test_mistakes_with_several_benchmarks(arguments: list[str], parts: list[str]) -> None:
+    message = mistake("output=/o", *arguments)
+    assert [part for part in parts if part not in message] == [], message
+
+
+def _leaves(config: type, prefix: str = "") -> list[str]:
+    hints = get_type_hints(config)
+    names: list[str] = []
+    for item in fields(config):
+        kind: Any = hints[item.name]
+        if not is_dataclass(kind):
+            names.append(prefix + item.name)
+        elif kind is not schema.BenchmarkConfig:
+            names += _leaves(kind, f"{prefix}{item.name}.")  # type: ignore[arg-type]
+    return names
+
+
+@pytest.mark.parametrize("job", list(JOBS))
+def test_help_explains_every_key(job: type) -> None:
+    lines = help_text(job).splitlines()
+    explained = {
+        line.split(" = ")[0].strip(): following.strip()
+        for line, following in itertools.pairwise(lines)
+        if re.match(r"  \S+ = ", line)
+    }
+    expected = set(_leaves(job))
+    if job is EvaluateConfig:
+        expected |= set(_leaves(FoldersConfig, "benchmark.")) | set(_leaves(ToyCityConfig, "benchmark."))
+    assert set(explained) == expected
+    assert [key for key, doc in explained.items() if not doc or " = " in doc.split(" ")[0]] == []
+    assert f"usage: python -m ray_jobs.{JOBS[job]} " in lines[0]
+    assert "  model=  one of tiny, vitb, vitg, vitl, vits" in lines
+    assert ("  benchmark=  one of folders, toy_city" in lines) == (job is EvaluateConfig)
+    assert "  output = (required)" in lines
+
+
+# Method, section 2: width, blocks, heads, SwiGLU, millions of parameters in all.
+SIZES = {
+    "vits": (384, 12, 6, False, None),
+    "vitb": (768, 12, 12, False, 201.9),
+    "vitl": (1024, 24, 16, False, 420.0),
+    "vitg": (1536, 40, 24, True, 1252.7),
+}
+
+
+@pytest.mark.parametrize("name", list(SIZES))
+def test_models_have_the_shapes_of_the_method(name: str) -> None:
+    model = load(BuildIndexConfig, ["database=/d", "output=/o", f"model={name}"]).model
+    encoder, decoder = model.encoder, model.decoder
+    embed_dim, depth, num_heads, swiglu, millions = SIZES[name]
+    assert (encoder.embed_dim, encoder.depth, encoder.num_heads) == (embed_dim, depth, num_heads)
+    assert encoder.ffn is (schema.Ffn.swiglu if swiglu else schema.Ffn.mlp)
+    assert (encoder.num_registers, encoder.pretrain_image_size_px, encoder.pos_embed_antialias) == (4, 518, True)
+    assert encoder.pos_embed_offset == 0
+    assert (decoder.embed_dim, decoder.depth, decoder.num_heads) == (768, 12, 12)
+    assert (model.name, model.image_size_px, model.patch_size_px, model.descriptor_dim) == (name, 322, 14, 512)
+    assert model.num_patches == 529
+    published = {"vitb": "B", "vitl": "L", "vitg": "G"}
+    expected = f"hf://CSIRORobotics/Pair-VPR/pairvpr-vit{published[name]}.pth" if name in published else None
+    assert model.weights == expected
+    if millions is not None:
+        with torch.device("meta"):
+            count = sum(parameter.numel() for parameter in PairVPR(model).parameters())
+        assert round(count / 1e6, 1) == millions

@@ -1,0 +1,151 @@
+"""Both steps on one machine: candidates equal brute force, and broken photos are no photos."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pairvpr.data.benchmarks import load_benchmark, prepare_benchmark
+from pairvpr.data.manifest import Benchmark, Manifest
+from pairvpr.errors import UserError
+from pairvpr.models.pair_vpr import PairVPR
+from pairvpr.retrieval import pipeline
+from pairvpr.retrieval.describe import Describer, load_batch, num_batches
+from tests.support.small import SMALL_CITY, small_evaluate_config, small_model
+
+BROKEN_QUERY, BROKEN_PHOTOS = 2, (0, 7, 17)
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """The pipeline sets torch's threads; other tests get theirs back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model() -> PairVPR:
+    """The small network, its weights shaken so that photos differ."""
+    network = small_model()
+    generator = torch.Generator().manual_seed(3)
+    for parameter in network.parameters():
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return network
+
+
+@pytest.fixture(scope="module")
+def city(tmp_path_factory: pytest.TempPathFactory) -> Benchmark:
+    """Six places; one query and three database photos are broken."""
+    output = str(tmp_path_factory.mktemp("city"))
+    prepare_benchmark(SMALL_CITY, output)
+    benchmark = load_benchmark(SMALL_CITY, output)
+    Path(benchmark.queries.url(BROKEN_QUERY)).write_text("not a photo")
+    for image_id, damage in zip(BROKEN_PHOTOS, ("truncate", "remove", "empty"), strict=True):
+        path = Path(benchmark.database.url(image_id))
+        path.write_bytes(path.read_bytes()[:500] if damage == "truncate" else b"")
+        if damage == "remove":
+            path.unlink()
+    return benchmark
+
+
+def test_candidates_equal_brute_force(city: Benchmark, model: PairVPR) -> None:
+    config = small_evaluate_config("unused", num_candidates=5, num_retrieved=10)
+    answers = pipeline.run(city, model, config)
+    describer = Describer(model)
+    database = pipeline.describe(city.database, describer, config)
+    queries = pipeline.describe(city.queries, describer, config)
+    assert [answer.query_id for answer in answers] == list(range(len(city.queries)))
+    for query_id, descriptor in zip(queries.ids, queries.descriptors, strict=True):
+        answer = answers[query_id]
+        distances = ((database.descriptors.astype(np.float64) - descriptor) ** 2).sum(axis=1)
+        order = np.argsort(distances, kind="stable")[:10]
+        assert (np.diff(distances[order]) > 1e-6).all()  # far enough apart for float32 to agree on the order
+        assert answer.candidates.tolist() == database.ids[order].tolist()
+        np.testing.assert_allclose(answer.squared_distances, distances[order], rtol=0, atol=1e-6)
+
+
+def test_reranking_sorts_the_first_candidates_by_the_plain_networks_scores(city: Benchmark, model: PairVPR) -> None:
+    config = small_evaluate_config("unused", num_candidates=5)
+    describer = Describer(model)
+
+    def dense(manifest: Manifest, image_id: int) -> torch.Tensor:
+        return describer.dense_features(load_batch(manifest, image_id, 1, 28).pixels[0])[None]
+
+    for answer in pipeline.run(city, model, config):
+        scores = {}
+        for image_id in answer.candidates[:5].tolist():
+            pair = dense(city.queries, answer.query_id), dense(city.database, image_id)
+            scores[image_id] = float(model.pair_logits(*pair) + model.pair_logits(*pair[::-1]))
+        assert answer.reranked.tolist() == sorted(scores, key=lambda image_id: -scores[image_id])
+        np.testing.assert_allclose(answer.pair_scores, sorted(scores.values(), reverse=True), rtol=0, atol=1e-5)
+
+
+def test_broken_photos_are_no_photos(city: Benchmark, model: PairVPR) -> None:
+    config = small_evaluate_config("unused", num_candidates=100, num_retrieved=50)
+    answers = pipeline.run(city, model, config)
+    readable = sorted(set(range(len(city.database))) - set(BROKEN_PHOTOS))
+    for answer in answers:
+        expected = [] if answer.query_id == BROKEN_QUERY else readable
+        assert sorted(answer.candidates.tolist()) == sorted(answer.reranked.tolist()) == expected
+        assert len(answer.squared_distances) == len(answer.pair_scores) == len(expected)
+    database = pipeline.describe(city.database, Describer(model), config)
+    assert database.ids.tolist() == readable
+    assert sorted(database.rejected) == list(BROKEN_PHOTOS)
+    assert "FileNotFoundError" in database.rejected[7]
+
+
+def test_a_broken_photo_changes_no_neighbour(city: Benchmark, model: PairVPR) -> None:
+    config = small_evaluate_config("unused")
+    before = pipeline.describe(city.queries, Describer(model), config)
+    whole = Path(city.queries.url(BROKEN_QUERY + 1)).read_bytes()
+    path = Path(city.queries.url(BROKEN_QUERY))
+    path.write_bytes(whole)
+    after = pipeline.describe(city.queries, Describer(model), config)
+    path.write_text("not a photo")
+    assert after.ids.tolist() == list(range(len(city.queries)))
+    np.testing.assert_array_equal(np.delete(after.descriptors, BROKEN_QUERY, axis=0), before.descriptors)
+    np.testing.assert_allclose(np.linalg.norm(after.descriptors, axis=1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("part", ["database", "queries"])
+def test_nothing_readable_gives_empty_answers(tmp_path: Path, city: Benchmark, model: PairVPR, part: str) -> None:
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_text("not a photo")
+    broken = Manifest.of(str(tmp_path), ["a.jpg", "b.jpg"])
+    benchmark = replace(city, **{part: broken})
+    answers = pipeline.run(benchmark, model, small_evaluate_config("unused"))
+    assert len(answers) == len(benchmark.queries)
+    assert all(len(answer.candidates) == len(answer.reranked) == 0 for answer in answers)
+
+
+def test_the_cache_and_the_units_change_no_bit(city: Benchmark, model: PairVPR) -> None:
+    results = []
+    for cache_gib, queries_per_unit in ((0.5, 2), (0.0, 1), (3e-6, 4)):
+        config = small_evaluate_config("unused")
+        config.rerank.cache_gib, config.rerank.queries_per_unit = cache_gib, queries_per_unit
+        answers = pipeline.run(city, model, config)
+        results.append([(answer.reranked.tobytes(), answer.pair_scores.tobytes()) for answer in answers])
+    assert results[0] == results[1] == results[2]
+
+
+def test_batches_are_cut_by_position(city: Benchmark) -> None:
+    assert [num_batches(num_images, 4) for num_images in (0, 1, 4, 5, 18)] == [0, 1, 1, 2, 5]
+    batch = load_batch(city.database, 4, 4, 28)
+    assert (batch.first_id, batch.pixels.shape, batch.pixels.dtype) == (16, (2, 28, 28, 3), np.uint8)
+    assert sorted(batch.rejected) == [17]
+    assert not batch.pixels[1].any()
+    ids, rows = batch.kept(np.array([[1.0], [2.0]], np.float32))
+    assert (ids.tolist(), rows.tolist()) == ([16], [[1.0]])
+
+
+def test_weights_that_are_not_finite_are_a_users_mistake() -> None:
+    network = small_model()
+    network.globalizer[0].bias.fill_(float("nan"))  # type: ignore[union-attr,operator]
+    with pytest.raises(UserError, match=r"descriptors of model small are not finite at model\.precision=fp32"):
+        Describer(network).descriptors(np.zeros((1, 28, 28, 3), np.uint8))

@@ -1,0 +1,202 @@
+"""What a run writes: predictions.parquet and metrics.json as the architecture's page has them."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pairvpr.data.manifest import Benchmark, Manifest
+from pairvpr.evaluation.predictions import predictions_table, write_predictions
+from pairvpr.evaluation.report import RunFacts, metrics, summary
+from pairvpr.retrieval.pipeline import Answer
+from tests.support.small import small_model_config
+
+FACTS = RunFacts(
+    weights_sha256="ab" * 32,
+    untrained=True,
+    num_candidates=5,
+    seconds_describe=8.0,
+    seconds_retrieve=0.4,
+    seconds_rerank=20.0,
+    num_rejected_database=1,
+    num_rejected_queries=1,
+)
+POSITIVES = [[7], [11, 3], [], [0]]
+# Query 0: its positive is first after re-ranking, sixth before. 1: second, then fourth. 2: no positive. 3: broken.
+CANDIDATES = [[1, 2, 3, 4, 5, 7, 8, 9, 10, 11], [0, 11, 2, 4, 5, 6, 7, 8, 9, 10], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], []]
+RERANKED = [[5, 4, 3, 2, 1], [5, 4, 2, 11, 0], [4, 3, 2, 1, 0], []]
+
+
+def answers() -> list[Answer]:
+    return [
+        Answer(
+            query_id,
+            np.array(candidates, np.int64),
+            np.linspace(0.25, 1, len(candidates), dtype=np.float32),
+            np.array(reranked, np.int64),
+            np.linspace(3, -1, len(reranked), dtype=np.float32),
+        )
+        for query_id, (candidates, reranked) in enumerate(zip(CANDIDATES, RERANKED, strict=True))
+    ]
+
+
+def benchmark(*, ground_truth: bool = True) -> Benchmark:
+    return Benchmark(
+        name="made_up",
+        database=Manifest.of("/d", [f"{number:02d}.jpg" for number in range(12)]),
+        queries=Manifest.of("/q", ["a.jpg", "b.jpg", "ç.jpg", "d.jpg"]),
+        positives=[np.array(ids, np.int64) for ids in POSITIVES] if ground_truth else None,
+        protocol={"positives": "radius" if ground_truth else "none", "radius_m": 25.0 if ground_truth else None},
+    )
+
+
+def test_predictions_have_the_columns_of_the_architecture(tmp_path: Path) -> None:
+    write_predictions(str(tmp_path / "predictions.parquet"), predictions_table(benchmark(), answers()))
+    table = pq.read_table(tmp_path / "predictions.parquet")
+    ids, numbers = pa.list_(pa.int64()), pa.list_(pa.float32())
+    assert [(field.name, field.type) for field in table.schema] == [
+        ("query_id", pa.int64()),
+        ("query_path", pa.string()),
+        ("candidates", ids),
+        ("squared_distances", numbers),
+        ("reranked", ids),
+        ("pair_scores", numbers),
+        ("positives", ids),
+    ]
+    assert table.column("query_id").to_pylist() == [0, 1, 2, 3]
+    assert table.column("query_path").to_pylist() == ["a.jpg", "b.jpg", "ç.jpg", "d.jpg"]
+    assert table.column("candidates").to_pylist() == CANDIDATES
+    assert table.column("reranked").to_pylist() == RERANKED
+    assert table.column("positives").to_pylist() == POSITIVES
+    assert table.column("squared_distances").to_pylist()[0][0] == 0.25
+    assert table.column("pair_scores").to_pylist()[1] == [3, 2, 1, 0, -1]
+    assert table.slice(3).to_pylist()[0] == {
+        "query_id": 3,
+        "query_path": "d.jpg",
+        "candidates": [],
+        "squared_distances": [],
+        "reranked": [],
+        "pair_scores": [],
+        "positives": [0],
+    }
+
+
+def test_without_ground_truth_positives_are_null(tmp_path: Path) -> None:
+    write_predictions(str(tmp_path / "p.parquet"), predictions_table(benchmark(ground_truth=False), answers()))
+    table = pq.read_table(tmp_path / "p.parquet")
+    assert table.column("positives").to_pylist() == [None] * 4
+    assert table.schema.field("positives").type == pa.list_(pa.int64())
+
+
+def test_equal_tables_give_equal_bytes(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_predictions(str(tmp_path / name), predictions_table(benchmark(), answers()))
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    other = answers()
+    other[0].pair_scores[0] += 1e-6
+    write_predictions(str(tmp_path / "two"), predictions_table(benchmark(), other))
+    assert (tmp_path / "one").read_bytes() != (tmp_path / "two").read_bytes()
+
+
+def test_metrics_have_the_keys_of_the_architecture_and_numbers_counted_by_hand() -> None:
+    content = json.loads(json.dumps(metrics(benchmark(), answers(), small_model_config(), FACTS), allow_nan=False))
+    architecture = {
+        "benchmark",
+        "protocol",
+        "model",
+        "recall",
+        "candidate_ceiling",
+        "seconds_per_query",
+        "kib_per_image",
+        "rejected_images",
+        "versions",
+    }
+    assert architecture <= set(content)
+    assert content["benchmark"] == "made_up"
+    assert content["recall"] == {"global": {"1": 0.0, "5": 25.0, "10": 50.0}, "reranked": {"1": 0.0, "5": 25.0}}
+    with_positives = content["recall_of_queries_with_positives"]
+    assert with_positives["global"] == pytest.approx({"1": 0, "5": 100 / 3, "10": 200 / 3})
+    assert with_positives["reranked"] == pytest.approx({"1": 0, "5": 100 / 3})
+    assert content["candidate_ceiling"] == 25.0
+    assert content["num_candidates"] == 5
+    assert content["seconds_per_query"] == pytest.approx({"describe": 2, "retrieve": 0.1, "rerank": 5})
+    assert content["kib_per_image"] == {"descriptor": 16 * 4 / 1024, "dense": 4 * 32 * 4 / 1024}
+    assert content["rejected_images"] == {"database": 1, "queries": 1}
+
+
+def test_metrics_name_the_test_and_the_model() -> None:
+    content = metrics(benchmark(), answers(), small_model_config(), FACTS)
+    protocol, model = content["protocol"], content["model"]
+    counts = ("num_queries", "num_queries_with_positives", "num_queries_without_positives", "num_database")
+    assert [protocol[name] for name in counts] == [4, 3, 1, 12]
+    assert (protocol["positives"], protocol["radius_m"]) == ("radius", 25.0)
+    assert protocol["database_paths_sha256"] == benchmark().database.paths_sha256
+    assert protocol["queries_paths_sha256"] == benchmark().queries.paths_sha256
+    assert "miss" in protocol["queries_without_positives"]
+    assert model == {"name": "small", "weights_sha256": "ab" * 32, "untrained": True, "precision": "fp32"}
+    assert content["versions"]["python"] == platform.python_version()
+    assert {"pairvpr", "torch", "ray", "numpy"} <= set(content["versions"])
+
+
+def test_more_candidates_than_there_are() -> None:
+    """K = 500 of 12 photos: N is reported up to K, and whoever is not found stays a miss."""
+    facts = replace(FACTS, num_candidates=500)
+    content = metrics(benchmark(), answers(), small_model_config(), facts)
+    assert list(content["recall"]["global"]) == ["1", "5", "10"]
+    assert list(content["recall"]["reranked"]) == ["1", "5", "10", "15", "20", "50", "100", "250", "500"]
+    assert content["recall"]["reranked"]["500"] == 25.0
+    assert content["candidate_ceiling"] == 50.0
+    assert "nan" not in summary(content)
+
+
+def test_without_ground_truth_there_is_no_recall() -> None:
+    content = metrics(benchmark(ground_truth=False), answers(), small_model_config(), FACTS)
+    assert content["recall"] is content["recall_of_queries_with_positives"] is content["candidate_ceiling"] is None
+    assert "no ground truth: predictions without recall" in summary(content)
+    json.dumps(content, allow_nan=False)
+
+
+def test_when_no_query_has_a_positive() -> None:
+    empty = benchmark()
+    assert empty.positives is not None
+    empty.positives[:] = [np.empty(0, np.int64)] * 4
+    content = metrics(empty, answers(), small_model_config(), FACTS)
+    assert content["recall"]["global"]["1"] == 0.0
+    assert content["recall_of_queries_with_positives"] is None
+    json.dumps(content, allow_nan=False)
+
+
+def test_when_no_query_can_be_read() -> None:
+    nothing = np.empty(0, np.int64), np.empty(0, np.float32)
+    broken = [Answer(query_id, *nothing, *nothing) for query_id in range(4)]
+    content = metrics(benchmark(), broken, small_model_config(), FACTS)
+    assert content["candidate_ceiling"] == 0.0
+    assert set(content["recall"]["reranked"].values()) == {0.0}
+    assert all(not math.isnan(value) for value in content["recall"]["reranked"].values())
+    assert isinstance(summary(content), str)
+
+
+def test_the_summary_shows_the_numbers() -> None:
+    text = summary(metrics(benchmark(), answers(), small_model_config(), FACTS))
+    lines = text.splitlines()
+    table = {line[:20].strip(): line[20:].split() for line in lines if line[:20].strip() and len(line) > 20}
+    assert table["recall@N (%)"] == ["1", "5", "10"]
+    assert table["global descriptor"] == ["0.0", "25.0", "50.0"]
+    assert table["re-ranked, K = 5"] == ["0.0", "25.0", "-"]
+    for part in (
+        "made_up: 4 queries, 12 database photos, model small (fp32, weights abababababab)",
+        "UNTRAINED",
+        "candidate ceiling: 25.0 %",
+        "1 queries without a positive count as misses",
+        "describe 2.0000   retrieve 0.1000   re-rank 5.0000",
+        "database 1   queries 1",
+    ):
+        assert part in text
