@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from pairvpr.config.compose import help_text
+from pairvpr.distributed.quiet import filtered_stderr
 from pairvpr.errors import IncompleteRunError, UserError
 
 
@@ -16,7 +17,8 @@ def run(job: type, work: Callable[[Sequence[str]], object]) -> int:
         print(help_text(job))
         return 0
     try:
-        work(arguments)
+        with filtered_stderr():
+            work(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -193,7 +193,7 @@ class DescribeConfig:
     num_actors: int | None = None
     """Scheduling: model actors; null = one for each GPU, or one for every two CPUs."""
     num_gpus_per_actor: float | None = None
-    """Scheduling: GPUs of one actor; null = 1 where the cluster has GPUs, else 0."""
+    """GPUs of one actor, 0 = its CPU threads; null = 1 where the cluster has GPUs. A GPU rounds unlike a CPU."""
     memory_gib: float = 1.0
     """Scheduling: object-store memory for decoded photos in flight, whatever the number of photos."""
 
@@ -268,7 +268,7 @@ class RerankConfig:
     num_actors: int | None = None
     """Scheduling: re-ranking actors; null = one for each GPU, or one for every two CPUs."""
     num_gpus_per_actor: float | None = None
-    """Scheduling: GPUs of one actor; null = 1 where the cluster has GPUs, else 0."""
+    """GPUs of one actor, 0 = its CPU threads; null = 1 where the cluster has GPUs. A GPU rounds unlike a CPU."""
     cache_gib: float = 0.5
     """Scheduling: dense features that an actor keeps from unit to unit, 0 = none."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from pairvpr.data import storage
@@ -32,11 +34,26 @@ def check_claim(directory: str, settings: Mapping[str, Any], key: str) -> None:
         )
 
 
-def claim(directory: str, settings: Mapping[str, Any]) -> None:
-    """Write the settings into a directory that has none yet."""
+def claim(directory: str, settings: Mapping[str, Any], key: str) -> None:
+    """Write the settings into a directory that has none yet; raises as `check_claim` where it has others by now."""
     url = storage.join(directory, FILE)
-    if not storage.exists(url):
+    if storage.exists(url):
+        check_claim(directory, settings, key)
+    else:
         storage.write_json(url, settings)
+
+
+def check_writable(directory: str, key: str) -> None:
+    """Raise `UserError`, naming the setting `key`, where a local directory can't be made or written. Writes nothing."""
+    if not storage.is_local(directory):
+        return
+    nearest = Path(directory.removeprefix("file://"))
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise UserError(f"{key}={directory}: {nearest} is a file; expected a directory")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{key}={directory}: {nearest} can't be written; expected a directory of yours")
 
 
 def _flat(value: object, prefix: str) -> Iterator[tuple[str, object]]:

@@ -3,7 +3,7 @@
     batches still to do -> decode (CPU tasks) -> network (actor pool) -> part files -> driver commits shards
 
 A batch is cut from the manifest by position. Its part file has a name and a content that depend on settings and
-ids alone, so a part that exists is right, whoever wrote it and when; retries and resumes rewrite equal bytes.
+ids alone (the seconds it took aside), so a part that exists is right, whoever wrote it and when.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ import ray
 import ray.data
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
+from ray.exceptions import RayError
 from ray.util.annotations import RayDeprecationWarning
 
 from pairvpr.config.schema import DescribeConfig
@@ -29,6 +31,7 @@ from pairvpr.data import storage
 from pairvpr.data.manifest import Manifest
 from pairvpr.distributed.progress import Progress, say
 from pairvpr.distributed.runtime import CPUS_OF_A_SMALL_TASK, ActorPlan, ModelSource, plan_actors
+from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.index import store
 from pairvpr.retrieval.describe import PhotoBatch, load_batch, num_batches
 
@@ -37,6 +40,7 @@ Rows = Any
 BYTES_PER_TASK = 32 << 20
 MAX_BATCHES_PER_TASK = 8
 MAX_TRIES = 3
+PARTS_READ_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -72,34 +76,66 @@ def part_name(batch: int) -> str:
 
 
 def describe(description: Description, label: str) -> None:
-    """Describe every photo; finished shards and batches are skipped, and a finished description wholly."""
+    """Describe every photo; finished shards and batches are skipped, and a finished description wholly.
+
+    Raises `IncompleteRunError` where Ray gives up on a batch, `UserError` where no photo at all can be read.
+    """
+    manifest, parts = description.manifest, storage.join(description.directory, "parts")
     if store.read_description(description.directory) is not None:
         say(f"describe {label}: finished earlier, skipped")
+        storage.remove_tree(parts)
         return
-    manifest = description.manifest
     manifest.write(storage.join(description.directory, "images.parquet"))
     shards = store.shard_ranges(len(manifest), description.num_shards)
-    open_shards = [
-        shard for shard in shards if store.read_shard_description(description.directory, shard.shard) is None
-    ]
-    wanted = sorted({batch for shard in open_shards for batch in description.batches_of(shard)})
-    existing = set(storage.list_files(storage.join(description.directory, "parts")))
-    done = {batch for batch in wanted if part_name(batch) in existing}
-    pending = [batch for batch in wanted if batch not in done]
+    commits = _Commits(description, shards)
+    existing = set(storage.list_files(parts))
+    pending = []
+    for batch in sorted(commits.shards_of):
+        if part_name(batch) in existing:
+            commits.batch_is_done(batch)
+        else:
+            pending.append(batch)
 
     photos_left = sum(len(_ids_of(description, batch)) for batch in pending)
     progress = Progress(f"describe {label}", len(manifest), "photos", already_done=len(manifest) - photos_left)
-    commits = _commit_finished(description, open_shards, done)
-    for batch in _finished_batches(description, pending):
-        done.add(batch)
-        progress.add(len(_ids_of(description, batch)))
-        commits += _commit_finished(description, open_shards, done)
-    ray.get(commits)
-    assert not open_shards, f"shards {open_shards} were never completed"
+    try:
+        for batch in _finished_batches(description, pending):
+            commits.batch_is_done(batch)
+            progress.add(len(_ids_of(description, batch)))
+        ray.get(commits.refs)
+    except Exception as error:
+        raise _as_error_for_people(error, f"describe {label}", progress) from error
     described = [store.read_shard_description(description.directory, shard.shard) for shard in shards]
-    store.finish_description(description.directory, manifest, [about for about in described if about is not None])
-    storage.remove_tree(storage.join(description.directory, "parts"))
+    finished = [about for about in described if about is not None]
+    assert len(finished) == len(shards), "a shard was never completed"
+    if label == "database" and sum(about.num_rows for about in finished) == 0:
+        raise UserError(
+            f"{manifest.root}: none of the {len(manifest)} photos can be read, the first because of "
+            f"{finished[0].rejected.get(0)}; delete {description.directory} to try again"
+        )
+    store.finish_description(description.directory, manifest, finished)
+    storage.remove_tree(parts)
     progress.finish()
+
+
+def _as_error_for_people(error: BaseException, step: str, progress: Progress) -> Exception:
+    """The `UserError` that an actor raised, if that is behind it; else what is lost and what is kept, in a line."""
+    cause: BaseException | None = error
+    while cause is not None:
+        inner = getattr(cause, "cause", None)
+        for found in (cause, inner):
+            if isinstance(found, UserError):
+                return UserError(str(found))
+        cause = cause.__cause__
+    if not isinstance(error, RayError):
+        assert isinstance(error, Exception)
+        return error
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return IncompleteRunError(
+        f"{step}: {progress.total - progress.done:,} of {progress.total:,} photos are not described, because Ray gave "
+        f"up on a batch: {type(error).__name__}: {lines[-1] if lines else ''}. What is finished is kept: the same line "
+        "again does the rest"
+    )
 
 
 def _ids_of(description: Description, batch: int) -> range:
@@ -107,22 +143,39 @@ def _ids_of(description: Description, batch: int) -> range:
     return range(batch * size, min((batch + 1) * size, len(description.manifest)))
 
 
-def _commit_finished(
-    description: Description, open_shards: list[store.ShardRange], done: set[int]
-) -> list[ray.ObjectRef[None]]:
-    """Start to commit, and take off the list, every open shard whose batches are all done."""
-    complete = [shard for shard in open_shards if all(batch in done for batch in description.batches_of(shard))]
-    for shard in complete:
-        open_shards.remove(shard)
-    return [
-        _commit_shard.options(num_cpus=CPUS_OF_A_SMALL_TASK).remote(
-            description.directory,
-            shard,
-            [description.part_url(batch) for batch in description.batches_of(shard)],
-            description.source.config.descriptor_dim,
-        )
-        for shard in complete
-    ]
+class _Commits:
+    """Starts to commit a shard as soon as the last of its batches is done.
+
+    `shards_of` holds, for each batch that is needed, the unfinished shards it belongs to.
+    """
+
+    def __init__(self, description: Description, shards: Sequence[store.ShardRange]) -> None:
+        self.description = description
+        self.refs: list[ray.ObjectRef[None]] = []
+        self.shards_of: dict[int, list[store.ShardRange]] = {}
+        self._batches_left: dict[int, int] = {}
+        for shard in shards:
+            if store.read_shard_description(description.directory, shard.shard) is not None:
+                continue
+            batches = description.batches_of(shard)
+            self._batches_left[shard.shard] = len(batches)
+            for batch in batches:
+                self.shards_of.setdefault(batch, []).append(shard)
+            if not batches:
+                self._commit(shard)
+
+    def batch_is_done(self, batch: int) -> None:
+        """Its part is on storage."""
+        for shard in self.shards_of[batch]:
+            self._batches_left[shard.shard] -= 1
+            if not self._batches_left[shard.shard]:
+                self._commit(shard)
+
+    def _commit(self, shard: store.ShardRange) -> None:
+        description = self.description
+        commit = _commit_shard.options(num_cpus=CPUS_OF_A_SMALL_TASK)
+        urls = [description.part_url(batch) for batch in description.batches_of(shard)]
+        self.refs.append(commit.remote(description.directory, shard, urls, description.source.config.descriptor_dim))
 
 
 @ray.remote(max_retries=MAX_TRIES, retry_exceptions=True)
@@ -131,8 +184,10 @@ def _commit_shard(directory: str, shard: store.ShardRange, part_urls: Sequence[s
     ids, rows = [np.empty(0, np.int64)], [np.empty((0, descriptor_dim), np.float32)]
     rejected: dict[int, str] = {}
     seconds = 0.0
-    for url in part_urls:
-        with np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False) as part:
+    with ThreadPoolExecutor(PARTS_READ_AT_ONCE) as pool:
+        read = pool.map(storage.read_bytes, part_urls)
+    for data in read:
+        with np.load(io.BytesIO(data), allow_pickle=False) as part:
             inside = (part["ids"] >= shard.first_id) & (part["ids"] < shard.stop_id)
             ids.append(part["ids"][inside])
             rows.append(part["descriptors"][inside])
@@ -184,11 +239,12 @@ def _parts(description: Description, tasks: Sequence[Sequence[int]], plan: Actor
         size_px=source.config.image_size_px,
     )
     return (
-        ray.data.range(len(tasks), override_num_blocks=len(tasks))
+        # `range` would be an operator of its own that wants a whole CPU; on a node with one the job would hang.
+        ray.data.from_items([{"id": task} for task in range(len(tasks))], override_num_blocks=len(tasks))
         .map_batches(decode, batch_size=None, num_cpus=plan.cpus_per_task, max_retries=MAX_TRIES)
         .map_batches(
             _Network,
-            batch_size=None,
+            batch_size=1,  # a row is a batch of photos
             compute=ActorPoolStrategy(size=min(plan.num_actors, len(tasks))),
             fn_constructor_kwargs={"source": source, "num_threads": config.num_threads_per_actor},
             num_cpus=plan.cpus_per_actor,

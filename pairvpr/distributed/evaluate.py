@@ -21,7 +21,7 @@ from pairvpr.config.schema import (
 )
 from pairvpr.data import storage
 from pairvpr.data.benchmarks import load_benchmark, prepare_benchmark
-from pairvpr.data.claim import check_claim, claim
+from pairvpr.data.claim import check_claim, check_writable, claim
 from pairvpr.data.manifest import Benchmark, Manifest, folder_manifest
 from pairvpr.distributed.describe import Description, describe
 from pairvpr.distributed.index import Candidates, build_index, retrieve
@@ -104,14 +104,26 @@ def prepare(configs: Sequence[EvaluateConfig]) -> list[Run]:
     outputs = [storage.absolute(config.output) for config in configs]
     if len(configs) > 1:
         outputs = [storage.join(output, config.benchmark.name) for output, config in zip(outputs, configs, strict=True)]
+    indices = [
+        storage.absolute(config.index.path or storage.join(output, "index"))
+        for config, output in zip(configs, outputs, strict=True)
+    ]
+    for output, index in zip(outputs, indices, strict=True):
+        check_writable(output, "output")
+        check_writable(index, "index.path")
+        if index in (output, storage.join(output, "queries")):
+            raise UserError(f"index.path={index}: the run writes other files there; expected a directory of its own")
     benchmarks = [load_benchmark(config.benchmark, output) for config, output in zip(configs, outputs, strict=True)]
     weights = load_weights(configs[0].model)
     runs = []
-    for config, benchmark, output in zip(configs, benchmarks, outputs, strict=True):
-        index = storage.absolute(config.index.path or storage.join(output, "index"))
+    for config, benchmark, output, index in zip(configs, benchmarks, outputs, indices, strict=True):
         run = Run(config=config, benchmark=benchmark, weights=weights, index=index, output=output)
         check_claim(output, run.settings(), "output")
         check_claim(index, run.index_settings(), "index.path")
+        if any(other.index == index and other.index_settings() != run.index_settings() for other in runs):
+            raise UserError(
+                f"index.path={index}: these benchmarks have different databases; expected an index for each"
+            )
         runs.append(run)
     return runs
 
@@ -120,10 +132,10 @@ def evaluate(configs: Sequence[EvaluateConfig]) -> list[dict[str, Any]]:
     """Run one benchmark or several; prints a table for each and returns the contents of their metrics.json."""
     runs = prepare(configs)
     announce(configs[0].model, runs[0].weights)
-    for run in runs:
-        claim(run.output, run.settings())
-        prepare_benchmark(run.config.benchmark, run.output)
     with ray_session(configs[0].cluster):
+        for run in runs:
+            claim(run.output, run.settings(), "output")
+            prepare_benchmark(run.config.benchmark, run.output)
         source = ModelSource(configs[0].model, ray.put(runs[0].weights))
         reports = []
         for run in runs:
@@ -148,13 +160,8 @@ def make_index(
     settings: dict[str, Any],
 ) -> None:
     """Describe the database and build its index; what is finished is kept."""
-    claim(directory, settings)
+    claim(directory, settings, "index.path")
     describe(Description(database, directory, num_shards, source, config), "database")
-    about = store.read_description(directory)
-    if about is not None and about["num_rejected"] == about["num_images"]:
-        raise UserError(
-            f"{database.root}: none of the {len(database)} photos can be read; see {directory}/rejected.parquet"
-        )
     model = {"name": settings["model"]["name"], "weights_sha256": settings["model"]["weights_sha256"]}
     build_index(directory, database, num_shards, model, source.config.descriptor_dim)
 
@@ -166,11 +173,14 @@ def answer(run: Run, source: ModelSource) -> dict[str, Any]:
     describe(Description(benchmark.queries, queries, 1, source, config.describe), "queries")
     num_kept = max(config.rerank.num_candidates, config.index.num_retrieved)
     found = retrieve(run.index, queries, num_kept, config.index, storage.join(run.output, "candidates.parquet"))
-    num_candidates = found.ids.shape[1] if len(found.ids) else len(benchmark.database)
-    num_candidates = min(config.rerank.num_candidates, num_candidates)
+    index_about, queries_about = store.read_description(run.index), store.read_description(queries)
+    assert index_about is not None
+    assert queries_about is not None
+    num_readable = index_about["num_images"] - index_about["num_rejected"]
+    num_candidates = min(config.rerank.num_candidates, num_readable)
     if num_candidates < config.rerank.num_candidates:
         say(
-            f"rerank.num_candidates={config.rerank.num_candidates}: the database has {num_candidates} readable photos, "
+            f"rerank.num_candidates={config.rerank.num_candidates}: the database has {num_readable} readable photos, "
             "all of them are re-ranked"
         )
     units = work_units(_first_candidates(found, num_candidates), config.rerank.queries_per_unit)
@@ -178,9 +188,6 @@ def answer(run: Run, source: ModelSource) -> dict[str, Any]:
 
     final = answers(len(benchmark.queries), found.query_ids, found.squared_distances, found.ids, scored.by_query)
     write_predictions(storage.join(run.output, "predictions.parquet"), predictions_table(benchmark, final))
-    index_about, queries_about = store.read_description(run.index), store.read_description(queries)
-    assert index_about is not None
-    assert queries_about is not None
     facts = RunFacts(
         weights_sha256=run.weights.sha256,
         untrained=run.weights.untrained,
@@ -208,6 +215,7 @@ def build(config: BuildIndexConfig) -> str:
     database = folder_manifest(config.database, "database")
     weights = load_weights(config.model)
     directory = storage.absolute(config.output)
+    check_writable(directory, "output")
     num_shards = config.index.num_shards or _default_num_shards(len(database))
     settings = index_settings(database, num_shards, config.model, weights, config.describe)
     check_claim(directory, settings, "output")
@@ -257,8 +265,9 @@ def query(config: QueryConfig) -> dict[str, Any]:
         index=index,
         output=storage.absolute(config.output),
     )
+    check_writable(run.output, "output")
     check_claim(run.output, run.settings(), "output")
     announce(config.model, weights)
-    claim(run.output, run.settings())
+    claim(run.output, run.settings(), "output")
     with ray_session(config.cluster):
         return answer(run, ModelSource(config.model, ray.put(weights)))

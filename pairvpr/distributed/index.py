@@ -18,11 +18,11 @@ from pairvpr.data import storage
 from pairvpr.data.manifest import Manifest
 from pairvpr.distributed.pool import PoolActor, SupervisedPool
 from pairvpr.distributed.progress import Progress, say
-from pairvpr.distributed.runtime import CPUS_OF_A_SMALL_TASK
+from pairvpr.distributed.runtime import smallest_node_cpus
 from pairvpr.errors import IncompleteRunError
 from pairvpr.index import build, store
 from pairvpr.index.merge import Found, merge_top_k
-from pairvpr.index.search import Shard, load_shard, search
+from pairvpr.index.search import load_shard, search
 
 
 def build_index(directory: str, images: Manifest, num_shards: int, model: dict[str, str], descriptor_dim: int) -> None:
@@ -31,7 +31,7 @@ def build_index(directory: str, images: Manifest, num_shards: int, model: dict[s
         say("index: finished earlier, skipped")
         return
     progress = Progress("index", num_shards, "shards")
-    refs = [_build_shard.remote(directory, shard) for shard in range(num_shards)]
+    refs = [_build_shard.options(num_cpus=cpus_of_a_shard()).remote(directory, shard) for shard in range(num_shards)]
     shards = []
     for ref in refs:
         shards.append(ray.get(ref))
@@ -49,9 +49,14 @@ def build_index(directory: str, images: Manifest, num_shards: int, model: dict[s
     progress.finish()
 
 
-@ray.remote(num_cpus=CPUS_OF_A_SMALL_TASK, max_retries=3, retry_exceptions=True)
+@ray.remote(max_retries=3, retry_exceptions=True)
 def _build_shard(directory: str, shard: int) -> dict[str, Any]:
     return build.build_shard(directory, shard)
+
+
+def cpus_of_a_shard() -> float:
+    """A whole CPU where a node has one: it bounds how many shards are in a node's memory at once."""
+    return min(1.0, smallest_node_cpus())
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ def retrieve(index: str, queries: str, k: int, config: SearchConfig, url: str) -
         seconds.append(answer[1])
         progress.add(1)
 
-    make_actor = _ShardActor.options(num_cpus=CPUS_OF_A_SMALL_TASK).remote
+    make_actor = _ShardActor.options(num_cpus=cpus_of_a_shard()).remote
     with SupervisedPool[int](lambda: make_actor(*search_args), num_actors, "retrieve") as pool:
         failed = pool.run({shard: shard for shard in range(len(manifest.shards))}, merge)
     if failed:
@@ -97,7 +102,7 @@ def retrieve(index: str, queries: str, k: int, config: SearchConfig, url: str) -
 
 @ray.remote
 class _ShardActor(PoolActor):
-    """Holds the shard it searched last; a unit is a shard's number, its answer the best of that shard."""
+    """Searches one shard at a time; a unit is a shard's number, its answer the best of that shard."""
 
     def __init__(
         self,
@@ -115,12 +120,9 @@ class _ShardActor(PoolActor):
 
     def run(self, unit: int) -> tuple[Found, float]:
         started_s = time.perf_counter()
-        shard = self._load(unit)
+        shard = load_shard(self.index, unit, self.manifest.shards[unit]["sha256"])
         found = search(shard, self.queries, self.k, num_threads=self.num_threads)
         return found, time.perf_counter() - started_s
-
-    def _load(self, shard: int) -> Shard:
-        return load_shard(self.index, shard, self.manifest.shards[shard]["sha256"]["index.faiss"])
 
 
 def _write_candidates(url: str, candidates: Candidates) -> None:

@@ -8,8 +8,9 @@ aside and named.
 from __future__ import annotations
 
 import re
-from collections import Counter, deque
-from collections.abc import Callable, Mapping
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -22,6 +23,8 @@ from pairvpr.errors import IncompleteRunError
 Unit = TypeVar("Unit")
 
 MAX_TRIES = 3
+MAX_TRIES_WITH_NODES = 10
+SECONDS_TO_NOTICE_A_DEAD_NODE = 20.0
 UNITS_IN_FLIGHT = 2
 WAIT_S = 5.0
 SECONDS_BEFORE_COMPLAINT = 30.0
@@ -78,7 +81,7 @@ class SupervisedPool(Generic[Unit]):
         the death of its actor while it ran, unless the actor's whole node went away.
         """
         queue = deque(units)
-        tries: Counter[int] = Counter()
+        failures: dict[int, list[str | None]] = {}
         failed: dict[int, str] = {}
         while queue or any(member.in_flight for member in self._members):
             self._send(units, queue)
@@ -90,12 +93,11 @@ class SupervisedPool(Generic[Unit]):
                 try:
                     result = ray.get(ref)
                 except RayError as error:
-                    innocent = self._failed(member, error, queue)
-                    tries[key] += 0 if innocent else 1
-                    if tries[key] < MAX_TRIES:
-                        queue.appendleft(key)
-                    else:
+                    failures.setdefault(key, []).append(self._failed(member, error, queue))
+                    if _is_hopeless(failures[key]):
                         failed[key] = _reason(error)
+                    else:
+                        queue.appendleft(key)
                 else:
                     member.in_flight.popleft()
                     on_done(key, result)
@@ -122,31 +124,52 @@ class SupervisedPool(Generic[Unit]):
         return [awaited[ref] for ref in answered]
 
     def _start(self, member: _Member) -> None:
+        """Note where an actor lives. One that can't start is tried again, then left out while others work."""
         try:
             member.node_id = ray.get(member.ready)
             self._failed_starts = 0
         except RayError as error:
             self._failed_starts += 1
-            if self._failed_starts >= MAX_TRIES * len(self._members):
+            if self._failed_starts < MAX_TRIES * len(self._members):
+                self._replace(member)
+            elif any(other.node_id for other in self._members):
+                say(f"{self._what}: goes on with an actor less, one can't start: {_reason(error)}")
+                self._members.remove(member)
+            else:
                 raise IncompleteRunError(f"{self._what}: no actor can start: {_reason(error)}") from error
-            self._replace(member)
 
-    def _failed(self, member: _Member, error: RayError, queue: deque[int]) -> bool:
-        """Take the failed unit off its actor; a dead actor is replaced. True if the unit is not to blame."""
+    def _failed(self, member: _Member, error: RayError, queue: deque[int]) -> str | None:
+        """Take the failed unit off its actor; a dead actor is replaced. Returns the node it died on, if it died."""
         member.in_flight.popleft()
         if isinstance(error, RayTaskError):
-            return False
+            return None
         queue.extendleft(key for _, key in reversed(member.in_flight))
-        alive_nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        innocent = member.node_id not in alive_nodes
-        say(f"{self._what}: an actor died{' with its node' if innocent else ''}; its unit is done again elsewhere")
+        say(f"{self._what}: an actor died; its unit is done again elsewhere")
         self._replace(member)
-        return innocent
+        return member.node_id
 
     def _replace(self, member: _Member) -> None:
         # An actor that can't be reached may still be alive, and would go on working beside its replacement.
         ray.kill(member.actor)
         self._members[self._members.index(member)] = self._new_member()
+
+
+def _is_hopeless(failures: Sequence[str | None]) -> bool:
+    """Whether a unit failed `MAX_TRIES` times by its own fault, or far too often.
+
+    `failures` has None for an exception, else the node that its actor died on. A death is not the unit's fault if the
+    whole node went, which Ray notices some seconds later: the last word is waited for.
+    """
+    if len(failures) >= MAX_TRIES_WITH_NODES:
+        return True
+    deadline_s = time.monotonic() + SECONDS_TO_NOTICE_A_DEAD_NODE
+    while True:
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        if sum(node is None or node in alive for node in failures) < MAX_TRIES:
+            return False
+        if failures[-1] is None or time.monotonic() > deadline_s:
+            return True
+        time.sleep(0.5)
 
 
 def _reason(error: RayError) -> str:

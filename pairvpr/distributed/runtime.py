@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -13,12 +14,13 @@ import ray
 import torch
 
 from pairvpr.config.schema import ClusterConfig, DescribeConfig, ModelConfig, RerankConfig
-from pairvpr.distributed.quiet import filtered_stderr
+from pairvpr.errors import UserError
 from pairvpr.models.weights import Weights, build_model
 from pairvpr.retrieval.describe import Describer
 
 CPUS_OF_A_SMALL_TASK = 0.1
 SECONDS_TO_EXIT = 5.0
+SECONDS_TO_CONNECT = 5.0
 
 
 @contextmanager
@@ -34,20 +36,31 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     address = config.address or os.environ.get("RAY_ADDRESS")
-    with filtered_stderr():
-        if address:
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-        else:
-            ray.init(
-                num_cpus=config.num_cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False
-            )
-        try:
-            yield
-        finally:
-            # Of a cluster that goes on nothing is our child.
-            children = psutil.Process().children(recursive=True)
-            ray.shutdown()
-            _end(children)
+    if address:
+        _check_reachable(address)
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    else:
+        ray.init(num_cpus=config.num_cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    try:
+        yield
+    finally:
+        # Of a cluster that goes on nothing is our child.
+        children = psutil.Process().children(recursive=True)
+        ray.shutdown()
+        _end(children)
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=SECONDS_TO_CONNECT).close()
+    except OSError as error:
+        raise UserError(
+            f"cluster.address={address}: nothing answers there ({error}); expected a running cluster"
+        ) from error
 
 
 def _end(processes: list[psutil.Process]) -> None:
@@ -72,10 +85,16 @@ class ActorPlan:
 def plan_actors(config: DescribeConfig | RerankConfig) -> ActorPlan:
     """Share out the cluster: actors take at most half of the CPUs, so that tasks always find some.
 
-    A cluster that scales up from nothing shows no CPUs yet: actors then ask for what they would like.
+    A cluster that scales up from nothing shows no CPUs yet: then the number of actors must be given.
     """
     resources = ray.cluster_resources()
     cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    if not cpus and (config.num_actors is None or config.num_gpus_per_actor is None):
+        section = "describe" if isinstance(config, DescribeConfig) else "rerank"
+        raise UserError(
+            f"the cluster has no CPUs yet, it scales up when asked: give {section}.num_actors and "
+            f"{section}.num_gpus_per_actor"
+        )
     gpus_per_actor = config.num_gpus_per_actor
     if gpus_per_actor is None:
         gpus_per_actor = 1.0 if gpus else 0.0
@@ -86,9 +105,14 @@ def plan_actors(config: DescribeConfig | RerankConfig) -> ActorPlan:
     wanted_cpus = 1.0 if gpus_per_actor else float(config.num_threads_per_actor)
     if not cpus:
         return ActorPlan(num_actors, wanted_cpus, gpus_per_actor, 1.0)
-    cpus_per_actor = _rounded_down(min(wanted_cpus, cpus / 2 / num_actors))
-    left = cpus - num_actors * cpus_per_actor - CPUS_OF_A_SMALL_TASK
-    return ActorPlan(num_actors, cpus_per_actor, gpus_per_actor, _rounded_down(min(1.0, left)))
+    smallest = smallest_node_cpus()
+    cpus_per_actor = min(wanted_cpus, smallest / 2, cpus / 2 / num_actors)
+    return ActorPlan(num_actors, _rounded_down(cpus_per_actor), gpus_per_actor, _rounded_down(min(1.0, smallest / 4)))
+
+
+def smallest_node_cpus() -> float:
+    """CPUs of the smallest node that has any; 1 while there is none."""
+    return min((cpus for node in ray.nodes() if node["Alive"] and (cpus := node["Resources"].get("CPU"))), default=1.0)
 
 
 def _rounded_down(cpus: float) -> float:
@@ -106,5 +130,6 @@ class ModelSource:
     def describer(self, num_threads: int) -> Describer:
         """The network on this actor's GPU if it has one, else on its CPU threads."""
         torch.set_num_threads(num_threads)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        has_gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
+        device = torch.device("cuda" if has_gpu else "cpu")
         return Describer(build_model(self.config, ray.get(self.weights), device))

@@ -121,8 +121,8 @@ def summary(content: dict[str, Any]) -> str:
     rejected = content["rejected_images"]
     if any(rejected.values()):
         lines.append(
-            f"rejected photos     database {rejected['database']}   queries {rejected['queries']}   "
-            "(reasons in rejected.parquet)"
+            f"rejected photos     database {rejected['database']}   queries {rejected['queries']} (unanswered)   "
+            "reasons: index/rejected.parquet, queries/rejected.parquet"
         )
     return "\n".join(lines)
 

@@ -5,9 +5,10 @@ Q queries, G descriptor width, k results.
 
 from __future__ import annotations
 
-import tempfile
+import hashlib
+import io
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import faiss
@@ -20,6 +21,7 @@ from pairvpr.index import store
 from pairvpr.index.merge import Found, merge_top_k
 
 QUERIES_PER_CALL = 256
+NEVER = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -37,27 +39,34 @@ def flat_index(descriptors: NDArray[np.float32]) -> Any:
     return index
 
 
-def load_shard(directory: str, shard: int, expected_sha256: str) -> Shard:
-    """A shard of an index directory. Raises `UserError`, naming the file, where its bytes have changed."""
-    url = store.shard_url(directory, shard, "index.faiss")
-    if storage.sha256(url) != expected_sha256:
+def load_shard(directory: str, shard: int, expected_sha256: Mapping[str, str]) -> Shard:
+    """A shard of an index directory. Raises `UserError`, naming the file, where its bytes have changed.
+
+    `expected_sha256` is the manifest's row, by file name.
+    """
+    index, ids = (
+        _checked_bytes(store.shard_url(directory, shard, name), expected_sha256[name])
+        for name in ("index.faiss", "ids.npy")
+    )
+    return Shard(faiss.deserialize_index(np.frombuffer(index, np.uint8)), np.load(io.BytesIO(ids), allow_pickle=False))
+
+
+def _checked_bytes(url: str, expected_sha256: str) -> bytes:
+    data = storage.read_bytes(url)
+    if hashlib.sha256(data).hexdigest() != expected_sha256:
         raise UserError(f"{url} is damaged: its sha256 is not the manifest's; build the index again")
-    ids = np.asarray(store.read_array(store.shard_url(directory, shard, "ids.npy")))
-    if storage.is_local(url):
-        return Shard(faiss.read_index(url.removeprefix("file://")), ids)
-    with tempfile.TemporaryDirectory(prefix="pairvpr-") as folder:
-        local = Path(folder) / "index.faiss"
-        local.write_bytes(storage.read_bytes(url))
-        return Shard(faiss.read_index(str(local)), ids)
+    return data
 
 
 def search(shard: Shard, queries: NDArray[np.float32], k: int, *, num_threads: int) -> Found:
     """The k nearest rows of each query (Q, G), or all rows if there are fewer; equal distances by id.
 
-    Queries go through faiss in blocks of `QUERIES_PER_CALL`, cut by position, so that distances are rounded the
-    same way whatever the shard.
+    Every distance is computed by itself, so it is rounded the same way wherever its row lies. faiss would switch
+    to BLAS for many queries, whose rounding depends on a row's place in a block: copies of a photo then differ by a
+    step of float32, and so do the answers of differently cut shards.
     """
     faiss.omp_set_num_threads(num_threads)
+    faiss.cvar.distance_compute_blas_threshold = NEVER
     blocks = [
         _search_block(shard, np.ascontiguousarray(queries[first : first + QUERIES_PER_CALL]), k)
         for first in range(0, len(queries), QUERIES_PER_CALL)

@@ -85,4 +85,4 @@ class Describer:
         One photo for each forward pass: its features then depend on no neighbour, wherever they are computed.
         """
         _, dense = self.model.describe(normalise(torch.from_numpy(pixels).to(self.device).unsqueeze(0)))
-        return dense[0]
+        return dense[0].clone()  # alone: a view would keep the class token and the registers alive

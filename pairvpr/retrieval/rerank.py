@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pairvpr.errors import UserError
 from pairvpr.models.pair_vpr import PairVPR
 
 
@@ -119,7 +120,13 @@ class Reranker:
         for first in range(0, len(candidates), self.batch_size):
             batch = torch.stack(list(candidates[first : first + self.batch_size]))
             scores.append(self.model.score_pairs(query.expand_as(batch), batch).cpu().numpy())
-        return np.concatenate(scores)
+        found = np.concatenate(scores)
+        if not np.isfinite(found).all():
+            raise UserError(
+                f"pair scores are not finite at model.precision={self.model.config.precision}; expected sound weights, "
+                "and fp32 or bf16, which can't overflow"
+            )
+        return found
 
 
 def _sorted(query_id: int, candidates: Sequence[int], scores: NDArray[np.float32]) -> Reranked:
