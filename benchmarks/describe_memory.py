@@ -44,7 +44,17 @@ WHAT = "describe_memory"
 SECONDS_BETWEEN_SAMPLES = 0.2
 NUM_THREADS = 2
 ROLES = ("driver", "network actor", "decode and write workers", "Ray's own")
-OWN_ACTORS = ("ray::_StatsActor", "ray::AutoscalingRequester", "ray::SplitCoordinator", "ray::DatasetStats")
+RAYS_OWN = tuple(
+    f"ray::{name}"
+    for name in (
+        "_StatsActor",
+        "_AutoscalingCoordinatorActor",
+        "ActorLocationTracker",
+        "RuntimeEnvAgent",
+        "DashboardAgent",
+    )
+)
+"""Titles of Ray's processes that look like workers and do none of our work."""
 MIB = 2**20
 
 
@@ -115,39 +125,117 @@ class Sampler:
             self._actors.add(process.pid)
         if process.pid in self._actors:
             return "network actor"
-        is_worker = title.startswith("ray::") and not title.startswith(OWN_ACTORS)
+        is_worker = title.startswith("ray::") and not title.startswith(RAYS_OWN)
         return "decode and write workers" if is_worker else "Ray's own"
 
 
-def describe_here(photos: Path, num_photos: int, batch_size: int, num_cpus: int) -> None:
-    """The work of the fresh process. Says `start` and `end` on standard output around `describe`."""
+def describe_here(photos: Path, marks: Path, num_photos: int, batch_size: int, num_cpus: int) -> None:
+    """The work of the fresh process. The files `start` and `end` appear in `marks` around `describe`."""
     config = shared.job_config("tiny", batch_size, NUM_THREADS)
     weights = load_weights(config.model)
     with ray_session(ClusterConfig(num_cpus=num_cpus)), tempfile.TemporaryDirectory() as directory:
         source = ModelSource(config.model, ray.put(weights))
         manifest = shared.first_photos(photos, num_photos)
-        print("start", flush=True)
+        (marks / "start").touch()
         describe(Description(manifest, directory, 1, source, config.describe), f"{num_photos:,}")
-        print("end", flush=True)
+        (marks / "end").touch()
 
 
 def measure(photos: Path, num_photos: int, batch_size: int, num_cpus: int) -> Run:
     """Describe in a fresh process, and sample it from the start of `describe` to its end."""
-    command = [sys.executable, "-m", f"benchmarks.{WHAT}", "--child", str(photos)]
-    command += ["--images", str(num_photos), "--batch", str(batch_size), "--cpus", str(num_cpus)]
     run = Run(num_photos)
-    with tempfile.TemporaryFile("w+") as said:
-        child = subprocess.Popen(command, stdout=said)
+    with tempfile.TemporaryDirectory() as folder:
+        marks = Path(folder)
+        command = [sys.executable, "-m", f"benchmarks.{WHAT}", "--child", str(photos), str(marks)]
+        command += ["--images", str(num_photos), "--batch", str(batch_size), "--cpus", str(num_cpus)]
+        child = subprocess.Popen(command, stdout=sys.stderr)
         sampler = Sampler(psutil.Process(child.pid))
         started_s = None
         while child.poll() is None:
-            said_lines = Path(f"/proc/self/fd/{said.fileno()}").read_text().split()
-            if started_s is None and "start" in said_lines:
+            if started_s is None and (marks / "start").exists():
                 started_s = time.perf_counter()
-            if started_s is not None and "end" not in said_lines:
+            if started_s is not None and not (marks / "end").exists():
                 sampler.sample(run)
                 run.seconds = time.perf_counter() - started_s
             time.sleep(SECONDS_BETWEEN_SAMPLES)
     if child.returncode:
         raise SystemExit(f"describing {num_photos:,} photos failed with status {child.returncode}")
     return run
+
+
+def peaks_table(runs: list[Run], name: str) -> str:
+    """Peaks of `resident` or `unshared` by role, MiB, and the last run less the first."""
+    header = ["role", *(f"processes, {run.num_photos:,}" for run in runs)]
+    header += [f"largest, {run.num_photos:,}" for run in runs] + ["difference"]
+    header += [f"together, {run.num_photos:,}" for run in runs] + ["difference"]
+    rows = []
+    for role in ROLES:
+        peaks: list[Peaks] = [getattr(run, name) for run in runs]
+        largest = [peak.largest[role] / MIB for peak in peaks]
+        together = [peak.together[role] / MIB for peak in peaks]
+        row = [role, *(f"{peak.num_processes[role]}" for peak in peaks)]
+        for sizes in (largest, together):
+            row += [f"{size:,.0f}" for size in sizes] + [f"{sizes[-1] - sizes[0]:+,.0f}"]
+        rows.append(row)
+    return shared.markdown_table(header, rows)
+
+
+def growth_mib(runs: list[Run]) -> float:
+    """How much more the last run's largest process of a role took than the first's, not counting shared pages."""
+    return max((runs[-1].unshared.largest[role] - runs[0].unshared.largest[role]) / MIB for role in ROLES)
+
+
+def report(runs: list[Run], batch_size: int, allowance_mib: float, load_at_start: float) -> str:
+    """All tables as Markdown."""
+    growth = growth_mib(runs)
+    lengths = ", ".join(f"{run.num_photos:,} in {run.seconds:.0f} s ({run.num_samples} samples)" for run in runs)
+    return f"""# Describe: memory and the number of photos
+
+Peaks of resident memory in MiB by role while photos are described (tiny network, batches of {batch_size}, JPEG photos
+of {shared.WIDTH_PX} x {shared.HEIGHT_PX}), read every {SECONDS_BETWEEN_SAMPLES} s. `largest`: the largest process of
+the role. `together`: all its processes at one time, shared pages counted in each of them.
+
+Photos: {lengths}.
+
+{peaks_table(runs, "resident")}
+
+The same without pages that are shared with other processes:
+
+{peaks_table(runs, "unshared")}
+
+Largest growth of a role's largest process, without shared pages: {growth:+,.0f} MiB, which is
+{"within" if growth <= allowance_mib else "MORE THAN"} the {allowance_mib:,.0f} MiB allowed for noise.
+
+{shared.circumstances(WHAT, load_at_start)}"""
+
+
+def main() -> int:
+    """Each number of photos, one report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, nargs="+", default=[1000, 10000], help="numbers of photos (1000 10000)")
+    parser.add_argument("--batch", type=int, default=32, help="photos of a batch (32)")
+    parser.add_argument("--distinct", type=int, default=300, help="photos drawn; more are hard links to them (300)")
+    parser.add_argument("--cpus", type=int, default=2, help="CPUs that Ray may plan with (2)")
+    parser.add_argument("--allowance-mib", type=float, default=64.0, help="growth of a process that is noise (64)")
+    parser.add_argument("--child", type=Path, nargs=2, metavar=("PHOTOS", "MARKS"), help=argparse.SUPPRESS)
+    shared.add_report_option(parser, WHAT)
+    options = parser.parse_args()
+    if options.child:
+        photos, marks = options.child
+        describe_here(photos, marks, options.images[0], options.batch, options.cpus)
+        return 0
+    if min(options.images) < 1:
+        parser.error("expected numbers of photos above 0")
+    load_at_start = os.getloadavg()[0]
+    os.environ.pop("RAY_ADDRESS", None)  # only processes of this machine can be sampled
+    with tempfile.TemporaryDirectory() as folder:
+        photos = Path(folder)
+        say("drawing the photos")
+        shared.draw_photos(photos, max(options.images), options.distinct)
+        runs = [measure(photos, number, options.batch, options.cpus) for number in sorted(options.images)]
+    shared.publish(WHAT, report(runs, options.batch, options.allowance_mib, load_at_start), options.report)
+    return int(growth_mib(runs) > options.allowance_mib)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

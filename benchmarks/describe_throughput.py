@@ -190,8 +190,7 @@ def summary_rows(rounds: Rounds) -> list[list[str]]:
     rows = []
     for name in RATES:
         ours_rate, baseline_rate = (
-            statistics.median(timing.rate(name) for timing in timings)
-            for timings in (rounds.ours, rounds.baseline)
+            statistics.median(timing.rate(name) for timing in timings) for timings in (rounds.ours, rounds.baseline)
         )
         ratio = ours_rate / baseline_rate
         rows.append(

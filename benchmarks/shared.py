@@ -94,7 +94,7 @@ def publish(what: str, text: str, report: str | None) -> None:
 def circumstances(module: str, load_at_start: float) -> str:
     """Table of command, date, machine and versions."""
     rows = [
-        ("command", f"`python -m benchmarks.{module} {shlex.join(sys.argv[1:])}`".replace(" `", "`")),
+        ("command", f"`{shlex.join(['python', '-m', f'benchmarks.{module}', *sys.argv[1:]])}`"),
         ("date", datetime.date.today().isoformat()),
         ("CPU", f"{_cpu_model()}, {num_cores()} cores"),
         ("memory", f"{psutil.virtual_memory().total / 2**30:.0f} GiB"),

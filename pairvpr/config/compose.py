@@ -46,15 +46,15 @@ def load(job: type[T], arguments: Sequence[str]) -> T:
     with _hydra():
         overrides = _parse(arguments)
         _check_choices(job, overrides)
-        _check_keys(job, overrides)
         try:
+            _check_keys(job, overrides)
             config = compose(JOBS[job], [override.input_line or "" for override in overrides])
+            missing = sorted(OmegaConf.missing_keys(config))
+            if missing:
+                raise UserError(f"missing: {', '.join(f'{key}=...' for key in missing)} (--help explains each key)")
+            return cast(T, OmegaConf.to_object(config))
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(_one_line(error)) from error
-        missing = sorted(OmegaConf.missing_keys(config))
-        if missing:
-            raise UserError(f"missing: {', '.join(f'{key}=...' for key in missing)} (--help explains each key)")
-        return cast(T, OmegaConf.to_object(config))
 
 
 def load_evaluations(arguments: Sequence[str]) -> list[schema.EvaluateConfig]:
@@ -72,9 +72,10 @@ def load_evaluations(arguments: Sequence[str]) -> list[schema.EvaluateConfig]:
         raise UserError("benchmark=... and benchmarks=[...] are both given: expected one of them")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"benchmarks={names}: expected a list of names such as [toy_city,folders]")
-    configs = []
     for name in names:
         _check_choice("benchmark", name, sorted(BENCHMARKS))
+    configs = []
+    for name in names:
         kept = [
             override.input_line or ""
             for override in overrides
@@ -136,7 +137,10 @@ def _parse(arguments: Sequence[str]) -> list[Override]:
         try:
             parsed += parser.parse_overrides([argument])
         except HydraException as error:
-            raise UserError(f"can't read the argument {argument!r}: expected key=value") from error
+            key, equals, value = argument.partition("=")
+            quoted = f'{key}="{value}"'
+            hint = f"; quote a value with special characters like {quoted!r}" if equals else ""
+            raise UserError(f"can't read the argument {argument!r}: expected key=value{hint}") from error
         if parsed[-1].is_sweep_override():
             raise UserError(f"{argument!r}: expected one value, not a sweep; write a list as key=[a,b]")
     return parsed
@@ -161,8 +165,14 @@ def _check_choices(job: type, overrides: Sequence[Override]) -> None:
     groups = _groups(job)
     given = {override.key_or_group for override in overrides}
     for override in overrides:
-        if override.key_or_group in groups:
-            _check_choice(override.key_or_group, override.value(), _choices(override.key_or_group))
+        key = override.key_or_group
+        if override.is_delete() or override.package is not None:
+            choices = (
+                f"one of {', '.join(_choices(key))}" if key in groups else "a key can be set, never moved or removed"
+            )
+            raise UserError(f"{override.input_line}: expected {key}=... ({choices})")
+        if key in groups:
+            _check_choice(key, override.value(), _choices(key))
     if "benchmark" in groups and "benchmark" not in given:
         raise UserError(f"missing: benchmark=... (one of {', '.join(_choices('benchmark'))})")
 

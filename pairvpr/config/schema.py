@@ -6,6 +6,7 @@ Settings marked *scheduling* decide where and when work runs and never change a 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -35,7 +36,15 @@ def _require(condition: bool, message: str) -> None:
 def _require_positive(config: object, prefix: str, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(value is None or value > 0, f"{prefix}.{name}={value}: expected a number above 0")
+        _require(
+            value is None or 0 < value < math.inf, f"{prefix}.{name}={value}: expected a number above 0, and finite"
+        )
+
+
+def _require_text(config: object, prefix: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value is None or value.strip() != "", f"{prefix}{name} is empty: expected a text")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -117,6 +126,7 @@ class ModelConfig:
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
 
     def __post_init__(self) -> None:
+        _require_text(self, "model.", "weights")
         _require_positive(self, "model", "image_size_px", "patch_size_px", "descriptor_dim")
         for name, size_px in (
             ("image_size_px", self.image_size_px),
@@ -140,6 +150,13 @@ class BenchmarkConfig:
     name: str = "???"
     """What reports call the benchmark; with several benchmarks also the name of its output folder."""
 
+    def __post_init__(self) -> None:
+        _require_text(self, "benchmark.", "name")
+        _require(
+            "/" not in self.name and not self.name.startswith("."),
+            f"benchmark.name={self.name}: expected a plain name, without '/' and no '.' in front",
+        )
+
 
 @dataclass(kw_only=True, slots=True)
 class FoldersConfig(BenchmarkConfig):
@@ -155,6 +172,8 @@ class FoldersConfig(BenchmarkConfig):
     """Photos at most this far apart show the same place; needs names with coordinates."""
 
     def __post_init__(self) -> None:
+        BenchmarkConfig.__post_init__(self)
+        _require_text(self, "benchmark.", "database", "queries", "positives")
         _require_positive(self, "benchmark", "radius_m")
         _require(
             self.positives is None or self.radius_m is None,
@@ -178,6 +197,7 @@ class ToyCityConfig(BenchmarkConfig):
     """Photos at most this far apart show the same place."""
 
     def __post_init__(self) -> None:
+        BenchmarkConfig.__post_init__(self)
         _require_positive(self, "benchmark", "num_places", "photos_per_place", "queries_per_place", "radius_m")
         _require(self.seed >= 0, f"benchmark.seed={self.seed}: expected 0 or more")
 
@@ -231,6 +251,7 @@ class IndexConfig(SearchConfig):
 
     def __post_init__(self) -> None:
         SearchConfig.__post_init__(self)
+        _require_text(self, "index.", "path")
         _require_positive(self, "index", "num_shards")
 
 
@@ -251,6 +272,10 @@ class OpenIndexConfig(SearchConfig):
 
     path: str = "???"
     """Index directory (path or URL) written by build_index or evaluate."""
+
+    def __post_init__(self) -> None:
+        SearchConfig.__post_init__(self)
+        _require_text(self, "index.", "path")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -282,7 +307,7 @@ class RerankConfig:
             "num_threads_per_actor",
             "num_actors",
         )
-        _require(self.cache_gib >= 0, f"rerank.cache_gib={self.cache_gib}: expected 0 or more")
+        _require(0 <= self.cache_gib < math.inf, f"rerank.cache_gib={self.cache_gib}: expected 0 or more, and finite")
         _require(
             self.num_gpus_per_actor is None or self.num_gpus_per_actor >= 0,
             f"rerank.num_gpus_per_actor={self.num_gpus_per_actor}: expected 0 or more",
@@ -317,6 +342,9 @@ class EvaluateConfig:
     rerank: RerankConfig = field(default_factory=RerankConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
+    def __post_init__(self) -> None:
+        _require_text(self, "", "output")
+
 
 @dataclass(kw_only=True, slots=True)
 class BuildIndexConfig:
@@ -330,6 +358,9 @@ class BuildIndexConfig:
     describe: DescribeConfig = field(default_factory=DescribeConfig)
     index: BuildConfig = field(default_factory=BuildConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def __post_init__(self) -> None:
+        _require_text(self, "", "database", "output")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -345,3 +376,6 @@ class QueryConfig:
     index: OpenIndexConfig = field(default_factory=OpenIndexConfig)
     rerank: RerankConfig = field(default_factory=RerankConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def __post_init__(self) -> None:
+        _require_text(self, "", "queries", "output")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from pairvpr.data import storage
@@ -14,46 +13,66 @@ FILE = "settings.json"
 
 
 def check_claim(directory: str, settings: Mapping[str, Any], key: str) -> None:
-    """Raise `UserError`, naming the setting `key` and what differs, if other settings made `directory`."""
+    """Raise `UserError`, naming the setting `key` and what differs, if other settings made `directory`.
+
+    Also where it is no directory, or can't be read. Nothing is written.
+    """
     try:
         made_by = storage.read_json(storage.join(directory, FILE))
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return
+    except NotADirectoryError as error:
+        raise UserError(_no_directory(directory, key)) from error
+    except OSError as error:
+        raise UserError(f"{key}={directory}: its {FILE} can't be read: {storage.reason(error)}") from error
     except ValueError as error:
-        raise UserError(f"{key}={directory}: its {FILE} is not readable: {error}") from error
-    there, here = dict(_flat(made_by, "")), dict(_flat(settings, ""))
-    differences = [
-        f"{name} {there.get(name, 'absent')} there, {here.get(name, 'absent')} now"
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name)
-    ]
-    if differences:
+        raise UserError(f"{key}={directory}: its {FILE} is not readable: {storage.reason(error)}") from error
+    found = differences(made_by, settings)
+    if found:
         raise UserError(
-            f"{key}={directory} was made by other settings: {'; '.join(differences)}; "
+            f"{key}={directory} was made by other settings: {'; '.join(found)}; "
             "expected the same settings, or another directory"
         )
 
 
+def check_writable(directory: str, key: str) -> None:
+    """Raise `UserError`, naming the setting `key`, if a local `directory` can't be made or written to.
+
+    Nothing is written; a URL is not checked.
+    """
+    if not storage.is_local(directory):
+        return
+    path = storage.local_path(directory).absolute()
+    nearest = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+    if not nearest.is_dir():
+        raise UserError(_no_directory(directory, key))
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{key}={directory}: {nearest} is not writable; expected a directory that can be written to")
+
+
 def claim(directory: str, settings: Mapping[str, Any], key: str) -> None:
-    """Write the settings into a directory that has none yet; raises as `check_claim` where it has others by now."""
+    """Write the settings into a directory that has none yet. Raises `UserError` as the two checks."""
     url = storage.join(directory, FILE)
     if storage.exists(url):
         check_claim(directory, settings, key)
     else:
+        check_writable(directory, key)
         storage.write_json(url, settings)
 
 
-def check_writable(directory: str, key: str) -> None:
-    """Raise `UserError`, naming the setting `key`, where a local directory can't be made or written. Writes nothing."""
-    if not storage.is_local(directory):
-        return
-    nearest = Path(directory.removeprefix("file://"))
-    while not nearest.exists():
-        nearest = nearest.parent
-    if not nearest.is_dir():
-        raise UserError(f"{key}={directory}: {nearest} is a file; expected a directory")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"{key}={directory}: {nearest} can't be written; expected a directory of yours")
+def differences(there: object, here: object) -> list[str]:
+    """Every value that differs between two trees of settings, by its dotted name."""
+    old, new = dict(_flat(there, "")), dict(_flat(here, ""))
+    return [
+        f"{name} {old.get(name, 'absent')} there, {new.get(name, 'absent')} now".lstrip()
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _no_directory(directory: str, key: str) -> str:
+    what = "is" if os.path.lexists(storage.local_path(directory)) else "lies below"
+    return f"{key}={directory}: {what} a file; expected a directory"
 
 
 def _flat(value: object, prefix: str) -> Iterator[tuple[str, object]]:

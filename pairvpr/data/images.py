@@ -6,6 +6,7 @@ S = image side in pixels. Normalisation happens on the device, see `pairvpr.mode
 from __future__ import annotations
 
 import io
+import stat
 import warnings
 
 import numpy as np
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from pairvpr.data import storage
+
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP")  # Pillow opens MPO, a JPEG of several pictures, as a JPEG
 
 
 class BrokenImageError(Exception):
@@ -25,8 +28,7 @@ def decode(data: bytes, image_size_px: int) -> NDArray[np.uint8]:
     Raises `BrokenImageError` for what is not a whole photo: truncated or foreign bytes, absurd sizes.
     """
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             upright = _to_rgb(ImageOps.exif_transpose(image))
             return np.array(upright.resize((image_size_px, image_size_px), Image.Resampling.BILINEAR))
     except Exception as error:  # Pillow's decoders raise nearly anything on foreign bytes
@@ -34,12 +36,25 @@ def decode(data: bytes, image_size_px: int) -> NDArray[np.uint8]:
 
 
 def load(url: str, image_size_px: int) -> NDArray[np.uint8]:
-    """`decode` of a file. Raises `BrokenImageError`, also where the file is gone."""
+    """`decode` of a file. Raises `BrokenImageError`, also where the file is gone or a local one can't be read.
+
+    Raises `StorageError` where a store can't be reached: that is a fault of the run, not of the photo.
+    """
+    broken = (OSError,) if storage.is_local(url) else (FileNotFoundError, IsADirectoryError)
     try:
+        if storage.is_local(url):
+            _require_file(url)
         data = storage.read_bytes(url)
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+    except broken as error:
         raise BrokenImageError(f"{type(error).__name__}: {error.strerror or 'no such file'}") from error
     return decode(data, image_size_px)
+
+
+def _require_file(url: str) -> None:
+    """Refuse pipes and devices, which would block or never end; a directory says so itself when it is read."""
+    mode = storage.local_path(url).stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise BrokenImageError("not a regular file")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

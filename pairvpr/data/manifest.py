@@ -140,13 +140,23 @@ class Benchmark:
 def folder_manifest(folder: str, key: str) -> Manifest:
     """All photos below `folder` (path or URL), sorted by relative path, without positions.
 
-    Raises `UserError`, naming the setting `key`, where there is no such folder or no photo in it.
+    Raises `UserError`, naming the setting `key`, where there is no such folder or no photo in it, where it can't be
+    read, and for a name that is not UTF-8.
     """
     root = storage.absolute(folder)
-    paths = [path for path in storage.list_files(root) if path.lower().endswith(IMAGE_SUFFIXES)]
+    try:
+        paths = [path for path in storage.list_files(root) if path.lower().endswith(IMAGE_SUFFIXES)]
+        what = "no photo in it" if paths or storage.exists(root) else "no such folder"
+    except OSError as error:
+        raise UserError(f"{key}={folder}: can't be read: {storage.reason(error)}") from error
     if not paths:
-        what = "no photo in it" if storage.exists(root) else "no such folder"
         raise UserError(f"{key}={folder}: {what}; expected a folder of {', '.join(IMAGE_SUFFIXES)} files")
+    for path in paths:
+        try:
+            path.encode()
+        except UnicodeEncodeError as error:
+            escaped = path.encode(errors="surrogateescape").decode(errors="backslashreplace")
+            raise UserError(f"{key}={folder}: the name {escaped} is not UTF-8; expected UTF-8 names") from error
     return Manifest.of(root, paths)
 
 

@@ -28,6 +28,21 @@ T = TypeVar("T")
 
 NUM_TRIES = 5
 FIRST_WAIT_S = 0.2
+PIECE_BYTES = 1 << 22
+
+
+class StorageError(OSError):
+    """A store did not do what it was asked; the message is one line that names the URL and the cause."""
+
+
+class StorageDeniedError(StorageError, PermissionError):
+    """A store refused: wrong, missing or expired credentials."""
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, as one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def is_local(url: str) -> bool:
@@ -36,8 +51,17 @@ def is_local(url: str) -> bool:
 
 
 def absolute(url: str) -> str:
-    """The same place, independent of the current directory."""
-    return str(_local_path(url).absolute()) if is_local(url) else url.rstrip("/")
+    """The same place, independent of the current directory; a local path has no `..` in it."""
+    if not is_local(url):
+        return url.rstrip("/")
+    path = local_path(url)
+    # `link/..` is the parent of what the link names, which the text alone does not tell.
+    return str(path.resolve() if ".." in path.parts else path.absolute())
+
+
+def local_path(url: str) -> Path:
+    """The path that a local `url` names."""
+    return Path(url.removeprefix("file://")).expanduser()
 
 
 def join(url: str, *names: str) -> str:
@@ -48,9 +72,9 @@ def join(url: str, *names: str) -> str:
 def read_bytes(url: str) -> bytes:
     """All bytes of a file. Raises `FileNotFoundError`."""
     if is_local(url):
-        return _local_path(url).read_bytes()
+        return local_path(url).read_bytes()
     filesystem, path = _remote(url)
-    return cast(bytes, _retried(lambda: filesystem.cat_file(path)))
+    return cast(bytes, _retried(lambda: filesystem.cat_file(path), url))
 
 
 def read_json(url: str) -> Any:
@@ -61,11 +85,11 @@ def read_json(url: str) -> Any:
 def write_bytes(url: str, data: bytes) -> None:
     """Publish a file atomically, creating its directories; an existing one is replaced."""
     if is_local(url):
-        with _local_replacement(_local_path(url)) as temporary:
+        with _local_replacement(local_path(url)) as temporary:
             temporary.write_bytes(data)
         return
     filesystem, path = _remote(url)
-    _retried(lambda: filesystem.pipe_file(path, data))
+    _retried(lambda: filesystem.pipe_file(path, data), url)
 
 
 def write_json(url: str, value: object) -> None:
@@ -77,46 +101,48 @@ def write_json(url: str, value: object) -> None:
 def written_locally(url: str) -> Iterator[Path]:
     """A local path to write a large file to; it is published under `url` when the block ends without error."""
     if is_local(url):
-        with _local_replacement(_local_path(url)) as temporary:
+        with _local_replacement(local_path(url)) as temporary:
             yield temporary
         return
     filesystem, path = _remote(url)
     with tempfile.TemporaryDirectory(prefix="pairvpr-") as directory:
         local = Path(directory) / "file"
         yield local
-        _retried(lambda: filesystem.put_file(str(local), path))
+        _retried(lambda: filesystem.put_file(str(local), path), url)
 
 
 def open_input(url: str) -> IO[bytes]:
     """A seekable binary reader; remote files are read by range. Raises `FileNotFoundError`."""
     if is_local(url):
-        return _local_path(url).open("rb")
+        return local_path(url).open("rb")
     filesystem, path = _remote(url)
-    return cast(IO[bytes], _retried(lambda: filesystem.open(path, "rb")))
+    return cast(IO[bytes], _retried(lambda: filesystem.open(path, "rb"), url))
 
 
 def exists(url: str) -> bool:
     """Whether there is a file or a directory of this name."""
     if is_local(url):
-        return _local_path(url).exists()
+        return local_path(url).exists()
     filesystem, path = _remote(url)
-    return _retried(lambda: filesystem.exists(path))
+    try:
+        _retried(lambda: filesystem.info(path), url)  # fsspec's own `exists` reads a busy store as "no"
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def list_files(url: str) -> list[str]:
-    """Paths of all files below `url`, relative to it, sorted by code point. Empty if there is none."""
+    """Paths of all files below `url`, relative to it, sorted by code point. Empty if there is none.
+
+    Links to directories are followed; a directory that is reached twice is listed once, under its own name.
+    """
     if is_local(url):
-        root = _local_path(url)
-        found = [
-            (Path(folder) / name).relative_to(root).as_posix()
-            for folder, _, names in os.walk(root, followlinks=True)
-            for name in names
-        ]
-        return sorted(found)
+        root = local_path(url)
+        return sorted(Path(file).relative_to(root).as_posix() for file in _walk(root))
     filesystem, path = _remote(url)
     root_path = path.rstrip("/") + "/"
     try:
-        names = _retried(lambda: filesystem.find(path))
+        names = _retried(lambda: filesystem.find(path), url)
     except FileNotFoundError:
         return []
     return sorted(name.removeprefix(root_path) for name in names if name.startswith(root_path))
@@ -125,43 +151,66 @@ def list_files(url: str) -> list[str]:
 def remove_file(url: str) -> None:
     """Delete a file; that it is not there is fine."""
     if is_local(url):
-        _local_path(url).unlink(missing_ok=True)
+        local_path(url).unlink(missing_ok=True)
     elif exists(url):
         filesystem, path = _remote(url)
-        _retried(lambda: filesystem.rm_file(path))
+        _retried(lambda: filesystem.rm_file(path), url)
 
 
 def remove_tree(url: str) -> None:
     """Delete everything below `url`; nothing there is fine."""
     if is_local(url):
-        shutil.rmtree(_local_path(url), ignore_errors=True)
+        shutil.rmtree(local_path(url), ignore_errors=True)
         return
     filesystem, path = _remote(url)
-    names = _retried(lambda: filesystem.find(path)) if exists(url) else []
+    names = _retried(lambda: filesystem.find(path), url) if exists(url) else []
     for first in range(0, len(names), 1000):
         batch = names[first : first + 1000]
-        _retried(lambda batch=batch: filesystem.rm(batch))
+        _retried(lambda batch=batch: filesystem.rm(batch), url)
 
 
 def size_bytes(url: str) -> int:
     """Size of a file."""
     if is_local(url):
-        return _local_path(url).stat().st_size
+        return local_path(url).stat().st_size
     filesystem, path = _remote(url)
-    return int(_retried(lambda: filesystem.info(path)["size"]))
+    return int(_retried(lambda: filesystem.info(path)["size"], url))
 
 
 def sha256(url: str) -> str:
     """Hex digest of a file's bytes, read in pieces."""
     digest = hashlib.sha256()
     with open_input(url) as file:
-        while piece := file.read(1 << 22):
+
+        def read() -> bytes:
+            return file.read(PIECE_BYTES)
+
+        while piece := read() if is_local(url) else _retried(read, url):
             digest.update(piece)
     return digest.hexdigest()
 
 
-def _local_path(url: str) -> Path:
-    return Path(url.removeprefix("file://")).expanduser()
+def _walk(root: Path) -> Iterator[str]:
+    """All files below `root`. Links come after everything else, so that they never hide a directory's own name."""
+    folders, links = [str(root)], list[str]()
+    seen = set[tuple[int, int]]()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        try:
+            status = os.stat(folder)
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(entry.path)
+            elif entry.is_symlink() and os.path.isdir(entry.path):
+                links.append(entry.path)
+            else:
+                yield entry.path
 
 
 @contextmanager
@@ -189,15 +238,27 @@ def _remote(url: str) -> tuple[AbstractFileSystem, str]:
     return filesystem, path
 
 
-def _retried(call: Callable[[], T]) -> T:
-    """Try again, with growing pauses, what a busy store refused; a missing file is an answer, not a fault."""
+def _retried(call: Callable[[], T], url: str) -> T:
+    """Try again, with growing pauses, what a busy store refused; a missing file is an answer, not a fault.
+
+    Raises `StorageError` for whatever else a store or its client library answers in the end.
+    """
     for attempt in range(NUM_TRIES):
         try:
             return call()
-        except (FileNotFoundError, PermissionError, IsADirectoryError):
+        except (FileNotFoundError, IsADirectoryError):
             raise
-        except OSError:
-            if attempt == NUM_TRIES - 1:
-                raise
+        except PermissionError as error:
+            raise StorageDeniedError(_fault(url, error)) from error
+        except Exception as error:
+            busy = isinstance(error, OSError) or "Timeout" in type(error).__name__
+            if not busy and type(error).__module__ == "builtins":
+                raise  # a ValueError or the like is a defect of the program
+            if not busy or attempt == NUM_TRIES - 1:
+                raise StorageError(_fault(url, error)) from error
             time.sleep(FIRST_WAIT_S * 2**attempt)
     raise AssertionError("unreachable")
+
+
+def _fault(url: str, error: Exception) -> str:
+    return f"{url}: {type(error).__name__}: {reason(error)}"

@@ -110,7 +110,8 @@ def prepare(configs: Sequence[EvaluateConfig]) -> list[Run]:
     ]
     for output, index in zip(outputs, indices, strict=True):
         check_writable(output, "output")
-        check_writable(index, "index.path")
+        if store.read_manifest(index) is None:
+            check_writable(index, "index.path")
         if index in (output, storage.join(output, "queries")):
             raise UserError(f"index.path={index}: the run writes other files there; expected a directory of its own")
     benchmarks = [load_benchmark(config.benchmark, output) for config, output in zip(configs, outputs, strict=True)]
@@ -236,7 +237,6 @@ def query(config: QueryConfig) -> dict[str, Any]:
         )
     queries = folder_manifest(config.queries, "queries")
     weights = load_weights(config.model)
-    store.check_model(index, manifest, name=config.model.name, weights_sha256=weights.sha256)
     evaluate_config = EvaluateConfig(
         output=config.output,
         model=config.model,
@@ -264,6 +264,13 @@ def query(config: QueryConfig) -> dict[str, Any]:
         weights=weights,
         index=index,
         output=storage.absolute(config.output),
+    )
+    store.check_model(
+        index,
+        manifest,
+        name=config.model.name,
+        weights_sha256=weights.sha256,
+        model=run.index_settings()["model"],
     )
     check_writable(run.output, "output")
     check_claim(run.output, run.settings(), "output")

@@ -54,7 +54,9 @@ def rerank(
     if pending:
         plan = plan_actors(config.rerank)
         args = (source, ray.put(benchmark), config, directory)
-        make_actor = _RerankActor.options(num_cpus=plan.cpus_per_actor, num_gpus=plan.gpus_per_actor).remote
+        make_actor = _RerankActor.options(
+            num_cpus=plan.cpus_per_actor, num_gpus=plan.gpus_per_actor, scheduling_strategy="SPREAD"
+        ).remote
         num_actors = min(plan.num_actors, len(pending))
         with SupervisedPool[WorkUnit](lambda: make_actor(*args), num_actors, "re-rank") as pool:
             failed = pool.run(pending, lambda key, _: progress.add(len(pending[key].candidates)))

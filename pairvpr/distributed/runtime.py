@@ -19,6 +19,7 @@ from pairvpr.models.weights import Weights, build_model
 from pairvpr.retrieval.describe import Describer
 
 CPUS_OF_A_SMALL_TASK = 0.1
+SMALLEST_SHARE_OF_A_CPU = 0.001
 SECONDS_TO_EXIT = 5.0
 SECONDS_TO_CONNECT = 5.0
 
@@ -83,7 +84,10 @@ class ActorPlan:
 
 
 def plan_actors(config: DescribeConfig | RerankConfig) -> ActorPlan:
-    """Share out the cluster: actors take at most half of the CPUs, so that tasks always find some.
+    """Share out the cluster: all actors together fit into half of one node, so that tasks always find CPUs.
+
+    Also when nodes vanish, and every actor restarts on the last one: actors that took all of its CPUs would wait for
+    ever for tasks that find none. Actors are spread over the nodes whatever they reserve.
 
     A cluster that scales up from nothing shows no CPUs yet: then the number of actors must be given.
     """
@@ -106,8 +110,8 @@ def plan_actors(config: DescribeConfig | RerankConfig) -> ActorPlan:
     if not cpus:
         return ActorPlan(num_actors, wanted_cpus, gpus_per_actor, 1.0)
     smallest = smallest_node_cpus()
-    cpus_per_actor = min(wanted_cpus, smallest / 2, cpus / 2 / num_actors)
-    return ActorPlan(num_actors, _rounded_down(cpus_per_actor), gpus_per_actor, _rounded_down(min(1.0, smallest / 4)))
+    cpus_per_actor = max(SMALLEST_SHARE_OF_A_CPU, _rounded_down(min(wanted_cpus, smallest / 2 / num_actors)))
+    return ActorPlan(num_actors, cpus_per_actor, gpus_per_actor, _rounded_down(min(1.0, smallest / 4)))
 
 
 def smallest_node_cpus() -> float:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import io
 import itertools
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pairvpr.data import storage
+from pairvpr.data import claim, storage
 from pairvpr.data.manifest import Manifest
 from pairvpr.errors import UserError
 
@@ -155,25 +156,70 @@ def write_manifest(directory: str, manifest: IndexManifest) -> None:
 
 
 def read_manifest(directory: str) -> IndexManifest | None:
-    """`manifest.json`, or None where there is no finished index. Raises `UserError` for a newer format."""
+    """`manifest.json`, or None where there is no finished index.
+
+    Raises `UserError` for a newer format, for what is not the manifest of an index, and for what can't be read.
+    """
+    url = storage.join(directory, "manifest.json")
     try:
-        content = storage.read_json(storage.join(directory, "manifest.json"))
+        content = storage.read_json(url)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise UserError(f"{url}: can't be read: {storage.reason(error)}") from error
     except ValueError as error:
-        raise UserError(f"{directory}/manifest.json is not the manifest of an index: {error}") from error
+        raise UserError(f"{url} is not the manifest of an index: {storage.reason(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{url} is not the manifest of an index: expected an object")
     if content.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{directory}: index format {content.get('format_version')}; this version reads {FORMAT_VERSION}"
         )
-    return IndexManifest(**content)
+    expected = {field.name for field in fields(IndexManifest)}
+    if content.keys() != expected:
+        wrong = ", ".join(sorted(content.keys() ^ expected))
+        raise UserError(f"{url} is not the manifest of an index: missing or unknown {wrong}")
+    manifest = IndexManifest(**content)
+    if not isinstance(manifest.model, dict) or not {"name", "weights_sha256"} <= manifest.model.keys():
+        raise UserError(f"{url} is not the manifest of an index: expected model with name and weights_sha256")
+    if not isinstance(manifest.shards, list) or not all(isinstance(row, dict) for row in manifest.shards):
+        raise UserError(f"{url} is not the manifest of an index: expected shards as a list of objects")
+    return manifest
 
 
-def check_model(directory: str, manifest: IndexManifest, *, name: str, weights_sha256: str) -> None:
-    """Raise `UserError` unless the index was made by these weights."""
+def check_model(
+    directory: str,
+    manifest: IndexManifest,
+    *,
+    name: str,
+    weights_sha256: str,
+    model: Mapping[str, Any] | None = None,
+) -> None:
+    """Raise `UserError` unless the index was made by these weights.
+
+    With `model` (section `model` of the settings of a run) also unless its `settings.json`, where there is one, has
+    the same network and image size; names and number formats may differ.
+    """
     made_by = manifest.model
     if made_by["weights_sha256"] != weights_sha256:
         raise UserError(
             f"index {directory} was made by model {made_by['name']} with weights {made_by['weights_sha256'][:12]}, "
             f"not by {name} with weights {weights_sha256[:12]}; expected the same weights"
         )
+    if model is None:
+        return
+    try:
+        settings = storage.read_json(storage.join(directory, claim.FILE))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise UserError(f"index {directory}: its {claim.FILE} is not readable: {storage.reason(error)}") from error
+    if not isinstance(settings, dict) or not isinstance(settings.get("model"), dict):
+        return
+    there, here = (
+        {key: value for key, value in section.items() if key not in ("name", "precision")}
+        for section in (settings["model"], model)
+    )
+    differences = claim.differences({"model": there}, {"model": here})
+    if differences:
+        raise UserError(f"index {directory} was made by another network: {'; '.join(differences)}; expected the same")

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import pickle
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,6 +26,7 @@ from pairvpr.models.pair_vpr import PairVPR
 from pairvpr.models.vit import LayerScale
 
 UNTRAINED_SEED = 0
+TORCH_STARTS = (b"PK\x03\x04", b"\x80")  # how files of torch.save begin: zip, and pickle protocol 2 or later
 TERMS = "the published Pair-VPR weights carry their owners' own, non-commercial terms"
 
 
@@ -90,36 +93,46 @@ def read_state_dict(url: str) -> tuple[dict[str, Tensor], str]:
     Raises `UserError` for what is neither, and for a pickle that holds more than tensors.
     """
     try:
-        with storage.open_input(url) as file:
-            return _parse_state_dict(file, url), storage.sha256(url)
-    except (FileNotFoundError, IsADirectoryError) as error:
+        if storage.is_local(url):
+            with storage.open_input(url) as file:
+                return _parse_state_dict(file, url), storage.sha256(url)
+        data = storage.read_bytes(url)
+        return _parse_state_dict(io.BytesIO(data), url), hashlib.sha256(data).hexdigest()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise UserError(f"model.weights={url}: no such file") from error
     except OSError as error:
-        raise UserError(f"model.weights={url}: can't be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"model.weights={url}: can't be read: {storage.reason(error)}") from error
 
 
 def _parse_state_dict(file: storage.IO[bytes], url: str) -> dict[str, Tensor]:
     if url.endswith(".safetensors"):
         import safetensors.torch
 
+        data = file.read()
         try:
-            return safetensors.torch.load(file.read())
-        except safetensors.SafetensorError as error:
-            raise UserError(f"model.weights={url}: not a safetensors file: {error}") from error
+            return safetensors.torch.load(data)
+        except Exception as error:
+            raise UserError(f"model.weights={url}: not a safetensors file: {storage.reason(error)}") from error
+    is_torch = file.read(4).startswith(TORCH_STARTS)
+    file.seek(0)
     try:
         # Published stage-one files carry their command line as an argparse.Namespace: that class, nothing else.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"model.weights={url}: refused, it holds more than tensors (a pickle can run code); "
-            "expected a state dict saved by torch.save, or .safetensors"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # the unpickler raises nearly anything on damaged bytes
+        if is_torch and isinstance(error, pickle.UnpicklingError):
+            raise UserError(
+                f"model.weights={url}: refused, it holds more than tensors (a pickle can run code); "
+                "expected a state dict saved by torch.save, or .safetensors"
+            ) from error
         raise UserError(f"model.weights={url}: not a .pth or .safetensors file") from error
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         content = content["model"]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
         raise UserError(f"model.weights={url}: expected a state dict, or a dict with one under 'model'")
     return dict(content)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -11,8 +14,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from torch import Tensor
 
-from pairvpr.models.attention import attention
+from pairvpr.models.attention import _xformers_operator, attention
 from pairvpr.models.pair_vpr import PairVPR
 from pairvpr.models.pos_embed import resize_encoder_table, sine_cosine_2d
 from tests.support.small import small_model_config
@@ -42,6 +46,39 @@ def test_attention_is_a_softmax_of_scaled_products(shape: tuple[int, int, int, i
     single = attention(query.float(), key.float(), value.float())
     assert single.shape == (B, L, H, E)
     np.testing.assert_allclose(single.numpy(), expected, rtol=0, atol=1e-4)
+
+
+def _without_gradient(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    raise NotImplementedError("no operator found")
+
+
+@pytest.mark.parametrize("operator", [attention, _without_gradient])
+@pytest.mark.parametrize("inference", [True, False])
+def test_the_operator_is_tried_with_gradients_wherever_the_first_call_comes_from(
+    monkeypatch: pytest.MonkeyPatch, operator: Callable[..., Tensor], inference: bool
+) -> None:
+    probes: list[Tensor] = []
+
+    def record(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        probes.append(query)
+        return operator(query, key, value)
+
+    ops = ModuleType("xformers.ops")
+    monkeypatch.setattr(ops, "memory_efficient_attention", record, raising=False)
+    monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    with torch.inference_mode(inference):
+        found = _xformers_operator.__wrapped__("cpu", torch.float32, 8)
+    assert found is (record if operator is attention else None)
+    (probe,) = probes
+    assert probe.requires_grad
+    assert not probe.is_inference()
+    assert (probe.grad is not None) == (operator is attention)
+
+
+def test_without_xformers_there_is_no_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)
+    assert _xformers_operator.__wrapped__("cpu", torch.float32, 8) is None
 
 
 @pytest.mark.parametrize(("embed_dim", "grid_size"), [(4, 1), (8, 3), (32, 7), (768, 23)])

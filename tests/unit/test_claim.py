@@ -27,13 +27,14 @@ def test_an_unclaimed_directory_is_free(tmp_path: Path) -> None:
     check_claim(str(tmp_path), SETTINGS, "output")
     check_claim(str(tmp_path / "missing"), SETTINGS, "output")
     (tmp_path / "file").touch()
-    check_claim(str(tmp_path / "file"), SETTINGS, "output")
+    with pytest.raises(UserError, match="expected a directory"):
+        check_claim(str(tmp_path / "file"), SETTINGS, "output")
 
 
 @pytest.mark.parametrize("kind", ["local", "memory"])
 def test_the_same_settings_pass_again(tmp_path: Path, kind: str) -> None:
     directory = str(tmp_path / "run") if kind == "local" else f"memory://{tmp_path.name}/claim"
-    claim(directory, SETTINGS)
+    claim(directory, SETTINGS, "output")
     check_claim(directory, SETTINGS, "output")
     check_claim(directory, dict(reversed(SETTINGS.items())), "output")
     with pytest.raises(UserError):
@@ -41,7 +42,7 @@ def test_the_same_settings_pass_again(tmp_path: Path, kind: str) -> None:
 
 
 def test_every_difference_is_named_and_nothing_else(tmp_path: Path) -> None:
-    claim(str(tmp_path), SETTINGS)
+    claim(str(tmp_path), SETTINGS, "output")
     other = changed(index_num_shards=4, model={"name": "tiny", "encoder": {"depth": 3, "ffn": "mlp"}}, seed=7)
     with pytest.raises(UserError) as caught:
         check_claim(str(tmp_path), other, "index.path")
@@ -53,9 +54,11 @@ def test_every_difference_is_named_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_a_second_claim_changes_nothing(tmp_path: Path) -> None:
-    claim(str(tmp_path), SETTINGS)
+    claim(str(tmp_path), SETTINGS, "output")
     before = (tmp_path / "settings.json").read_bytes()
-    claim(str(tmp_path), changed(index_num_shards=4))
+    claim(str(tmp_path), SETTINGS, "output")
+    with pytest.raises(UserError, match="index_num_shards 3 there, 4 now"):
+        claim(str(tmp_path), changed(index_num_shards=4), "output")
     assert (tmp_path / "settings.json").read_bytes() == before
 
 

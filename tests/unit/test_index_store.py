@@ -85,7 +85,7 @@ def test_round_trip(directory: str) -> None:
     queries = descriptors_of([2, 7])
     parts = []
     for shard, row in enumerate(manifest.shards):
-        loaded = load_shard(directory, shard, row["sha256"]["index.faiss"])
+        loaded = load_shard(directory, shard, row["sha256"])
         parts.append(search(loaded, queries, 3, num_threads=1))
     distances, found = merge_top_k(parts, 3)
     brute = ((queries[:, None] - descriptors[None]) ** 2).sum(axis=2)
@@ -135,7 +135,7 @@ def test_a_shard_of_rejected_photos_alone(tmp_path: Path) -> None:
     about = store.ShardDescription(first_id=0, count=1, num_rows=0, rejected={0: "broken"}, seconds=0.0)
     store.write_shard_description(str(tmp_path), 0, np.empty(0, np.int64), np.empty((0, 4), np.float32), about)
     row = build_shard(str(tmp_path), 0)
-    shard = load_shard(str(tmp_path), 0, row["sha256"]["index.faiss"])
+    shard = load_shard(str(tmp_path), 0, row["sha256"])
     distances, ids = search(shard, descriptors_of([1, 2]), 5, num_threads=1)
     assert distances.shape == ids.shape == (2, 0)
 
@@ -162,10 +162,10 @@ def test_a_flipped_byte_is_refused_by_name(directory: str, position: int) -> Non
     url = store.shard_url(directory, 1, "index.faiss")
     flip(url, position)
     with pytest.raises(UserError) as caught:
-        load_shard(directory, 1, manifest.shards[1]["sha256"]["index.faiss"])
+        load_shard(directory, 1, manifest.shards[1]["sha256"])
     assert url in str(caught.value)
     assert "damaged" in str(caught.value)
-    load_shard(directory, 0, manifest.shards[0]["sha256"]["index.faiss"])
+    load_shard(directory, 0, manifest.shards[0]["sha256"])
 
 
 def test_no_manifest_no_index(tmp_path: Path) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import io
+from collections.abc import Iterator
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
-from pyarrow import csv
 
 from pairvpr.config.schema import FoldersConfig
 from pairvpr.data import storage
@@ -45,14 +45,12 @@ def load(config: FoldersConfig) -> Benchmark:
 def positives_from_csv(url: str, queries: Manifest, database: Manifest) -> list[NDArray[np.int64]]:
     """Ids of the positives of each query, ascending, from the columns `query`, `database` (relative paths).
 
-    Raises `UserError`, naming file and row (the header is row 1), for a missing column or an unknown photo.
+    Raises `UserError`, naming file and row (its line; the header is row 1), for a missing column or an unknown photo.
     """
-    table = _read_csv(url)
     query_ids = {path: image_id for image_id, path in enumerate(queries.paths)}
     database_ids = {path: image_id for image_id, path in enumerate(database.paths)}
     found: list[set[int]] = [set() for _ in range(len(queries))]
-    pairs = zip(table.column("query").to_pylist(), table.column("database").to_pylist(), strict=True)
-    for row, (query, match) in enumerate(pairs, start=2):
+    for row, query, match in _read_csv(url):
         if query not in query_ids:
             raise UserError(f"{url}, row {row}: no query photo {query!r} in {queries.root}")
         if match not in database_ids:
@@ -61,17 +59,37 @@ def positives_from_csv(url: str, queries: Manifest, database: Manifest) -> list[
     return [np.array(sorted(ids), dtype=np.int64) for ids in found]
 
 
-def _read_csv(url: str) -> pa.Table:
+def _read_csv(url: str) -> Iterator[tuple[int, str, str]]:
+    """Line number, query and database of every row that is not blank."""
     try:
-        data = storage.read_bytes(url)
-    except (FileNotFoundError, IsADirectoryError) as error:
+        text = storage.read_bytes(url).decode("utf-8-sig")
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise UserError(f"benchmark.positives={url}: no such file") from error
-    as_text = csv.ConvertOptions(column_types={"query": pa.string(), "database": pa.string()})
+    except OSError as error:
+        raise UserError(f"benchmark.positives={url}: can't be read: {storage.reason(error)}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{url}: not a CSV file: not UTF-8 text") from error
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        table = csv.read_csv(io.BytesIO(data), convert_options=as_text)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{url}: not a CSV file: {str(error).splitlines()[0]}") from error
-    missing = {"query", "database"} - set(table.column_names)
+        header = next(filter(None, reader), [])
+        _check_header(url, header)
+        query_column, database_column = header.index("query"), header.index("database")
+        for cells in filter(None, reader):
+            if len(cells) != len(header):
+                raise UserError(
+                    f"{url}: not a CSV file: row {reader.line_num} has {len(cells)} cells, expected {len(header)}"
+                )
+            yield reader.line_num, cells[query_column], cells[database_column]
+    except csv.Error as error:
+        raise UserError(f"{url}: not a CSV file: row {reader.line_num}: {error}") from error
+
+
+def _check_header(url: str, header: list[str]) -> None:
+    if not header:
+        raise UserError(f"{url}: not a CSV file: empty; expected the columns query,database")
+    missing = [name for name in ("database", "query") if name not in header]
     if missing:
-        raise UserError(f"{url}: no column {', '.join(sorted(missing))}; expected query,database")
-    return table
+        raise UserError(f"{url}: no column {', '.join(missing)}; expected query,database")
+    twice = [name for name in ("database", "query") if header.count(name) > 1]
+    if twice:
+        raise UserError(f"{url}: more than one column {', '.join(twice)}; expected query,database once each")

@@ -1,0 +1,44 @@
+"""What the plan of actors asks of a cluster: it must fit on a single CPU, and with GPUs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import ray
+
+from pairvpr.config.compose import load_evaluations
+from pairvpr.data.manifest import folder_manifest
+from pairvpr.distributed.describe import Description, _parts
+from pairvpr.distributed.runtime import ActorPlan, ModelSource, plan_actors
+from pairvpr.models.weights import load_weights
+from tests.support.runs import arguments, run_job
+
+
+def test_one_cpu_and_three_actors(city: Path, expected: bytes, tmp_path: Path) -> None:
+    line = arguments(city, tmp_path / "out", "cluster.num_cpus=1", "describe.num_actors=3", "rerank.num_actors=3")
+    done = run_job("evaluate", line)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("num_actors", [1, 2, 3, 8])
+def test_actors_leave_room_for_tasks(city: Path, num_actors: int) -> None:
+    config = load_evaluations(arguments(city, "unused", f"describe.num_actors={num_actors}"))[0]
+    plan = plan_actors(config.describe)
+    num_cpus = ray.cluster_resources()["CPU"]
+    assert plan.num_actors == num_actors
+    assert plan.num_actors * plan.cpus_per_actor + plan.cpus_per_task < num_cpus
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_ray_data_accepts_actors_with_gpus(city: Path) -> None:
+    """Ray checks the arguments when the pipeline is put together; it is not run."""
+    config = load_evaluations(arguments(city, "unused"))[0]
+    source = ModelSource(config.model, ray.put(load_weights(config.model)))
+    photos = folder_manifest(str(city / "queries"), "queries")
+    description = Description(photos, "unused", 1, source, config.describe)
+    plan = ActorPlan(num_actors=1, cpus_per_actor=1.0, gpus_per_actor=1.0, cpus_per_task=1.0)
+    with pytest.warns(match="ray_remote_args"):
+        assert _parts(description, [[0]], plan) is not None
