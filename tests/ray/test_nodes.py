@@ -52,7 +52,7 @@ def test_node_removed(
         "rerank.num_actors=3",
         "rerank.queries_per_unit=1",
     )
-    driver = start_job("evaluate", line, RAY_ADDRESS=cluster.address)
+    driver = start_job("evaluate", line, RAY_ADDRESS=str(cluster.address))
     if moment != "never":
         wait_until(lambda: any((tmp_path / "out").glob(moment)), moment)
         cluster.remove_node(workers[0], allow_graceful=False)
