@@ -69,8 +69,8 @@ def test_three_shards_two_actors(line: list[str], tmp_path: Path) -> None:
     published = parity_arrays("corridor_evaluation")
     recall = json.loads((tmp_path / "out" / "metrics.json").read_text())["recall"]
     for position, n in enumerate(published["recall_k"].tolist()):
-        assert recall["global"][str(n)] == pytest.approx(published["recall_global"][position])
-        assert recall["reranked"][str(n)] == pytest.approx(published["recall_reranked"][position])
+        assert recall["global"][str(n)] == pytest.approx(100 * published["recall_global"][position])
+        assert recall["reranked"][str(n)] == pytest.approx(100 * published["recall_reranked"][position])
     descriptors = np.concatenate([np.load(tmp_path / f"out/index/shards/{i:05d}/descriptors.npy") for i in range(3)])
     np.testing.assert_allclose(descriptors, published["database_descriptors"], rtol=0, atol=TOLERANCE)
     queries = np.load(tmp_path / "out/queries/shards/00000/descriptors.npy")
