@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ray.job_submission import JobSubmissionClient
 
 from tests.support.runs import ROOT, arguments, wait_gone, wait_until
 
@@ -24,24 +25,30 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+def _takes_jobs(address: str) -> bool:
+    """The dashboard answers some time before the agent that starts jobs is there."""
+    try:
+        JobSubmissionClient(address).submit_job(entrypoint="true")
+    except (ConnectionError, RuntimeError):
+        return False
+    return True
 
 
 @pytest.fixture
 def dashboard(ray_home: Path) -> Iterator[str]:
     """The address that jobs are submitted to."""
     port = _free_port()
-    options = [f"--port={_free_port()}", f"--dashboard-port={port}", "--num-cpus=3", f"--temp-dir={ray_home}"]
+    ports = [f"--port={_free_port()}", f"--dashboard-port={port}", f"--dashboard-agent-listen-port={_free_port()}"]
+    options = [*ports, "--num-cpus=3", f"--temp-dir={ray_home}"]
     head = subprocess.Popen(
         [RAY, "start", "--head", "--block", "--object-store-memory=200000000", *options],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    wait_until(lambda: _listens(port), "the cluster's start")
-    yield f"http://127.0.0.1:{port}"
+    address = f"http://127.0.0.1:{port}"
+    wait_until(lambda: _takes_jobs(address), "the cluster's start")
+    yield address
     processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
     head.send_signal(signal.SIGTERM)
     head.wait(timeout=60)
