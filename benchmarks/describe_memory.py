@@ -137,7 +137,9 @@ def describe_here(photos: Path, marks: Path, num_photos: int, batch_size: int, n
         source = ModelSource(config.model, ray.put(weights))
         manifest = shared.first_photos(photos, num_photos)
         (marks / "start").touch()
-        describe(Description(manifest, directory, 1, source, config.describe), f"{num_photos:,}")
+        describe(
+            Description(manifest, directory, 1, source, config.describe), f"{num_photos:,}", needs_a_readable_photo=True
+        )
         (marks / "end").touch()
 
 

@@ -153,7 +153,7 @@ def ours(case: Case, source: ModelSource) -> tuple[Timing, NDArray[np.float32]]:
                 super().add(count)
 
         with patch.object(pipeline, "Progress", Timed):
-            pipeline.describe(description, case.config.model.name)
+            pipeline.describe(description, case.config.model.name, needs_a_readable_photo=True)
         timing.stop()
         _, descriptors = store.read_descriptors(directory)
         return timing, descriptors

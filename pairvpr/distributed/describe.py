@@ -75,10 +75,11 @@ def part_name(batch: int) -> str:
     return f"{batch:08d}.npz"
 
 
-def describe(description: Description, label: str) -> None:
+def describe(description: Description, label: str, *, needs_a_readable_photo: bool) -> None:
     """Describe every photo; finished shards and batches are skipped, and a finished description wholly.
 
-    Raises `IncompleteRunError` where Ray gives up on a batch, `UserError` where no photo at all can be read.
+    Raises `IncompleteRunError` where Ray gives up on a batch, and `UserError` where no photo at all can be read but one
+    is needed.
     """
     manifest, parts = description.manifest, storage.join(description.directory, "parts")
     if store.read_description(description.directory) is not None:
@@ -108,7 +109,7 @@ def describe(description: Description, label: str) -> None:
     described = [store.read_shard_description(description.directory, shard.shard) for shard in shards]
     finished = [about for about in described if about is not None]
     assert len(finished) == len(shards), "a shard was never completed"
-    if label == "database" and sum(about.num_rows for about in finished) == 0:
+    if needs_a_readable_photo and sum(about.num_rows for about in finished) == 0:
         raise UserError(
             f"{manifest.root}: none of the {len(manifest)} photos can be read, the first because of "
             f"{finished[0].rejected.get(0)}; delete {description.directory} to try again"

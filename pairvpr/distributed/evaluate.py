@@ -162,7 +162,7 @@ def make_index(
 ) -> None:
     """Describe the database and build its index; what is finished is kept."""
     claim(directory, settings, "index.path")
-    describe(Description(database, directory, num_shards, source, config), "database")
+    describe(Description(database, directory, num_shards, source, config), "database", needs_a_readable_photo=True)
     model = {"name": settings["model"]["name"], "weights_sha256": settings["model"]["weights_sha256"]}
     build_index(directory, database, num_shards, model, source.config.descriptor_dim)
 
@@ -171,7 +171,9 @@ def answer(run: Run, source: ModelSource) -> dict[str, Any]:
     """Describe the queries, retrieve, re-rank, and write predictions.parquet and metrics.json."""
     config, benchmark = run.config, run.benchmark
     queries = storage.join(run.output, "queries")
-    describe(Description(benchmark.queries, queries, 1, source, config.describe), "queries")
+    describe(
+        Description(benchmark.queries, queries, 1, source, config.describe), "queries", needs_a_readable_photo=False
+    )
     num_kept = max(config.rerank.num_candidates, config.index.num_retrieved)
     found = retrieve(run.index, queries, num_kept, config.index, storage.join(run.output, "candidates.parquet"))
     index_about, queries_about = store.read_description(run.index), store.read_description(queries)

@@ -91,7 +91,7 @@ def write_array(url: str, array: NDArray[Any]) -> None:
 def read_array(url: str) -> NDArray[Any]:
     """The array of a .npy file: memory-mapped if it is local, else read whole."""
     if storage.is_local(url):
-        return np.load(url.removeprefix("file://"), mmap_mode="r", allow_pickle=False)
+        return np.load(storage.local_path(url), mmap_mode="r", allow_pickle=False)
     return np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False)
 
 
