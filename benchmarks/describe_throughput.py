@@ -257,8 +257,8 @@ def main() -> int:
     """Both networks, one report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each network (3)")
-    parser.add_argument("--images-tiny", type=int, default=4000, help="photos for the tiny network, 0 = skip it (4000)")
-    parser.add_argument("--images-vits", type=int, default=96, help="photos for vits, 0 = skip it (96)")
+    parser.add_argument("--images-tiny", type=int, default=8000, help="photos for the tiny network, 0 = skip it (8000)")
+    parser.add_argument("--images-vits", type=int, default=192, help="photos for vits, 0 = skip it (192)")
     parser.add_argument("--batch-tiny", type=int, default=32, help="photos of a batch for the tiny network (32)")
     parser.add_argument("--batch-vits", type=int, default=16, help="photos of a batch for vits (16)")
     parser.add_argument("--distinct", type=int, default=300, help="photos drawn; more are hard links to them (300)")

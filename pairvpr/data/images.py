@@ -11,7 +11,7 @@ import warnings
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pairvpr.data import storage
 
@@ -31,6 +31,8 @@ def decode(data: bytes, image_size_px: int) -> NDArray[np.uint8]:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             upright = _to_rgb(ImageOps.exif_transpose(image))
             return np.array(upright.resize((image_size_px, image_size_px), Image.Resampling.BILINEAR))
+    except UnidentifiedImageError as error:  # whose own message holds a memory address, another one in every run
+        raise BrokenImageError(f"UnidentifiedImageError: expected one of {', '.join(FORMATS)}") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on foreign bytes
         raise BrokenImageError(f"{type(error).__name__}: {error}") from error
 

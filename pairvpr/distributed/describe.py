@@ -1,27 +1,21 @@
 """Photos -> descriptor shards with Ray Data. The flow is drawn in `docs/data_flow.md`.
 
-    batches still to do -> decode (CPU tasks) -> network (actor pool) -> part files -> driver commits shards
-
-A batch is cut from the manifest by position. Its part file has a name and a content that depend on settings and
-ids alone (the seconds it took aside), so a part that exists is right, whoever wrote it and when.
+parts still to do -> decode (CPU tasks) -> network and part files (actor pool) -> driver commits shards
 """
 
 from __future__ import annotations
 
-import io
 import json
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import ray
 import ray.data
-from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 from ray.exceptions import RayError
 from ray.util.annotations import RayDeprecationWarning
@@ -29,18 +23,19 @@ from ray.util.annotations import RayDeprecationWarning
 from pairvpr.config.schema import DescribeConfig
 from pairvpr.data import storage
 from pairvpr.data.manifest import Manifest
+from pairvpr.data.photo_batches import PhotoBatch
+from pairvpr.distributed import parts as part_files
+from pairvpr.distributed.parts import Parts, Rows
 from pairvpr.distributed.progress import Progress, say
 from pairvpr.distributed.runtime import CPUS_OF_A_SMALL_TASK, ActorPlan, ModelSource, plan_actors
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.index import store
-from pairvpr.retrieval.describe import PhotoBatch, load_batch, num_batches
 
-Rows = Any
-"""A batch of Ray Data: a dict from column names to arrays."""
-BYTES_PER_TASK = 32 << 20
-MAX_BATCHES_PER_TASK = 8
 MAX_TRIES = 3
-PARTS_READ_AT_ONCE = 16
+CALLS_PER_ACTOR = 2
+"""One part is in the network while another one is written or arrives."""
+
+_commit_shard = ray.remote(max_retries=MAX_TRIES, retry_exceptions=True)(part_files.commit_shard)
 
 
 @dataclass(frozen=True)
@@ -54,55 +49,40 @@ class Description:
     config: DescribeConfig
 
     @property
-    def batches(self) -> int:
-        """Number of batches of the manifest."""
-        return num_batches(len(self.manifest), self.config.batch_size)
-
-    def batches_of(self, shard: store.ShardRange) -> range:
-        """The batches that hold the shard's photos; a batch on a border belongs to both its shards."""
-        if shard.count == 0:
-            return range(0)
-        size = self.config.batch_size
-        return range(shard.first_id // size, (shard.stop_id - 1) // size + 1)
-
-    def part_url(self, batch: int) -> str:
-        """Where a batch's descriptors wait until their shards are committed."""
-        return storage.join(self.directory, "parts", part_name(batch))
-
-
-def part_name(batch: int) -> str:
-    """File name of a batch's part."""
-    return f"{batch:08d}.npz"
+    def parts(self) -> Parts:
+        """How the photos are cut."""
+        directory = storage.join(self.directory, "parts")
+        return Parts.of(directory, len(self.manifest), self.config.batch_size, self.source.config.image_size_px)
 
 
 def describe(description: Description, label: str, *, needs_a_readable_photo: bool) -> None:
-    """Describe every photo; finished shards and batches are skipped, and a finished description wholly.
+    """Describe every photo; finished shards and parts are skipped, and a finished description wholly.
 
-    Raises `IncompleteRunError` where Ray gives up on a batch, and `UserError` where no photo at all can be read but one
+    Raises `IncompleteRunError` where Ray gives up on a part, and `UserError` where no photo at all can be read but one
     is needed.
     """
-    manifest, parts = description.manifest, storage.join(description.directory, "parts")
+    manifest, parts = description.manifest, description.parts
     if store.read_description(description.directory) is not None:
         say(f"describe {label}: finished earlier, skipped")
-        storage.remove_tree(parts)
+        storage.remove_tree(parts.directory)
         return
     manifest.write(storage.join(description.directory, "images.parquet"))
     shards = store.shard_ranges(len(manifest), description.num_shards)
     commits = _Commits(description, shards)
-    existing = set(storage.list_files(parts))
+    existing = set(storage.list_files(parts.directory))
     pending = []
-    for batch in sorted(commits.shards_of):
-        if part_name(batch) in existing:
-            commits.batch_is_done(batch)
+    for part in sorted(commits.shards_of):
+        if parts.name(part) in existing:
+            commits.part_is_done(part)
         else:
-            pending.append(batch)
+            pending.append(part)
 
-    photos_left = sum(len(_ids_of(description, batch)) for batch in pending)
+    photos_left = sum(len(parts.ids(part)) for part in pending)
     progress = Progress(f"describe {label}", len(manifest), "photos", already_done=len(manifest) - photos_left)
     try:
-        for batch in _finished_batches(description, pending):
-            commits.batch_is_done(batch)
-            progress.add(len(_ids_of(description, batch)))
+        for part in _finished_parts(description, pending):
+            commits.part_is_done(part)
+            progress.add(len(parts.ids(part)))
         ray.get(commits.refs)
     except Exception as error:
         raise _as_error_for_people(error, f"describe {label}", progress) from error
@@ -115,7 +95,7 @@ def describe(description: Description, label: str, *, needs_a_readable_photo: bo
             f"{finished[0].rejected.get(0)}; delete {description.directory} to try again"
         )
     store.finish_description(description.directory, manifest, finished)
-    storage.remove_tree(parts)
+    storage.remove_tree(parts.directory)
     progress.finish()
 
 
@@ -134,87 +114,50 @@ def _as_error_for_people(error: BaseException, step: str, progress: Progress) ->
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return IncompleteRunError(
         f"{step}: {progress.total - progress.done:,} of {progress.total:,} photos are not described, because Ray gave "
-        f"up on a batch: {type(error).__name__}: {lines[-1] if lines else ''}. What is finished is kept: the same line "
+        f"up on some: {type(error).__name__}: {lines[-1] if lines else ''}. What is finished is kept: the same line "
         "again does the rest"
     )
 
 
-def _ids_of(description: Description, batch: int) -> range:
-    size = description.config.batch_size
-    return range(batch * size, min((batch + 1) * size, len(description.manifest)))
-
-
 class _Commits:
-    """Starts to commit a shard as soon as the last of its batches is done.
+    """Starts to commit a shard as soon as the last of its parts is done.
 
-    `shards_of` holds, for each batch that is needed, the unfinished shards it belongs to.
+    `shards_of` holds, for each part that is needed, the unfinished shards it belongs to.
     """
 
     def __init__(self, description: Description, shards: Sequence[store.ShardRange]) -> None:
         self.description = description
         self.refs: list[ray.ObjectRef[None]] = []
         self.shards_of: dict[int, list[store.ShardRange]] = {}
-        self._batches_left: dict[int, int] = {}
+        self._parts_left: dict[int, int] = {}
         for shard in shards:
             if store.read_shard_description(description.directory, shard.shard) is not None:
                 continue
-            batches = description.batches_of(shard)
-            self._batches_left[shard.shard] = len(batches)
-            for batch in batches:
-                self.shards_of.setdefault(batch, []).append(shard)
-            if not batches:
+            parts = description.parts.of_shard(shard)
+            self._parts_left[shard.shard] = len(parts)
+            for part in parts:
+                self.shards_of.setdefault(part, []).append(shard)
+            if not parts:
                 self._commit(shard)
 
-    def batch_is_done(self, batch: int) -> None:
-        """Its part is on storage."""
-        for shard in self.shards_of[batch]:
-            self._batches_left[shard.shard] -= 1
-            if not self._batches_left[shard.shard]:
+    def part_is_done(self, part: int) -> None:
+        """It is on storage."""
+        for shard in self.shards_of[part]:
+            self._parts_left[shard.shard] -= 1
+            if not self._parts_left[shard.shard]:
                 self._commit(shard)
 
     def _commit(self, shard: store.ShardRange) -> None:
-        description = self.description
+        description, parts = self.description, self.description.parts
         commit = _commit_shard.options(num_cpus=CPUS_OF_A_SMALL_TASK)
-        urls = [description.part_url(batch) for batch in description.batches_of(shard)]
+        urls = [parts.url(part) for part in parts.of_shard(shard)]
         self.refs.append(commit.remote(description.directory, shard, urls, description.source.config.descriptor_dim))
 
 
-@ray.remote(max_retries=MAX_TRIES, retry_exceptions=True)
-def _commit_shard(directory: str, shard: store.ShardRange, part_urls: Sequence[str], descriptor_dim: int) -> None:
-    """Gather a shard's rows from its parts, in the order of ids, and publish it."""
-    ids, rows = [np.empty(0, np.int64)], [np.empty((0, descriptor_dim), np.float32)]
-    rejected: dict[int, str] = {}
-    seconds = 0.0
-    with ThreadPoolExecutor(PARTS_READ_AT_ONCE) as pool:
-        read = pool.map(storage.read_bytes, part_urls)
-    for data in read:
-        with np.load(io.BytesIO(data), allow_pickle=False) as part:
-            inside = (part["ids"] >= shard.first_id) & (part["ids"] < shard.stop_id)
-            ids.append(part["ids"][inside])
-            rows.append(part["descriptors"][inside])
-            for image_id, error in zip(part["rejected_ids"].tolist(), part["rejected_errors"].tolist(), strict=True):
-                if shard.first_id <= image_id < shard.stop_id:
-                    rejected[image_id] = error
-            if shard.first_id <= int(part["first_id"]) < shard.stop_id:
-                seconds += float(part["seconds"])
-    all_ids = np.concatenate(ids)
-    accounted = np.sort(np.concatenate([all_ids, np.fromiter(rejected, np.int64, len(rejected))]))
-    assert np.array_equal(accounted, np.arange(shard.first_id, shard.stop_id)), "a photo is missing or double"
-    about = store.ShardDescription(shard.first_id, shard.count, len(all_ids), rejected, seconds)
-    store.write_shard_description(directory, shard.shard, all_ids, np.concatenate(rows), about)
-
-
-def _finished_batches(description: Description, pending: Sequence[int]) -> Iterator[int]:
-    """Run the batches through Ray Data; yields each when its part is on storage."""
+def _finished_parts(description: Description, pending: Sequence[int]) -> Iterator[int]:
+    """Run the parts through Ray Data; yields each when it is on storage."""
     if not pending:
         return
-    plan = plan_actors(description.config)
-    size_px = description.source.config.image_size_px
-    batch_bytes = description.config.batch_size * size_px * size_px * 3
-    fair_share = len(pending) // (4 * plan.num_actors)
-    batches_per_task = max(1, min(MAX_BATCHES_PER_TASK, BYTES_PER_TASK // batch_bytes, fair_share))
-    tasks = [pending[first : first + batches_per_task] for first in range(0, len(pending), batches_per_task)]
-
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -224,105 +167,73 @@ def _finished_batches(description: Description, pending: Sequence[int]) -> Itera
     with warnings.catch_warnings():
         # The retry limits have no other spelling in this Ray, which warns that they will get one.
         warnings.simplefilter("ignore", RayDeprecationWarning)
-        parts = _parts(description, tasks, plan)
-    for rows in parts.iter_batches(batch_size=None, prefetch_batches=0):
-        yield from (int(batch) for batch in rows["batch"])
+        finished = _described(description, pending, plan_actors(description.config))
+    for rows in finished.iter_batches(batch_size=None, prefetch_batches=0):
+        yield from (int(part) for part in rows["part"])
 
 
-def _parts(description: Description, tasks: Sequence[Sequence[int]], plan: ActorPlan) -> ray.data.Dataset:
-    """The data set of finished batches; nothing runs before it is read."""
-    config, source = description.config, description.source
+def _described(description: Description, pending: Sequence[int], plan: ActorPlan) -> ray.data.Dataset:
+    """The data set of finished parts; nothing runs before it is read."""
+    config, source, parts = description.config, description.source, description.parts
     decode = partial(
-        _decode,
-        tasks=tasks,
+        part_files.decode,
         manifest=ray.put(description.manifest),
-        batch_size=config.batch_size,
+        photos_per_part=parts.photos_per_part,
         size_px=source.config.image_size_px,
     )
     return (
         # `range` would be an operator of its own that wants a whole CPU; on a node with one the job would hang.
-        ray.data.from_items([{"id": task} for task in range(len(tasks))], override_num_blocks=len(tasks))
+        ray.data.from_items([{"part": part} for part in pending], override_num_blocks=len(pending))
         .map_batches(decode, batch_size=None, num_cpus=plan.cpus_per_task, max_retries=MAX_TRIES)
         .map_batches(
             _Network,
-            batch_size=1,  # a row is a batch of photos
-            compute=ActorPoolStrategy(size=min(plan.num_actors, len(tasks))),
-            fn_constructor_kwargs={"source": source, "num_threads": config.num_threads_per_actor},
+            batch_size=1,  # a row is a part
+            compute=ActorPoolStrategy(
+                size=min(plan.num_actors, len(pending)),
+                max_concurrent_calls_per_actor=CALLS_PER_ACTOR,
+                enable_true_multi_threading=True,
+            ),
+            fn_constructor_kwargs={
+                "source": source,
+                "parts": parts,
+                "batch_size": config.batch_size,
+                "num_threads": config.num_threads_per_actor,
+            },
             num_cpus=plan.cpus_per_actor,
             num_gpus=plan.gpus_per_actor or None,
-            max_restarts=-1,  # spot nodes vanish again and again; a batch that kills its actor ends by the next line
+            max_restarts=-1,  # spot nodes vanish again and again; a part that kills its actor ends by the next line
             max_task_retries=MAX_TRIES,
         )
-        .map_batches(
-            partial(_write_parts, directory=description.directory),
-            batch_size=None,
-            num_cpus=CPUS_OF_A_SMALL_TASK,
-            max_retries=MAX_TRIES,
-        )
     )
-
-
-def _decode(
-    rows: Rows,
-    *,
-    tasks: Sequence[Sequence[int]],
-    manifest: ray.ObjectRef[Manifest],
-    batch_size: int,
-    size_px: int,
-) -> Rows:
-    """Task numbers -> a row for each of their batches: pixels as bytes, errors as JSON."""
-    photos = ray.get(manifest)
-    decoded: dict[str, list[Any]] = {"batch": [], "first_id": [], "pixels": [], "errors": [], "seconds": []}
-    for batch in (batch for task in rows["id"] for batch in tasks[task]):
-        started_s = time.perf_counter()
-        loaded = load_batch(photos, batch, batch_size, size_px)
-        decoded["batch"].append(batch)
-        decoded["first_id"].append(loaded.first_id)
-        decoded["pixels"].append(loaded.pixels.tobytes())
-        decoded["errors"].append(json.dumps(loaded.errors))
-        decoded["seconds"].append(time.perf_counter() - started_s)
-    return decoded
 
 
 class _Network:
-    """One model actor: pixels -> the bytes of part files."""
+    """One model actor: pixels -> part files. Called from several threads, of which one is in the network."""
 
-    def __init__(self, source: ModelSource, num_threads: int) -> None:
+    def __init__(self, source: ModelSource, parts: Parts, batch_size: int, num_threads: int) -> None:
         self.describer = source.describer(num_threads)
         self.size_px = source.config.image_size_px
+        self.parts = parts
+        self.batch_size = batch_size
+        self.in_the_network = threading.Lock()
 
     def __call__(self, rows: Rows) -> Rows:
-        parts = []
-        columns = (rows[name] for name in ("first_id", "pixels", "errors", "seconds"))
-        for first_id, pixels, errors, seconds in zip(*columns, strict=True):
-            started_s = time.perf_counter()
+        columns = (rows[name] for name in ("part", "pixels", "errors", "seconds"))
+        for part, pixels, errors, seconds in zip(*columns, strict=True):
             shape = (-1, self.size_px, self.size_px, 3)
-            photos = np.frombuffer(pixels, np.uint8).reshape(shape).copy()
-            loaded = PhotoBatch(
-                int(first_id), photos, {int(position): text for position, text in json.loads(errors).items()}
+            photos = PhotoBatch(
+                self.parts.ids(part).start,
+                np.frombuffer(pixels, np.uint8).reshape(shape).copy(),
+                {int(position): text for position, text in json.loads(errors).items()},
             )
-            descriptors = self.describer.descriptors(photos)
-            parts.append(_part_bytes(loaded, descriptors, seconds + time.perf_counter() - started_s))
-        return {"batch": rows["batch"], "part": parts}
-
-
-def _part_bytes(batch: PhotoBatch, descriptors: NDArray[np.float32], seconds: float) -> bytes:
-    ids, rows = batch.kept(descriptors)
-    sink = io.BytesIO()
-    np.savez(
-        sink,
-        allow_pickle=False,
-        first_id=np.int64(batch.first_id),
-        ids=ids,
-        descriptors=rows,
-        rejected_ids=np.array(list(batch.rejected), np.int64),
-        rejected_errors=np.array(list(batch.rejected.values()), np.str_),
-        seconds=np.float64(seconds),
-    )
-    return sink.getvalue()
-
-
-def _write_parts(rows: Rows, *, directory: str) -> Rows:
-    for batch, part in zip(rows["batch"], rows["part"], strict=True):
-        storage.write_bytes(storage.join(directory, "parts", part_name(batch)), bytes(part))
-    return {"batch": rows["batch"]}
+            with self.in_the_network:
+                started_s = time.perf_counter()
+                descriptors = np.concatenate(
+                    [
+                        self.describer.descriptors(photos.pixels[first : first + self.batch_size])
+                        for first in range(0, len(photos.pixels), self.batch_size)
+                    ]
+                )
+                seconds += time.perf_counter() - started_s
+            part_files.write(self.parts.url(part), photos, descriptors, seconds)
+        return {"part": rows["part"]}

@@ -1,63 +1,17 @@
-"""Photos -> global descriptors, in batches that depend on the manifest and the batch size alone.
+"""The network as inference uses it: pixels -> global descriptors and dense features.
 
 B photos of a batch, S image side in pixels, G descriptor width, L patches, C encoder width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pairvpr.data import images
-from pairvpr.data.manifest import Manifest
 from pairvpr.errors import UserError
 from pairvpr.models.pair_vpr import PairVPR, normalise
-
-
-@dataclass(frozen=True)
-class PhotoBatch:
-    """Decoded photos `first_id`, `first_id` + 1, ...: pixels (B, S, S, 3) uint8; `errors` by position.
-
-    A broken photo leaves zeros, so that its neighbours pass through the network in the same shape as without it;
-    its own row is dropped.
-    """
-
-    first_id: int
-    pixels: NDArray[np.uint8]
-    errors: dict[int, str]
-
-    def kept(self, descriptors: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Ids (n,) and rows (n, G) of the photos that could be read."""
-        positions = np.array([i for i in range(len(self.pixels)) if i not in self.errors], dtype=np.int64)
-        return self.first_id + positions, descriptors[positions]
-
-    @property
-    def rejected(self) -> dict[int, str]:
-        """Errors by image id."""
-        return {self.first_id + position: error for position, error in self.errors.items()}
-
-
-def num_batches(num_images: int, batch_size: int) -> int:
-    """How many batches a manifest is cut into."""
-    return -(-num_images // batch_size)
-
-
-def load_batch(manifest: Manifest, batch: int, batch_size: int, image_size_px: int) -> PhotoBatch:
-    """Decode photos [batch * batch_size, (batch + 1) * batch_size) of the manifest."""
-    first_id = batch * batch_size
-    ids = range(first_id, min(first_id + batch_size, len(manifest)))
-    pixels = np.zeros((len(ids), image_size_px, image_size_px, 3), np.uint8)
-    errors: dict[int, str] = {}
-    for position, image_id in enumerate(ids):
-        try:
-            pixels[position] = images.load(manifest.url(image_id), image_size_px)
-        except images.BrokenImageError as error:
-            errors[position] = str(error)
-    return PhotoBatch(first_id, pixels, errors)
 
 
 class Describer:

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from pairvpr.config.schema import EvaluateConfig
 from pairvpr.data import images
 from pairvpr.data.manifest import Benchmark, Manifest
+from pairvpr.data.photo_batches import load_batch, num_batches
 from pairvpr.index.search import Shard, flat_index, search
 from pairvpr.models.pair_vpr import PairVPR
-from pairvpr.retrieval.describe import Describer, load_batch, num_batches
+from pairvpr.retrieval.describe import Describer
 from pairvpr.retrieval.rerank import FeatureCache, Reranked, Reranker, work_units
 
 

@@ -9,7 +9,7 @@ import ray
 
 from pairvpr.config.compose import load_evaluations
 from pairvpr.data.manifest import folder_manifest
-from pairvpr.distributed.describe import Description, _parts
+from pairvpr.distributed.describe import Description, _described
 from pairvpr.distributed.runtime import ActorPlan, ModelSource, plan_actors
 from pairvpr.models.weights import load_weights
 from tests.support.runs import arguments, run_job
@@ -41,4 +41,4 @@ def test_ray_data_accepts_actors_with_gpus(city: Path) -> None:
     description = Description(photos, "unused", 1, source, config.describe)
     plan = ActorPlan(num_actors=1, cpus_per_actor=1.0, gpus_per_actor=1.0, cpus_per_task=1.0)
     with pytest.warns(match="ray_remote_args"):
-        assert _parts(description, [[0]], plan) is not None
+        assert _described(description, [0], plan) is not None

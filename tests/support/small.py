@@ -40,6 +40,16 @@ def small_model() -> PairVPR:
     return build_model(config, load_weights(config), torch.device("cpu"))
 
 
+def shaken_model() -> PairVPR:
+    """The small network with its weights moved, so that photos and pairs differ clearly."""
+    network = small_model()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return network
+
+
 def small_evaluate_config(output: str, *, num_candidates: int = 5, num_retrieved: int = 10) -> EvaluateConfig:
     """An evaluation of `SMALL_CITY` in batches that do not divide the number of photos."""
     return EvaluateConfig(

@@ -12,11 +12,12 @@ import torch
 
 from pairvpr.data.benchmarks import load_benchmark, prepare_benchmark
 from pairvpr.data.manifest import Benchmark, Manifest
+from pairvpr.data.photo_batches import load_batch, num_batches
 from pairvpr.errors import UserError
 from pairvpr.models.pair_vpr import PairVPR
 from pairvpr.retrieval import pipeline
-from pairvpr.retrieval.describe import Describer, load_batch, num_batches
-from tests.support.small import SMALL_CITY, small_evaluate_config, small_model
+from pairvpr.retrieval.describe import Describer
+from tests.support.small import SMALL_CITY, shaken_model, small_evaluate_config, small_model
 
 BROKEN_QUERY, BROKEN_PHOTOS = 2, (0, 7, 17)
 
@@ -32,11 +33,7 @@ def _threads() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def model() -> PairVPR:
     """The small network, its weights shaken so that photos differ."""
-    network = small_model()
-    generator = torch.Generator().manual_seed(3)
-    for parameter in network.parameters():
-        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return network
+    return shaken_model()
 
 
 @pytest.fixture(scope="module")

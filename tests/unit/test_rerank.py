@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pairvpr.models.pair_vpr import PairVPR
 from pairvpr.retrieval.rerank import FeatureCache, Reranker, WorkUnit, work_units
-from tests.support.small import small_model
+from tests.support.small import shaken_model
 
 NUM_DATABASE, NUM_QUERIES = 12, 5
 BYTES_OF_ONE = 4 * 32 * 4
@@ -30,11 +30,7 @@ UNIT = {
 @pytest.fixture(scope="module")
 def model() -> PairVPR:
     """The small network with a classifier that tells pairs apart."""
-    network = small_model()
-    generator = torch.Generator().manual_seed(3)
-    for parameter in network.parameters():
-        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return network
+    return shaken_model()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,126 @@
+"""Parts: where descriptors wait until their shards are complete. These tasks never import torch: they start fast.
+
+A part is a run of photos, a whole number of batches, cut from the manifest by position. Its file has a name and a
+content that depend on settings and ids alone (the seconds it took aside), so a part that exists is right, whoever
+wrote it and when.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from pairvpr.data import storage
+from pairvpr.data.manifest import Manifest
+from pairvpr.data.photo_batches import PhotoBatch, load_batch, num_batches
+from pairvpr.index import store
+
+Rows = Any
+"""A batch of Ray Data: a dict from column names to arrays."""
+BYTES_PER_PART = 32 << 20
+MAX_BATCHES_PER_PART = 8
+ENOUGH_PARTS = 32
+PARTS_READ_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of `num_images` photos, below `directory`."""
+
+    directory: str
+    num_images: int
+    photos_per_part: int
+
+    @classmethod
+    def of(cls, directory: str, num_images: int, batch_size: int, image_size_px: int) -> Parts:
+        """Up to 8 batches and 32 MiB of pixels in each, fewer where the parts would be few; at least one batch."""
+        batch_bytes = batch_size * image_size_px * image_size_px * 3
+        wanted = min(MAX_BATCHES_PER_PART, BYTES_PER_PART // batch_bytes, num_images // (ENOUGH_PARTS * batch_size))
+        return cls(directory, num_images, batch_size * max(1, wanted))
+
+    def __len__(self) -> int:
+        return num_batches(self.num_images, self.photos_per_part)
+
+    def ids(self, part: int) -> range:
+        """The photos of a part."""
+        first_id = part * self.photos_per_part
+        return range(first_id, min(first_id + self.photos_per_part, self.num_images))
+
+    def name(self, part: int) -> str:
+        """File name of a part; it says which photos, so other settings never meet a part by mistake."""
+        ids = self.ids(part)
+        return f"{ids.start:09d}-{ids.stop:09d}.npz"
+
+    def url(self, part: int) -> str:
+        """Its file."""
+        return storage.join(self.directory, self.name(part))
+
+    def of_shard(self, shard: store.ShardRange) -> range:
+        """The parts that hold the shard's photos; a part on a border belongs to both its shards."""
+        if shard.count == 0:
+            return range(0)
+        return range(shard.first_id // self.photos_per_part, (shard.stop_id - 1) // self.photos_per_part + 1)
+
+
+def decode(rows: Rows, *, manifest: ray.ObjectRef[Manifest], photos_per_part: int, size_px: int) -> Rows:
+    """Part numbers -> a row each: pixels as bytes, errors as JSON, and the seconds that took."""
+    photos = ray.get(manifest)
+    decoded: dict[str, list[Any]] = {"part": [], "pixels": [], "errors": [], "seconds": []}
+    for part in rows["part"]:
+        started_s = time.perf_counter()
+        loaded = load_batch(photos, int(part), photos_per_part, size_px)
+        decoded["part"].append(part)
+        decoded["pixels"].append(loaded.pixels.tobytes())
+        decoded["errors"].append(json.dumps(loaded.errors))
+        decoded["seconds"].append(time.perf_counter() - started_s)
+    return decoded
+
+
+def write(url: str, photos: PhotoBatch, descriptors: NDArray[np.float32], seconds: float) -> None:
+    """Publish a part: `descriptors` (n, G) of its n photos, broken ones included, whose rows are left out."""
+    ids, rows = photos.kept(descriptors)
+    sink = io.BytesIO()
+    np.savez(
+        sink,
+        allow_pickle=False,
+        first_id=np.int64(photos.first_id),
+        ids=ids,
+        descriptors=rows,
+        rejected_ids=np.array(list(photos.rejected), np.int64),
+        rejected_errors=np.array(list(photos.rejected.values()), np.str_),
+        seconds=np.float64(seconds),
+    )
+    storage.write_bytes(url, sink.getvalue())
+
+
+def commit_shard(directory: str, shard: store.ShardRange, part_urls: Sequence[str], descriptor_dim: int) -> None:
+    """Gather a shard's rows from its parts, in the order of ids, and publish it."""
+    ids, rows = [np.empty(0, np.int64)], [np.empty((0, descriptor_dim), np.float32)]
+    rejected: dict[int, str] = {}
+    seconds = 0.0
+    with ThreadPoolExecutor(PARTS_READ_AT_ONCE) as pool:
+        read = pool.map(storage.read_bytes, part_urls)
+    for data in read:
+        with np.load(io.BytesIO(data), allow_pickle=False) as part:
+            inside = (part["ids"] >= shard.first_id) & (part["ids"] < shard.stop_id)
+            ids.append(part["ids"][inside])
+            rows.append(part["descriptors"][inside])
+            for image_id, error in zip(part["rejected_ids"].tolist(), part["rejected_errors"].tolist(), strict=True):
+                if shard.first_id <= image_id < shard.stop_id:
+                    rejected[image_id] = error
+            if shard.first_id <= int(part["first_id"]) < shard.stop_id:
+                seconds += float(part["seconds"])
+    all_ids = np.concatenate(ids)
+    accounted = np.sort(np.concatenate([all_ids, np.fromiter(rejected, np.int64, len(rejected))]))
+    assert np.array_equal(accounted, np.arange(shard.first_id, shard.stop_id)), "a photo is missing or double"
+    about = store.ShardDescription(shard.first_id, shard.count, len(all_ids), rejected, seconds)
+    store.write_shard_description(directory, shard.shard, all_ids, np.concatenate(rows), about)

@@ -1,0 +1,71 @@
+"""Parts cut a manifest, shards gather them, and every photo is in a shard once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pairvpr.data.photo_batches import PhotoBatch
+from pairvpr.distributed.parts import MAX_BATCHES_PER_PART, Parts, commit_shard, write
+from pairvpr.index import store
+
+
+@given(
+    num_images=st.integers(1, 5000),
+    batch_size=st.integers(1, 64),
+    size_px=st.sampled_from([14, 224, 322, 5000]),
+    num_shards=st.integers(1, 9),
+)
+def test_parts_hold_every_photo_once_in_whole_batches(
+    num_images: int, batch_size: int, size_px: int, num_shards: int
+) -> None:
+    parts = Parts.of("somewhere", num_images, batch_size, size_px)
+    assert [i for part in range(len(parts)) for i in parts.ids(part)] == list(range(num_images))
+    assert all(parts.ids(part).start % batch_size == 0 for part in range(len(parts)))
+    assert parts.photos_per_part <= MAX_BATCHES_PER_PART * batch_size
+    names = [parts.name(part) for part in range(len(parts))]
+    assert names == sorted(set(names))
+    for shard in store.shard_ranges(num_images, num_shards):
+        touching = [
+            part for part in range(len(parts)) if set(parts.ids(part)) & set(range(shard.first_id, shard.stop_id))
+        ]
+        assert list(parts.of_shard(shard)) == touching
+
+
+def test_large_descriptions_have_fewer_files_than_batches() -> None:
+    assert len(Parts.of("somewhere", 2_805_840, 16, 322)) == -(-2_805_840 // (16 * 6))  # 32 MiB of pixels
+
+
+@pytest.mark.parametrize("num_shards", [1, 3, 4])
+def test_shards_gather_their_rows_from_parts_on_both_borders(tmp_path: Path, num_shards: int) -> None:
+    num_images, broken = 23, {0: "first", 9: "amid", 22: "last"}
+    descriptors = np.random.default_rng(0).normal(size=(num_images, 4)).astype(np.float32)
+    parts = Parts(str(tmp_path / "parts"), num_images, 5)
+    for part in range(len(parts)):
+        ids = parts.ids(part)
+        pixels = np.zeros((len(ids), 2, 2, 3), np.uint8)
+        errors = {i - ids.start: text for i, text in broken.items() if i in ids}
+        write(parts.url(part), PhotoBatch(ids.start, pixels, errors), descriptors[ids.start : ids.stop], 1.0)
+    shards = store.shard_ranges(num_images, num_shards)
+    for shard in shards:
+        commit_shard(str(tmp_path), shard, [parts.url(part) for part in parts.of_shard(shard)], 4)
+    about = [store.read_shard_description(str(tmp_path), shard.shard) for shard in shards]
+    rejected = {i: text for shard in about if shard is not None for i, text in shard.rejected.items()}
+    assert rejected == broken
+    assert sum(shard.seconds for shard in about if shard is not None) == len(parts)  # a part on a border counts once
+    kept = [i for i in range(num_images) if i not in broken]
+    found = [np.load(tmp_path / "shards" / f"{shard.shard:05d}" / "ids.npy") for shard in shards]
+    rows = [np.load(tmp_path / "shards" / f"{shard.shard:05d}" / "descriptors.npy") for shard in shards]
+    assert np.concatenate(found).tolist() == kept
+    np.testing.assert_array_equal(np.concatenate(rows), descriptors[kept])
+
+
+def test_a_missing_part_is_noticed(tmp_path: Path) -> None:
+    parts = Parts(str(tmp_path / "parts"), 10, 5)
+    write(parts.url(0), PhotoBatch(0, np.zeros((5, 2, 2, 3), np.uint8), {}), np.ones((5, 4), np.float32), 1.0)
+    with pytest.raises(AssertionError, match="missing or double"):
+        commit_shard(str(tmp_path), store.shard_ranges(10, 1)[0], [parts.url(0)], 4)
