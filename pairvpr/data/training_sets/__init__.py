@@ -1,0 +1,1 @@
+"""Photos to train on, each set read from its own download layout."""
