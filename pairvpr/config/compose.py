@@ -22,7 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pairvpr.config import schema
+from pairvpr.config import schema, train_schema
 from pairvpr.errors import UserError
 
 T = TypeVar("T")
@@ -31,7 +31,17 @@ JOBS: dict[type, str] = {
     schema.EvaluateConfig: "evaluate",
     schema.BuildIndexConfig: "build_index",
     schema.QueryConfig: "query",
+    train_schema.TrainStageOneConfig: "train_stage_one",
+    train_schema.TrainStageTwoConfig: "train_stage_two",
+    train_schema.SearchCheckpointsConfig: "search_checkpoints",
+    train_schema.ExportWeightsConfig: "export_weights",
 }
+DIRECTORIES: dict[type, dict[str, str]] = {
+    schema.EvaluateConfig: {"experiment": "experiment"},
+    train_schema.TrainStageOneConfig: {"train": "train/stage_one", "train.validation": "benchmark"},
+    train_schema.TrainStageTwoConfig: {"train": "train/stage_two", "train.validation": "benchmark"},
+}
+"""Groups of a job that are not simply a directory and a section of one name."""
 BENCHMARKS: dict[str, type[schema.BenchmarkConfig]] = {
     "folders": schema.FoldersConfig,
     "toy_city": schema.ToyCityConfig,
@@ -48,7 +58,7 @@ def load(job: type[T], arguments: Sequence[str]) -> T:
         _check_choices(job, overrides)
         try:
             _check_keys(job, overrides)
-            config = compose(JOBS[job], [override.input_line or "" for override in overrides])
+            config = compose(JOBS[job], [_for_hydra(job, override) for override in overrides])
             missing = sorted(OmegaConf.missing_keys(config))
             if missing:
                 raise UserError(f"missing: {', '.join(f'{key}=...' for key in missing)} (--help explains each key)")
@@ -101,16 +111,16 @@ def help_text(job: type) -> str:
     """Every group with its choices, and every key with its default and its doc line."""
     lines = [f"usage: python -m ray_jobs.{JOBS[job]} key=value ...", "", inspect.getdoc(job) or "", ""]
     with _hydra():
-        for group in _groups(job):
-            lines.append(f"  {group}=  one of {', '.join(_choices(group))}")
+        for group, directory in _groups(job).items():
+            lines.append(f"  {group}=  one of {', '.join(_choices(directory))}")
     lines.append("")
     for key, default, doc in _documented_keys(job, ""):
         lines += [f"  {key} = {default}", f"      {doc}"]
-    for name, benchmark in BENCHMARKS.items():
-        if "benchmark" in _groups(job):
-            lines.append(f"\nwith benchmark={name}:")
-            for key, default, doc in _documented_keys(benchmark, "benchmark."):
-                lines += [f"  {key} = {default}", f"      {doc}"]
+    sections = [group for group, directory in _groups(job).items() if directory == "benchmark"]
+    for section, (name, benchmark) in itertools.product(sections, BENCHMARKS.items()):
+        lines.append(f"\nwith {section}={name}:")
+        for key, default, doc in _documented_keys(benchmark, f"{section}."):
+            lines += [f"  {key} = {default}", f"      {doc}"]
     return "\n".join(lines)
 
 
@@ -146,14 +156,25 @@ def _parse(arguments: Sequence[str]) -> list[Override]:
     return parsed
 
 
-def _groups(job: type) -> list[str]:
-    names = [path.name for path in sorted(_config_directory().iterdir()) if path.is_dir()]
+def _groups(job: type) -> dict[str, str]:
+    """The groups of a job, as a user writes them, and the directory of each one's choices."""
     keys = {field.name for field in fields(job)}
-    return [name for name in names if name in keys or (name == "experiment" and job is schema.EvaluateConfig)]
+    plain = {path.name for path in _config_directory().iterdir() if path.is_dir() and list(path.glob("*.yaml"))}
+    return {name: name for name in sorted(plain & keys)} | DIRECTORIES.get(job, {})
 
 
-def _choices(group: str) -> list[str]:
-    return sorted(path.stem for path in (_config_directory() / group).glob("*.yaml"))
+def _for_hydra(job: type, override: Override) -> str:
+    """The override in Hydra's own words."""
+    line, key = override.input_line or "", override.key_or_group
+    directory = _groups(job).get(key, key)
+    if directory == key or override.value() is None:
+        return line
+    package = f"@{key}" if directory == "benchmark" else ""
+    return f"{directory}{package}={override.value()}"
+
+
+def _choices(directory: str) -> list[str]:
+    return sorted(path.stem for path in (_config_directory() / directory).glob("*.yaml"))
 
 
 def _check_choice(group: str, choice: object, choices: Sequence[str]) -> None:
@@ -168,11 +189,13 @@ def _check_choices(job: type, overrides: Sequence[Override]) -> None:
         key = override.key_or_group
         if override.is_delete() or override.package is not None:
             choices = (
-                f"one of {', '.join(_choices(key))}" if key in groups else "a key can be set, never moved or removed"
+                f"one of {', '.join(_choices(groups[key]))}"
+                if key in groups
+                else "a key can be set, never moved or removed"
             )
             raise UserError(f"{override.input_line}: expected {key}=... ({choices})")
-        if key in groups:
-            _check_choice(key, override.value(), _choices(key))
+        if key in groups and not (key == "train.validation" and override.value() is None):
+            _check_choice(key, override.value(), _choices(groups[key]))
     if "benchmark" in groups and "benchmark" not in given:
         raise UserError(f"missing: benchmark=... (one of {', '.join(_choices('benchmark'))})")
 
@@ -180,7 +203,7 @@ def _check_choices(job: type, overrides: Sequence[Override]) -> None:
 def _check_keys(job: type, overrides: Sequence[Override]) -> None:
     """Every `a.b.c` given must be a key of the schema; the choices made decide which."""
     groups = _groups(job)
-    chosen = [override.input_line or "" for override in overrides if override.key_or_group in groups]
+    chosen = [_for_hydra(job, override) for override in overrides if override.key_or_group in groups]
     config = compose(JOBS[job], chosen)
     for override in overrides:
         if override.key_or_group in groups:
@@ -188,13 +211,13 @@ def _check_keys(job: type, overrides: Sequence[Override]) -> None:
         node: Any = config
         parts = override.key_or_group.split(".")
         for depth, part in enumerate(parts):
-            valid = [str(key) for key in node] if isinstance(node, DictConfig) else []
+            valid = [str(key) for key in node] if isinstance(node, DictConfig) and node else []
             if part not in valid:
                 where = ".".join(parts[:depth])
                 prefix = f"{where}." if where else ""
                 raise UserError(f"unknown key {override.key_or_group}: {_suggest(part, valid, prefix)}")
             node = node._get_node(part)
-        if isinstance(node, DictConfig):
+        if isinstance(node, DictConfig) and node:
             raise UserError(
                 f"{override.key_or_group} is a section: expected one of its keys, such as "
                 f"{override.key_or_group}.{next(iter(node))}=..."

@@ -28,23 +28,23 @@ class Precision(StrEnum):
     fp16 = "fp16"
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
 
 
-def _require_positive(config: object, prefix: str, *names: str) -> None:
+def require_positive(config: object, prefix: str, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(
+        require(
             value is None or 0 < value < math.inf, f"{prefix}.{name}={value}: expected a number above 0, and finite"
         )
 
 
-def _require_text(config: object, prefix: str, *names: str) -> None:
+def require_text(config: object, prefix: str, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(value is None or value.strip() != "", f"{prefix}{name} is empty: expected a text")
+        require(value is None or value.strip() != "", f"{prefix}{name} is empty: expected a text")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -71,13 +71,13 @@ class EncoderConfig:
     """The last blocks, which training changes; the rest is frozen."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "model.encoder", "embed_dim", "depth", "num_heads", "pretrain_image_size_px")
-        _require(self.num_registers >= 0, f"model.encoder.num_registers={self.num_registers}: expected 0 or more")
-        _require(
+        require_positive(self, "model.encoder", "embed_dim", "depth", "num_heads", "pretrain_image_size_px")
+        require(self.num_registers >= 0, f"model.encoder.num_registers={self.num_registers}: expected 0 or more")
+        require(
             self.embed_dim % self.num_heads == 0,
             f"model.encoder.num_heads={self.num_heads} does not divide model.encoder.embed_dim={self.embed_dim}",
         )
-        _require(
+        require(
             0 <= self.num_trainable_blocks <= self.depth,
             f"model.encoder.num_trainable_blocks={self.num_trainable_blocks}: expected 0 to depth={self.depth}",
         )
@@ -95,12 +95,12 @@ class DecoderConfig:
     """Attention heads; must divide embed_dim."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "model.decoder", "embed_dim", "depth", "num_heads")
-        _require(
+        require_positive(self, "model.decoder", "embed_dim", "depth", "num_heads")
+        require(
             self.embed_dim % self.num_heads == 0,
             f"model.decoder.num_heads={self.num_heads} does not divide model.decoder.embed_dim={self.embed_dim}",
         )
-        _require(
+        require(
             self.embed_dim % 4 == 0,
             f"model.decoder.embed_dim={self.embed_dim}: expected a multiple of 4 (sine-cosine positions)",
         )
@@ -126,13 +126,13 @@ class ModelConfig:
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
 
     def __post_init__(self) -> None:
-        _require_text(self, "model.", "weights")
-        _require_positive(self, "model", "image_size_px", "patch_size_px", "descriptor_dim")
+        require_text(self, "model.", "weights")
+        require_positive(self, "model", "image_size_px", "patch_size_px", "descriptor_dim")
         for name, size_px in (
             ("image_size_px", self.image_size_px),
             ("encoder.pretrain_image_size_px", self.encoder.pretrain_image_size_px),
         ):
-            _require(
+            require(
                 size_px % self.patch_size_px == 0,
                 f"model.{name}={size_px}: expected a multiple of model.patch_size_px={self.patch_size_px}",
             )
@@ -151,8 +151,8 @@ class BenchmarkConfig:
     """What reports call the benchmark; with several benchmarks also the name of its output folder."""
 
     def __post_init__(self) -> None:
-        _require_text(self, "benchmark.", "name")
-        _require(
+        require_text(self, "benchmark.", "name")
+        require(
             "/" not in self.name and not self.name.startswith("."),
             f"benchmark.name={self.name}: expected a plain name, without '/' and no '.' in front",
         )
@@ -173,9 +173,9 @@ class FoldersConfig(BenchmarkConfig):
 
     def __post_init__(self) -> None:
         BenchmarkConfig.__post_init__(self)
-        _require_text(self, "benchmark.", "database", "queries", "positives")
-        _require_positive(self, "benchmark", "radius_m")
-        _require(
+        require_text(self, "benchmark.", "database", "queries", "positives")
+        require_positive(self, "benchmark", "radius_m")
+        require(
             self.positives is None or self.radius_m is None,
             "benchmark.positives and benchmark.radius_m are both set: expected one source of positives",
         )
@@ -198,8 +198,8 @@ class ToyCityConfig(BenchmarkConfig):
 
     def __post_init__(self) -> None:
         BenchmarkConfig.__post_init__(self)
-        _require_positive(self, "benchmark", "num_places", "photos_per_place", "queries_per_place", "radius_m")
-        _require(self.seed >= 0, f"benchmark.seed={self.seed}: expected 0 or more")
+        require_positive(self, "benchmark", "num_places", "photos_per_place", "queries_per_place", "radius_m")
+        require(self.seed >= 0, f"benchmark.seed={self.seed}: expected 0 or more")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -218,8 +218,8 @@ class DescribeConfig:
     """Scheduling: object-store memory for decoded photos in flight, whatever the number of photos."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "describe", "batch_size", "num_threads_per_actor", "num_actors", "memory_gib")
-        _require(
+        require_positive(self, "describe", "batch_size", "num_threads_per_actor", "num_actors", "memory_gib")
+        require(
             self.num_gpus_per_actor is None or self.num_gpus_per_actor >= 0,
             f"describe.num_gpus_per_actor={self.num_gpus_per_actor}: expected 0 or more",
         )
@@ -237,7 +237,7 @@ class SearchConfig:
     """Scheduling: shard actors; null = one for each shard, at most one for every two CPUs."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "index", "num_retrieved", "num_threads_per_actor", "num_actors")
+        require_positive(self, "index", "num_retrieved", "num_threads_per_actor", "num_actors")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -251,8 +251,8 @@ class IndexConfig(SearchConfig):
 
     def __post_init__(self) -> None:
         SearchConfig.__post_init__(self)
-        _require_text(self, "index.", "path")
-        _require_positive(self, "index", "num_shards")
+        require_text(self, "index.", "path")
+        require_positive(self, "index", "num_shards")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -263,7 +263,7 @@ class BuildConfig:
     """Contiguous shards of the database; null = one for every 250,000 photos."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "index", "num_shards")
+        require_positive(self, "index", "num_shards")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -275,7 +275,7 @@ class OpenIndexConfig(SearchConfig):
 
     def __post_init__(self) -> None:
         SearchConfig.__post_init__(self)
-        _require_text(self, "index.", "path")
+        require_text(self, "index.", "path")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -298,7 +298,7 @@ class RerankConfig:
     """Scheduling: dense features that an actor keeps from unit to unit, 0 = none."""
 
     def __post_init__(self) -> None:
-        _require_positive(
+        require_positive(
             self,
             "rerank",
             "num_candidates",
@@ -307,8 +307,8 @@ class RerankConfig:
             "num_threads_per_actor",
             "num_actors",
         )
-        _require(0 <= self.cache_gib < math.inf, f"rerank.cache_gib={self.cache_gib}: expected 0 or more, and finite")
-        _require(
+        require(0 <= self.cache_gib < math.inf, f"rerank.cache_gib={self.cache_gib}: expected 0 or more, and finite")
+        require(
             self.num_gpus_per_actor is None or self.num_gpus_per_actor >= 0,
             f"rerank.num_gpus_per_actor={self.num_gpus_per_actor}: expected 0 or more",
         )
@@ -324,7 +324,7 @@ class ClusterConfig:
     """Scheduling: CPUs of a Ray of its own; null = those of this machine."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "cluster", "num_cpus")
+        require_positive(self, "cluster", "num_cpus")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -343,7 +343,7 @@ class EvaluateConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
-        _require_text(self, "", "output")
+        require_text(self, "", "output")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -360,7 +360,7 @@ class BuildIndexConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
-        _require_text(self, "", "database", "output")
+        require_text(self, "", "database", "output")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -378,4 +378,4 @@ class QueryConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
-        _require_text(self, "", "queries", "output")
+        require_text(self, "", "queries", "output")

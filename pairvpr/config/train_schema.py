@@ -1,0 +1,246 @@
+"""The settings of training, and of what follows it. The published recipes are `configs/train/`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from pairvpr.config.schema import (
+    BenchmarkConfig,
+    ClusterConfig,
+    DescribeConfig,
+    IndexConfig,
+    ModelConfig,
+    RerankConfig,
+    require,
+    require_positive,
+    require_text,
+)
+
+
+class TrainingSetName(StrEnum):
+    """Photos to train on, each read from its own download layout."""
+
+    sfxl = "sfxl"
+    gsv_cities = "gsv_cities"
+    gldv2 = "gldv2"
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """What both stages share."""
+
+    root: str = "???"
+    """Folder (path or URL) of the training sets: sf_xl/, gsv_cities/, gldv2/ below it."""
+    start: str | None = None
+    """Weights to start from (path or URL); null = seeded random ones."""
+    seed: int = 0
+    """Of everything drawn: places, views, crops, masks, new weights."""
+    epochs: int = 10
+    """Passes over the places."""
+    max_steps: int | None = None
+    """Stop after so many steps; null = after the epochs. The schedules don't change."""
+    global_batch_size: int = 64
+    """Samples of one step over all workers; the batch of a worker follows from their number."""
+    clip_grad: float | None = None
+    """Largest norm of the gradient; null = any."""
+    train_everything: bool = False
+    """Also train the embedding, tokens and earlier blocks of the encoder: for training from nothing."""
+    activation_checkpointing: bool = False
+    """Compute activations a second time in the backward pass: less memory, more time, the same numbers."""
+    keep_every_epochs: int = 1
+    """Keep a checkpoint of its own every so many epochs."""
+    checkpoint_every_steps: int | None = None
+    """Write the rolling checkpoint also every so many steps; null = at the end of an epoch."""
+    log_every_steps: int = 10
+    """Steps between two rows of metrics.jsonl."""
+    validation: BenchmarkConfig | None = None
+    """Benchmark whose recall@1/5/10 by global descriptor is measured after each epoch; null = none."""
+    validation_batch_size: int = 16
+    """Photos of one forward pass of the validation."""
+    wandb: bool = False
+    """Send metrics to Weights & Biases as well (needs the wandb package)."""
+    num_workers: int | None = None
+    """Scheduling: processes of DistributedDataParallel; null = one for each GPU, or one."""
+    num_gpus_per_worker: float | None = None
+    """GPUs of one worker, 0 = its CPU threads; null = 1 where the cluster has GPUs."""
+    num_threads_per_worker: int = 2
+    """CPU threads of the network in one worker; decides rounding."""
+    loader_processes: int = 0
+    """Scheduling: processes that decode photos for each worker, 0 = the worker itself."""
+    max_failures: int = 100
+    """Scheduling: how often a worker or its node may die before the run gives up."""
+
+    def __post_init__(self) -> None:
+        require_text(self, "train.", "root", "start")
+        require_positive(
+            self,
+            "train",
+            "epochs",
+            "max_steps",
+            "global_batch_size",
+            "clip_grad",
+            "keep_every_epochs",
+            "checkpoint_every_steps",
+            "log_every_steps",
+            "num_workers",
+            "num_threads_per_worker",
+            "validation_batch_size",
+        )
+        for name in ("seed", "loader_processes", "max_failures"):
+            require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)}: expected 0 or more")
+        require(
+            self.num_gpus_per_worker is None or self.num_gpus_per_worker >= 0,
+            f"train.num_gpus_per_worker={self.num_gpus_per_worker}: expected 0 or more",
+        )
+        require(
+            self.num_workers is None or self.num_workers <= self.global_batch_size,
+            f"train.global_batch_size={self.global_batch_size} is smaller than train.num_workers={self.num_workers}: "
+            "expected at least one sample for each worker",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class StageOneConfig(TrainConfig):
+    """Place-aware masked image modelling (method, section 4)."""
+
+    datasets: list[TrainingSetName] = field(default_factory=lambda: list(TrainingSetName))
+    """Any of sfxl, gsv_cities and gldv2."""
+    mask_ratio: float = 0.9
+    """Share of the first view's patches that is hidden."""
+    norm_pix_loss: bool = True
+    """Normalise each target patch by its own mean and variance."""
+    lr: float = 3e-4
+    """Learning rate at a global batch of 1024; scaled by sqrt(global_batch_size / 1024)."""
+    min_lr: float = 1e-6
+    """Where the cosine of the learning rate ends."""
+    warmup_epochs: float = 10
+    """Epochs of linear warm-up from 0."""
+    weight_decay: float = 0.04
+    """Where the cosine of the weight decay begins."""
+    weight_decay_end: float = 0.4
+    """Where it ends."""
+    layerwise_decay: float = 0.9
+    """Factor of the learning rate from one encoder block to the one before it."""
+    patch_embed_lr_mult: float = 0.2
+    """Factor of the learning rate of the patch embedding."""
+    accumulation_steps: int = 1
+    """Parts that a worker cuts its batch into, one after another: less memory, the same step."""
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        require(
+            len(self.datasets) > 0,
+            f"train.datasets=[]: expected one or more of {', '.join(TrainingSetName)}",
+        )
+        require(len(set(self.datasets)) == len(self.datasets), "train.datasets: the same set is given twice")
+        require(0 < self.mask_ratio < 1, f"train.mask_ratio={self.mask_ratio}: expected a number between 0 and 1")
+        require_positive(self, "train", "lr", "layerwise_decay", "patch_embed_lr_mult", "accumulation_steps")
+        for name in ("min_lr", "warmup_epochs", "weight_decay", "weight_decay_end"):
+            require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)}: expected 0 or more")
+
+
+@dataclass(kw_only=True, slots=True)
+class StageTwoConfig(TrainConfig):
+    """Descriptor and pair classifier together, on GSV-Cities (method, section 5)."""
+
+    photos_per_place: int = 4
+    """Photos drawn of each place; global_batch_size counts places."""
+    lr: float = 8e-5
+    """Learning rate at the start."""
+    lr_end_factor: float = 0.2
+    """Share of it that is left after decay_steps."""
+    decay_steps: int = 6225
+    """Steps of the linear decay; constant afterwards."""
+    weight_decay: float = 0.05
+    """On every parameter."""
+    pair_loss_weight: float = 2.0
+    """Weight of the pair classifier's loss beside the descriptor's."""
+    augment: bool = True
+    """RandAugment, 3 of 14 operations for each photo."""
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        require(self.photos_per_place >= 2, f"train.photos_per_place={self.photos_per_place}: expected 2 or more")
+        require_positive(self, "train", "lr", "decay_steps", "pair_loss_weight")
+        require(0 <= self.lr_end_factor <= 1, f"train.lr_end_factor={self.lr_end_factor}: expected 0 to 1")
+        require(self.weight_decay >= 0, f"train.weight_decay={self.weight_decay}: expected 0 or more")
+
+
+def _require_no_weights(model: ModelConfig) -> None:
+    require(
+        model.weights is None,
+        f"model.weights={model.weights}: training starts from train.start; expected model.weights=null",
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainStageOneConfig:
+    """`python -m ray_jobs.train_stage_one`: place-aware pre-training of encoder and decoder."""
+
+    output: str = "???"
+    """Directory (path or URL) of checkpoints and metrics; the same line again resumes it."""
+    train: StageOneConfig = field(default_factory=StageOneConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def __post_init__(self) -> None:
+        require_text(self, "", "output")
+        _require_no_weights(self.model)
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainStageTwoConfig:
+    """`python -m ray_jobs.train_stage_two`: global descriptor and pair classifier together."""
+
+    output: str = "???"
+    """Directory (path or URL) of checkpoints and metrics; the same line again resumes it."""
+    train: StageTwoConfig = field(default_factory=StageTwoConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def __post_init__(self) -> None:
+        require_text(self, "", "output")
+        _require_no_weights(self.model)
+
+
+@dataclass(kw_only=True, slots=True)
+class SearchCheckpointsConfig:
+    """`python -m ray_jobs.search_checkpoints`: the two-stage evaluation of every stage-two checkpoint."""
+
+    checkpoints: str = "???"
+    """Folder (path or URL) of stage-two checkpoints or exported weights."""
+    output: str = "???"
+    """Directory (path or URL) of the table and of each checkpoint's evaluation; the same line again resumes it."""
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    describe: DescribeConfig = field(default_factory=DescribeConfig)
+    index: IndexConfig = field(default_factory=IndexConfig)
+    rerank: RerankConfig = field(default_factory=RerankConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def __post_init__(self) -> None:
+        require_text(self, "", "checkpoints", "output")
+        require(
+            self.model.weights is None,
+            f"model.weights={self.model.weights}: the checkpoints are the weights; expected model.weights=null",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class ExportWeightsConfig:
+    """`python -m ray_jobs.export_weights`: a stage-two checkpoint becomes weights that evaluate loads."""
+
+    checkpoint: str = "???"
+    """Stage-two checkpoint (path or URL)."""
+    output: str = "???"
+    """File to write (path or URL), ending in .pth or .safetensors."""
+    half: bool = False
+    """16-bit floats: half the size, rounded."""
+
+    def __post_init__(self) -> None:
+        require_text(self, "", "checkpoint", "output")
+        require(
+            self.output == "???" or self.output.endswith((".pth", ".safetensors")),
+            f"output={self.output}: expected a name ending in .pth or .safetensors",
+        )

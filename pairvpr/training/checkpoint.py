@@ -1,0 +1,87 @@
+"""Checkpoints: one file each, published atomically, read with pickle's machinery off."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pairvpr.data import storage
+from pairvpr.errors import UserError
+
+FORMAT_VERSION = 1
+FOLDER = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run is: `step` steps are done, `batch` of them in epoch `epoch`."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that a run needs to go on; every random draw follows from settings and position."""
+
+    stage: int
+    position: Position
+    settings: Mapping[str, Any]
+    model: Mapping[str, Tensor]
+    optimizer: Mapping[str, Any]
+    scaler: Mapping[str, Any]
+
+
+def last_url(output: str) -> str:
+    """The rolling checkpoint of a run."""
+    return storage.join(output, FOLDER, "last.pt")
+
+
+def kept_url(output: str, epochs_done: int) -> str:
+    """The checkpoint that is kept after so many epochs."""
+    return storage.join(output, FOLDER, f"epoch_{epochs_done:04d}.pt")
+
+
+def save(url: str, checkpoint: Checkpoint) -> None:
+    """Publish a checkpoint atomically (path or URL)."""
+    content = {
+        "format_version": FORMAT_VERSION,
+        "stage": checkpoint.stage,
+        "position": asdict(checkpoint.position),
+        "settings": dict(checkpoint.settings),
+        "model": dict(checkpoint.model),
+        "optimizer": dict(checkpoint.optimizer),
+        "scaler": dict(checkpoint.scaler),
+    }
+    with storage.written_locally(url) as path:
+        torch.save(content, path)
+
+
+def load(url: str, stage: int, key: str) -> Checkpoint:
+    """Read a checkpoint of `stage`. Raises `FileNotFoundError`, and `UserError` for what is none, naming `key`."""
+    with storage.open_input(url) as file:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # the unpickler raises nearly anything on damaged bytes
+            raise UserError(f"{key}={url}: not a checkpoint of this project: {storage.reason(error)}") from error
+    if not isinstance(content, dict) or "format_version" not in content:
+        raise UserError(f"{key}={url}: not a checkpoint of this project (weights alone, perhaps)")
+    if content["format_version"] != FORMAT_VERSION:
+        raise UserError(f"{key}={url}: format version {content['format_version']}; expected {FORMAT_VERSION}")
+    if content["stage"] != stage:
+        raise UserError(f"{key}={url}: a checkpoint of stage {content['stage']}; expected one of stage {stage}")
+    return Checkpoint(
+        stage=content["stage"],
+        position=Position(**content["position"]),
+        settings=content["settings"],
+        model=content["model"],
+        optimizer=content["optimizer"],
+        scaler=content["scaler"],
+    )

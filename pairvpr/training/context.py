@@ -1,0 +1,50 @@
+"""What a training loop needs of its surroundings. Ray Train fills it in; a test or a notebook can as well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pairvpr.models.pair_vpr import PairVPR
+
+
+@dataclass(frozen=True)
+class TrainContext:
+    """This process among the others, and where the run lives.
+
+    `validate` (called by all ranks together) gives the same recalls in percent on every rank. `group` is a process
+    group beside DDP's own; None in a world of one.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    output: str
+    settings: Mapping[str, Any]
+    """What makes the result what it is; written into each checkpoint."""
+    validate: Callable[[PairVPR], dict[str, float]] | None = None
+    group: dist.ProcessGroup | None = None
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over all ranks, on every rank."""
+        if self.world_size > 1:
+            dist.all_reduce(values, group=self.group)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of ranks, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value, group=self.group)
+        return gathered
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier(group=self.group)
