@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pairvpr.config.schema import ModelConfig, Precision
 from pairvpr.models.pair_decoder import DecoderBlock
 from pairvpr.models.pos_embed import sine_cosine_2d
-from pairvpr.models.vit import LAYER_NORM_EPS, VisionTransformer
+from pairvpr.models.vit import LAYER_NORM_EPS, VisionTransformer, run_block
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -43,6 +43,7 @@ class PairVPR(nn.Module):
 
     `describe`: images (B, 3, S, S) -> global descriptors (B, G) of unit length and dense features (B, L, C).
     `pair_logits`: dense features of first and second images, (B, L, C) each -> logits (B,); higher = same place.
+    `embed` and `pair_logits_of_embedded` are its two halves: the first is per image, the second per pair.
     `score_pairs`: the sum of both directions, which re-ranking sorts by.
     `reconstruct`: stage one's prediction of a masked image from an unmasked one of the same place.
 
@@ -79,6 +80,15 @@ class PairVPR(nn.Module):
         )
         self.globalizer = nn.Sequential(nn.Linear(dim, config.descriptor_dim))
 
+    @property
+    def checkpoint_activations(self) -> bool:
+        """Whether training keeps no activations of encoder and decoder blocks and computes them again."""
+        return self.encoder.model.checkpoint_activations
+
+    @checkpoint_activations.setter
+    def checkpoint_activations(self, recompute: bool) -> None:
+        self.encoder.model.checkpoint_activations = recompute
+
     def describe(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised images (B, 3, S, S) -> global descriptors (B, G) float32, dense features (B, L, C)."""
         with self._precision(images.device):
@@ -88,10 +98,19 @@ class PairVPR(nn.Module):
 
     def pair_logits(self, dense_first: Tensor, dense_second: Tensor) -> Tensor:
         """Dense features (B, L, C) of both images of each pair -> logits (B,) float32. Direction matters."""
-        with self._precision(dense_first.device):
-            x = self.decoder_embed(dense_first)
-            x = torch.cat([self.decoder_clstoken.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
-            x = self._decode(x + self.dec_pos_embed_cls, self.decoder_embed(dense_second) + self.dec_pos_embed)
+        return self.pair_logits_of_embedded(self.embed(dense_first), self.embed(dense_second))
+
+    def embed(self, dense: Tensor) -> Tensor:
+        """Dense features (B, L, C) -> what the pair decoder reads of an image: (B, L, D), 16-bit under autocast."""
+        with self._precision(dense.device):
+            return self.decoder_embed(dense)
+
+    def pair_logits_of_embedded(self, x_first: Tensor, x_second: Tensor) -> Tensor:
+        """`embed`'s output (B, L, D) for both images of each pair -> logits (B,) float32."""
+        with self._precision(x_first.device):
+            class_token = self.decoder_clstoken.expand(len(x_first), -1, -1).to(x_first.dtype)
+            x = torch.cat([class_token, x_first], dim=1)
+            x = self._decode(x + self.dec_pos_embed_cls, x_second + self.dec_pos_embed)
             return self.classvprmodule(x[:, 0]).squeeze(-1).float()
 
     def score_pairs(self, dense_query: Tensor, dense_candidates: Tensor) -> Tensor:
@@ -109,7 +128,7 @@ class PairVPR(nn.Module):
 
     def _decode(self, x: Tensor, memory: Tensor) -> Tensor:
         for block in self.dec_blocks:
-            x = block(x, memory)
+            x = run_block(block, x, memory, recompute=self.checkpoint_activations)
         return self.dec_norm(x)
 
     def _precision(self, device: torch.device) -> AbstractContextManager[object]:

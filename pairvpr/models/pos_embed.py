@@ -39,3 +39,13 @@ def resize_encoder_table(table: Tensor, grid_size: int, *, antialias: bool, offs
         patches = F.interpolate(patches, size=(grid_size, grid_size), mode="bicubic", antialias=antialias)
     resized = patches.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
     return torch.cat([table[:, :1], resized], dim=1)
+
+
+def resize_decoder_table(table: Tensor, grid_size: int) -> Tensor:
+    """The decoder's table (N^2, D) for another grid: (grid_size^2, D), bicubic. The stored grid is used as it is."""
+    stored_size = int(len(table) ** 0.5)
+    if stored_size == grid_size:
+        return table
+    patches = table.unflatten(0, (stored_size, stored_size)).permute(2, 0, 1).unsqueeze(0)
+    resized = F.interpolate(patches, size=(grid_size, grid_size), mode="bicubic", align_corners=False)
+    return resized.squeeze(0).permute(1, 2, 0).flatten(0, 1)

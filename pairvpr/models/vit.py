@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pairvpr.config.schema import EncoderConfig, Ffn
 from pairvpr.models.attention import attention
@@ -90,6 +91,13 @@ class Block(nn.Module):
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
+def run_block(block: nn.Module, *inputs: Tensor, recompute: bool) -> Tensor:
+    """`block(*inputs)`; with `recompute` its activations are not kept but computed again in the backward pass."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return block(*inputs)
+
+
 class PatchEmbed(nn.Module):
     """Images to patch tokens."""
 
@@ -107,7 +115,12 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """DINOv2 ViT. Everything before the last `num_trainable_blocks` blocks is frozen."""
+    """DINOv2 ViT. Everything before the last `num_trainable_blocks` blocks is frozen.
+
+    `checkpoint_activations`: training keeps no activations of the blocks and computes them again.
+    """
+
+    checkpoint_activations = False
 
     def __init__(self, config: EncoderConfig, patch_size_px: int) -> None:
         super().__init__()
@@ -122,9 +135,10 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(dim, patch_size_px)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self._freeze()
+        self.freeze_all_but_last_blocks()
 
-    def _freeze(self) -> None:
+    def freeze_all_but_last_blocks(self) -> None:
+        """Leave the last `num_trainable_blocks` blocks and the final norm trainable, and nothing else."""
         first_trainable = self.config.depth - self.config.num_trainable_blocks
         trainable = {f"blocks.{index}" for index in range(first_trainable, self.config.depth)} | {"norm"}
         for name, parameter in self.named_parameters():
@@ -152,6 +166,6 @@ class VisionTransformer(nn.Module):
             prefix.append(self.register_tokens.expand(len(tokens), -1, -1))
         x = torch.cat([*prefix, tokens + positions[:, 1:]], dim=1)
         for block in self.blocks:
-            x = block(x)
+            x = run_block(block, x, recompute=self.checkpoint_activations)
         x = self.norm(x)
         return x[:, 0], x[:, 1 + self.config.num_registers :]

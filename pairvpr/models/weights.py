@@ -12,7 +12,7 @@ import pickle
 import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,9 +23,11 @@ from pairvpr.config.schema import ModelConfig
 from pairvpr.data import storage
 from pairvpr.errors import UserError
 from pairvpr.models.pair_vpr import PairVPR
+from pairvpr.models.pos_embed import resize_decoder_table
 from pairvpr.models.vit import LayerScale
 
 UNTRAINED_SEED = 0
+CLASS_TOKEN_STD = 1e-6
 TORCH_STARTS = (b"PK\x03\x04", b"\x80")  # how files of torch.save begin: zip, and pickle protocol 2 or later
 TERMS = "the published Pair-VPR weights carry their owners' own, non-commercial terms"
 
@@ -139,6 +141,11 @@ def _parse_state_dict(file: storage.IO[bytes], url: str) -> dict[str, Tensor]:
 
 def check_keys(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], url: str) -> None:
     """Raise `UserError` that names every kind of misfit between a file's tensors and the network's."""
+    if misfits := _misfits(state, expected):
+        raise UserError(f"model.weights={url} does not fit the network; {misfits}")
+
+
+def _misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
     misfits = {
         "missing": sorted(expected.keys() - state.keys()),
         "unexpected": sorted(state.keys() - expected.keys()),
@@ -148,13 +155,33 @@ def check_keys(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], url:
             if state[name].shape != expected[name].shape
         ],
     }
-    if any(misfits.values()):
-        found = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in misfits.items() if names]
-        raise UserError(f"model.weights={url} does not fit the network; {'; '.join(found)}")
+    return "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in misfits.items() if names)
 
 
 def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape))
+
+
+def stage_two_start(stage_one_state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The state dict that stage two starts from, for the network `config` at stage two's image side.
+
+    Everything is stage one's, at whatever image side that ran; the decoder's position table (L, D) is resized to the
+    new grid, and the class token, the one new parameter, is initialised from a fixed seed. Method, section 2.
+    Raises `UserError` for a state dict of another network, or of another stage.
+    """
+    table = stage_one_state.get("dec_pos_embed", torch.empty(0))
+    stored_side_px = int(len(table) ** 0.5) * config.patch_size_px or config.image_size_px
+    with torch.device("meta"):
+        expected = PairVPR(replace(config, image_size_px=stored_side_px), pair_classifier_token=False).state_dict()
+    if misfits := _misfits(stage_one_state, expected):
+        raise UserError(f"stage two can't start from these stage-one weights: {misfits}")
+    table = resize_decoder_table(table, config.image_size_px // config.patch_size_px)
+    generator = torch.Generator().manual_seed(UNTRAINED_SEED)
+    return dict(stage_one_state) | {
+        "decoder_clstoken": CLASS_TOKEN_STD * torch.randn(1, 1, config.decoder.embed_dim, generator=generator),
+        "dec_pos_embed": table,
+        "dec_pos_embed_cls": torch.cat([torch.zeros_like(table[:1]), table]),
+    }
 
 
 def untrained_state(config: ModelConfig) -> dict[str, Tensor]:
@@ -180,7 +207,7 @@ def initialise(model: PairVPR) -> None:
             nn.init.ones_(module.gamma)
     nn.init.normal_(model.mask_token, std=0.02)
     if hasattr(model, "decoder_clstoken"):
-        nn.init.normal_(model.decoder_clstoken, std=1e-6)
+        nn.init.normal_(model.decoder_clstoken, std=CLASS_TOKEN_STD)
     encoder = model.encoder.model
     nn.init.normal_(encoder.cls_token, std=1e-6)
     nn.init.trunc_normal_(encoder.pos_embed, std=0.02)
