@@ -1,0 +1,174 @@
+"""What a photo goes through before it is trained on: the two stages' augmentations, on Pillow's 8-bit pixels.
+
+S = image side in pixels. All chance comes from the numpy generator that the caller hands over.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+from PIL import Image, ImageEnhance, ImageOps
+
+CROP_AREA = (0.7, 1.0)  # share of the photo
+CROP_ASPECT = (3 / 4, 4 / 3)  # width / height
+CROP_TRIES = 10
+JITTER = (0.6, 1.4)
+JITTERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+
+NUM_OPERATIONS = 3
+BIN = 9 / 30  # bin 9 of 31, the first being 0
+SHEAR = 0.3 * BIN
+TRANSLATE = 150 / 331 * BIN  # share of the side
+ROTATE_DEGREES = 30 * BIN
+ENHANCE = 0.9 * BIN
+POSTERIZE_BITS = 8 - round(4 * BIN)
+SOLARIZE_FROM = math.ceil(255 * (1 - BIN))  # the first value that is inverted: the bin itself, 178.5, is none
+
+
+def augment_stage_one(image: Image.Image, image_size_px: int, rng: Generator) -> NDArray[np.uint8]:
+    """(S, S, 3) uint8 of an RGB photo: random resized crop, then colour jitter (method, section 4)."""
+    box = crop_box(image.width, image.height, rng)
+    crop = image.resize((image_size_px, image_size_px), Image.Resampling.BILINEAR, box=box)
+    return np.array(colour_jitter(crop, rng))
+
+
+def augment_stage_two(image: Image.Image, image_size_px: int, rng: Generator) -> NDArray[np.uint8]:
+    """(S, S, 3) uint8 of an RGB photo: resized, aspect ratio not kept, then RandAugment (method, section 5)."""
+    return np.array(rand_augment(image.resize((image_size_px, image_size_px), Image.Resampling.BILINEAR), rng))
+
+
+def crop_box(width_px: int, height_px: int, rng: Generator) -> tuple[int, int, int, int]:
+    """(left, upper, right, lower) in px: uniform in area, log-uniform in aspect ratio, anywhere inside the photo.
+
+    Where no try fits, the largest central crop whose aspect ratio is allowed.
+    """
+    for _ in range(CROP_TRIES):
+        area = rng.uniform(*CROP_AREA) * width_px * height_px
+        aspect = math.exp(rng.uniform(*np.log(CROP_ASPECT)))
+        width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < width <= width_px and 0 < height <= height_px:
+            left, upper = int(rng.integers(width_px - width + 1)), int(rng.integers(height_px - height + 1))
+            return left, upper, left + width, upper + height
+    width = min(width_px, max(1, round(height_px * CROP_ASPECT[1])))
+    height = min(height_px, max(1, round(width_px / CROP_ASPECT[0])))
+    left, upper = (width_px - width) // 2, (height_px - height) // 2
+    return left, upper, left + width, upper + height
+
+
+def colour_jitter(image: Image.Image, rng: Generator) -> Image.Image:
+    """Brightness, contrast and saturation, each by its own factor, one after another in a random order."""
+    for index in rng.permutation(len(JITTERS)):
+        image = JITTERS[index](image).enhance(rng.uniform(*JITTER))
+    return image
+
+
+def rand_augment(image: Image.Image, rng: Generator) -> Image.Image:
+    """Three of the fourteen operations, drawn uniformly and with replacement, each with a random sign."""
+    for index in rng.integers(len(OPERATIONS), size=NUM_OPERATIONS):
+        sign = 1 if rng.integers(2) else -1
+        image = OPERATIONS[index](image, sign)
+    return image
+
+
+def _affine(image: Image.Image, xx: float, xy: float, yx: float, yy: float) -> Image.Image:
+    """Output point (u, v) shows the input at (xx u + xy v, yx u + yy v), in px from the upper left corner."""
+    return image.transform(
+        image.size, Image.Transform.AFFINE, (xx, xy, 0, yx, yy, 0), Image.Resampling.BILINEAR, fillcolor=0
+    )
+
+
+def _shift(image: Image.Image, right_px: int, down_px: int) -> Image.Image:
+    """By whole pixels, black where nothing is, as Pillow crops beyond a border."""
+    return image.crop((-right_px, -down_px, image.width - right_px, image.height - down_px))
+
+
+def identity(image: Image.Image, sign: int) -> Image.Image:
+    """The photo as it is."""
+    return image
+
+
+def shear_x(image: Image.Image, sign: int) -> Image.Image:
+    """Rows slide, the more the lower; the upper left corner stays."""
+    return _affine(image, 1, sign * SHEAR, 0, 1)
+
+
+def shear_y(image: Image.Image, sign: int) -> Image.Image:
+    """Columns slide, the more the further right; the upper left corner stays."""
+    return _affine(image, 1, 0, sign * SHEAR, 1)
+
+
+def translate_x(image: Image.Image, sign: int) -> Image.Image:
+    """To the right by whole pixels (sign +1)."""
+    return _shift(image, sign * int(TRANSLATE * image.width), 0)
+
+
+def translate_y(image: Image.Image, sign: int) -> Image.Image:
+    """Down by whole pixels (sign +1)."""
+    return _shift(image, 0, sign * int(TRANSLATE * image.height))
+
+
+def rotate(image: Image.Image, sign: int) -> Image.Image:
+    """Counter-clockwise about the centre (sign +1), the size kept."""
+    return image.rotate(sign * ROTATE_DEGREES, Image.Resampling.BILINEAR, fillcolor=0)
+
+
+def brightness(image: Image.Image, sign: int) -> Image.Image:
+    """Away from black or towards it."""
+    return ImageEnhance.Brightness(image).enhance(1 + sign * ENHANCE)
+
+
+def colour(image: Image.Image, sign: int) -> Image.Image:
+    """Away from the grey photo or towards it."""
+    return ImageEnhance.Color(image).enhance(1 + sign * ENHANCE)
+
+
+def contrast(image: Image.Image, sign: int) -> Image.Image:
+    """Away from the mean grey or towards it."""
+    return ImageEnhance.Contrast(image).enhance(1 + sign * ENHANCE)
+
+
+def sharpness(image: Image.Image, sign: int) -> Image.Image:
+    """Away from the smoothed photo or towards it."""
+    return ImageEnhance.Sharpness(image).enhance(1 + sign * ENHANCE)
+
+
+def posterize(image: Image.Image, sign: int) -> Image.Image:
+    """The lowest bit cleared."""
+    return ImageOps.posterize(image, POSTERIZE_BITS)
+
+
+def solarize(image: Image.Image, sign: int) -> Image.Image:
+    """Bright values inverted."""
+    return ImageOps.solarize(image, SOLARIZE_FROM)
+
+
+def auto_contrast(image: Image.Image, sign: int) -> Image.Image:
+    """Each channel stretched to 0..255."""
+    return ImageOps.autocontrast(image)
+
+
+def equalize(image: Image.Image, sign: int) -> Image.Image:
+    """Each channel's histogram made flat."""
+    return ImageOps.equalize(image)
+
+
+OPERATIONS: tuple[Callable[[Image.Image, int], Image.Image], ...] = (
+    identity,
+    shear_x,
+    shear_y,
+    translate_x,
+    translate_y,
+    rotate,
+    brightness,
+    colour,
+    contrast,
+    sharpness,
+    posterize,
+    solarize,
+    auto_contrast,
+    equalize,
+)
