@@ -1,0 +1,234 @@
+"""Which sample stands at a position of an epoch, and what it holds: a function of the seed and the photos alone.
+
+S = image side in pixels, L = patches per image. Any process may ask a sampler for any sample, in any order; a pickled
+sampler holds its training sets and nothing that it computed from them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property, lru_cache
+from itertools import accumulate
+from typing import Protocol
+
+import numpy as np
+from numpy.random import Generator, SeedSequence
+from numpy.typing import NDArray
+from PIL import Image
+
+from pairvpr.data.augment import augment_stage_one, augment_stage_two
+from pairvpr.data.images import BrokenImageError
+from pairvpr.data.training_sets.base import TrainingSet, View
+from pairvpr.errors import UserError
+
+MAX_PLACES_TRIED = 100
+PHOTOS_PER_PLACE = 4  # stage two (method, section 5)
+
+Load = Callable[[View], Image.Image]  # an RGB photo, or `BrokenImageError`
+
+
+class Stream(IntEnum):
+    """What random numbers are for; different streams of one seed have nothing in common."""
+
+    STAGE_ONE_ORDER = 0
+    STAGE_ONE_SAMPLE = 1
+    STAGE_TWO_ORDER = 2
+    STAGE_TWO_SAMPLE = 3
+
+
+def rng_of(seed: int, stream: Stream, epoch: int = 0, position: int = 0) -> Generator:
+    """The generator of one sample, or of one epoch's order; `seed` is not negative."""
+    return np.random.default_rng(SeedSequence(seed, spawn_key=(stream, epoch, position)))
+
+
+def rank_slice(batch: int, rank: int, world: int) -> range:
+    """The part of a global batch that a rank owns: contiguous; sizes differ by at most one, the first are larger."""
+    size, remainder = divmod(batch, world)
+    start = rank * size + min(rank, remainder)
+    return range(start, start + size + (rank < remainder))
+
+
+def num_batches(num_places: int, batch: int) -> int:
+    """Whole global batches in an epoch; the incomplete one at its end is left out."""
+    if num_places < batch:
+        raise UserError(f"an epoch has {num_places} places, fewer than one global batch of {batch}")
+    return num_places // batch
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Photos of one place, as they were read.
+
+    `place` differs from the one that was asked for where `num_places_skipped` is not 0; `num_redrawn` counts the broken
+    photos that were met, those of skipped places included.
+    """
+
+    images: list[Image.Image]
+    urls: tuple[str, ...]
+    num_redrawn: int
+    num_places_skipped: int
+    place: int
+
+
+def draw_views(training_set: TrainingSet, place: int, count: int, rng: Generator, load: Load) -> Drawn:
+    """`count` readable photos of a place, or of the next place that has as many.
+
+    Where one is broken, all views are drawn anew without it, because the views of a sample may depend on one another
+    (SF-XL: they look at the same point). Raises `UserError` where `MAX_PLACES_TRIED` places in a row have too few.
+    """
+    num_redrawn = 0
+    broken: dict[str, BrokenImageError] = {}
+    num_tries = min(MAX_PLACES_TRIED, len(training_set))
+    for num_skipped in range(num_tries):
+        candidate = (place + num_skipped) % len(training_set)
+        read, unreadable = _read_views(training_set, candidate, count, rng, load)
+        broken = unreadable or broken
+        num_redrawn += len(unreadable)
+        if read:
+            return Drawn(list(read.values()), tuple(view.url for view in read), num_redrawn, num_skipped, candidate)
+    last = next((f"; the last broken one is {url} ({error})" for url, error in reversed(broken.items())), "")
+    raise UserError(
+        f"{training_set.name}: none of {num_tries} places, from number {place} on, has {count} readable photos{last}"
+    )
+
+
+def _read_views(
+    training_set: TrainingSet, place: int, count: int, rng: Generator, load: Load
+) -> tuple[dict[View, Image.Image], dict[str, BrokenImageError]]:
+    """`count` views of a place with their photos, or none where it has too few; and the broken photos by URL.
+
+    Both keep the order in which they were met, so that nothing depends on the order of a set.
+    """
+    loaded: dict[View, Image.Image] = {}
+    broken: dict[str, BrokenImageError] = {}
+    while len(views := training_set.draw(place, count, rng, broken.keys())) == count:
+        if not broken.keys().isdisjoint(view.url for view in views):
+            raise RuntimeError(f"{training_set.name} drew a photo of place {place} that it was told is broken")
+        for view in views:
+            if view not in loaded and view.url not in broken:
+                try:
+                    loaded[view] = load(view)
+                except BrokenImageError as error:
+                    broken[view.url] = error
+        if all(view in loaded for view in views):
+            return {view: loaded[view] for view in views}, broken
+    return {}, broken
+
+
+@dataclass(frozen=True, slots=True)
+class PairSample:
+    """Two views of one place for masked image modelling; `set_index` says which training set they are of."""
+
+    first: NDArray[np.uint8]  # (S, S, 3), to be masked
+    second: NDArray[np.uint8]  # (S, S, 3)
+    mask: NDArray[np.bool_]  # (L,), True = hidden from the encoder
+    set_index: int
+    urls: tuple[str, ...]
+    num_redrawn: int
+    num_places_skipped: int
+
+
+@dataclass(frozen=True)
+class PairSampler:
+    """Stage one: every place of every training set once an epoch, in that epoch's own order (method, section 4)."""
+
+    training_sets: tuple[TrainingSet, ...]
+    load: Load
+    seed: int
+    image_size_px: int
+    num_patches: int  # L
+    mask_ratio: float
+
+    def __len__(self) -> int:
+        """Places in an epoch."""
+        return self._ends[-1]
+
+    @cached_property
+    def _ends(self) -> tuple[int, ...]:
+        """Where each training set ends among the places of all."""
+        return tuple(accumulate(len(training_set) for training_set in self.training_sets))
+
+    def sample(self, epoch: int, position: int) -> PairSample:
+        """The sample at a position, 0 <= position < `len`, of an epoch."""
+        rng = rng_of(self.seed, Stream.STAGE_ONE_SAMPLE, epoch, position)
+        place = int(epoch_order(len(self), self.seed, epoch)[position])
+        set_index = bisect_right(self._ends, place)
+        training_set = self.training_sets[set_index]
+        place -= self._ends[set_index] - len(training_set)
+        drawn = draw_views(training_set, place, 2, rng, self.load)
+        first, second = (augment_stage_one(image, self.image_size_px, rng) for image in drawn.images)
+        mask = random_mask(self.num_patches, self.mask_ratio, rng)
+        return PairSample(first, second, mask, set_index, drawn.urls, drawn.num_redrawn, drawn.num_places_skipped)
+
+
+@lru_cache(maxsize=2)
+def epoch_order(num_places: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """(num_places,) int64, read-only: the places of a stage-one epoch in order."""
+    order = rng_of(seed, Stream.STAGE_ONE_ORDER, epoch).permutation(num_places).astype(np.int64, copy=False)
+    order.flags.writeable = False
+    return order
+
+
+def random_mask(num_patches: int, ratio: float, rng: Generator) -> NDArray[np.bool_]:
+    """(L,) bool: exactly int(ratio L) patches, drawn uniformly, are True."""
+    mask = np.zeros(num_patches, np.bool_)
+    mask[rng.permutation(num_patches)[: int(ratio * num_patches)]] = True
+    return mask
+
+
+class CityTrainingSet(TrainingSet, Protocol):
+    """A training set whose places are numbered city by city."""
+
+    @property
+    def cities(self) -> Sequence[tuple[str, range]]:
+        """Name and places of each city, in order."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceSample:
+    """Photos of one place; `label` is the number of the place that they show, also where another was skipped."""
+
+    images: NDArray[np.uint8]  # (PHOTOS_PER_PLACE, S, S, 3)
+    label: np.int64
+    urls: tuple[str, ...]
+    num_redrawn: int
+    num_places_skipped: int
+
+
+@dataclass(frozen=True)
+class PlaceSampler:
+    """Stage two: cities one after another, places shuffled within each once per run (method, section 5)."""
+
+    training_set: CityTrainingSet
+    load: Load
+    seed: int
+    image_size_px: int
+
+    def __len__(self) -> int:
+        """Places in an epoch."""
+        return sum(len(places) for places in self._cities)
+
+    @cached_property
+    def _cities(self) -> tuple[range, ...]:
+        return tuple(places for _, places in self.training_set.cities)
+
+    def sample(self, epoch: int, position: int) -> PlaceSample:
+        """The sample at a position, 0 <= position < `len`, of an epoch."""
+        rng = rng_of(self.seed, Stream.STAGE_TWO_SAMPLE, epoch, position)
+        place = int(city_order(self._cities, self.seed)[position])
+        drawn = draw_views(self.training_set, place, PHOTOS_PER_PLACE, rng, self.load)
+        images = np.stack([augment_stage_two(image, self.image_size_px, rng) for image in drawn.images])
+        return PlaceSample(images, np.int64(drawn.place), drawn.urls, drawn.num_redrawn, drawn.num_places_skipped)
+
+
+@lru_cache(maxsize=2)
+def city_order(cities: tuple[range, ...], seed: int) -> NDArray[np.int64]:
+    """(places of all cities,) int64, read-only: city by city, the places of each in a random order."""
+    rng = rng_of(seed, Stream.STAGE_TWO_ORDER)
+    order = np.concatenate([rng.permutation(np.asarray(places, np.int64)) for places in cities])
+    order.flags.writeable = False
+    return order
