@@ -142,10 +142,8 @@ class StageOneConfig(TrainConfig):
 
 @dataclass(kw_only=True, slots=True)
 class StageTwoConfig(TrainConfig):
-    """Descriptor and pair classifier together, on GSV-Cities (method, section 5)."""
+    """Descriptor and pair classifier together, on GSV-Cities (method, section 5); a sample is a place of 4 photos."""
 
-    photos_per_place: int = 4
-    """Photos drawn of each place; global_batch_size counts places."""
     lr: float = 8e-5
     """Learning rate at the start."""
     lr_end_factor: float = 0.2
@@ -156,12 +154,9 @@ class StageTwoConfig(TrainConfig):
     """On every parameter."""
     pair_loss_weight: float = 2.0
     """Weight of the pair classifier's loss beside the descriptor's."""
-    augment: bool = True
-    """RandAugment, 3 of 14 operations for each photo."""
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
-        require(self.photos_per_place >= 2, f"train.photos_per_place={self.photos_per_place}: expected 2 or more")
         require_positive(self, "train", "lr", "decay_steps", "pair_loss_weight")
         require(0 <= self.lr_end_factor <= 1, f"train.lr_end_factor={self.lr_end_factor}: expected 0 to 1")
         require(self.weight_decay >= 0, f"train.weight_decay={self.weight_decay}: expected 0 or more")

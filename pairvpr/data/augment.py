@@ -32,7 +32,7 @@ SOLARIZE_FROM = math.ceil(255 * (1 - BIN))  # the first value that is inverted: 
 def augment_stage_one(image: Image.Image, image_size_px: int, rng: Generator) -> NDArray[np.uint8]:
     """(S, S, 3) uint8 of an RGB photo: random resized crop, then colour jitter (method, section 4)."""
     box = crop_box(image.width, image.height, rng)
-    crop = image.resize((image_size_px, image_size_px), Image.Resampling.BILINEAR, box=box)
+    crop = image.crop(box).resize((image_size_px, image_size_px), Image.Resampling.BILINEAR)
     return np.array(colour_jitter(crop, rng))
 
 

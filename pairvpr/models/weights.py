@@ -51,7 +51,7 @@ def load_weights(config: ModelConfig) -> Weights:
         expected = PairVPR(config).state_dict()
     if config.weights is None:
         state = untrained_state(config)
-        digest = hashlib.sha256(_safetensors_bytes(state)).hexdigest()
+        digest = hashlib.sha256(safetensors_bytes(state)).hexdigest()
     else:
         state, digest = read_state_dict(config.weights)
         check_keys(state, expected, config.weights)
@@ -79,34 +79,24 @@ def build_model(config: ModelConfig, weights: Weights, device: torch.device) -> 
     return model.eval().requires_grad_(False)
 
 
-def load_dinov2(model: PairVPR, url: str) -> None:
-    """Start the encoder from DINOv2 weights, whose keys are the encoder's without its prefix.
-
-    Raises `UserError` as `load_weights`.
-    """
-    state, _ = read_state_dict(url)
-    check_keys(state, model.encoder.model.state_dict(), url)
-    model.encoder.model.load_state_dict(state, strict=True)
-
-
-def read_state_dict(url: str) -> tuple[dict[str, Tensor], str]:
+def read_state_dict(url: str, key: str = "model.weights") -> tuple[dict[str, Tensor], str]:
     """The tensors of a `.pth` or `.safetensors` file (path or URL) on the CPU, and the file's sha256.
 
-    Raises `UserError` for what is neither, and for a pickle that holds more than tensors.
+    Raises `UserError`, naming the setting `key`, for what is neither, and for a pickle that holds more than tensors.
     """
     try:
         if storage.is_local(url):
             with storage.open_input(url) as file:
-                return _parse_state_dict(file, url), storage.sha256(url)
+                return _parse_state_dict(file, url, key), storage.sha256(url)
         data = storage.read_bytes(url)
-        return _parse_state_dict(io.BytesIO(data), url), hashlib.sha256(data).hexdigest()
+        return _parse_state_dict(io.BytesIO(data), url, key), hashlib.sha256(data).hexdigest()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise UserError(f"model.weights={url}: no such file") from error
+        raise UserError(f"{key}={url}: no such file") from error
     except OSError as error:
-        raise UserError(f"model.weights={url}: can't be read: {storage.reason(error)}") from error
+        raise UserError(f"{key}={url}: can't be read: {storage.reason(error)}") from error
 
 
-def _parse_state_dict(file: storage.IO[bytes], url: str) -> dict[str, Tensor]:
+def _parse_state_dict(file: storage.IO[bytes], url: str, key: str) -> dict[str, Tensor]:
     if url.endswith(".safetensors"):
         import safetensors.torch
 
@@ -114,7 +104,7 @@ def _parse_state_dict(file: storage.IO[bytes], url: str) -> dict[str, Tensor]:
         try:
             return safetensors.torch.load(data)
         except Exception as error:
-            raise UserError(f"model.weights={url}: not a safetensors file: {storage.reason(error)}") from error
+            raise UserError(f"{key}={url}: not a safetensors file: {storage.reason(error)}") from error
     is_torch = file.read(4).startswith(TORCH_STARTS)
     file.seek(0)
     try:
@@ -126,23 +116,25 @@ def _parse_state_dict(file: storage.IO[bytes], url: str) -> dict[str, Tensor]:
     except Exception as error:  # the unpickler raises nearly anything on damaged bytes
         if is_torch and isinstance(error, pickle.UnpicklingError):
             raise UserError(
-                f"model.weights={url}: refused, it holds more than tensors (a pickle can run code); "
+                f"{key}={url}: refused, it holds more than tensors (a pickle can run code); "
                 "expected a state dict saved by torch.save, or .safetensors"
             ) from error
-        raise UserError(f"model.weights={url}: not a .pth or .safetensors file") from error
+        raise UserError(f"{key}={url}: not a .pth or .safetensors file") from error
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         content = content["model"]
     if not isinstance(content, Mapping) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
     ):
-        raise UserError(f"model.weights={url}: expected a state dict, or a dict with one under 'model'")
+        raise UserError(f"{key}={url}: expected a state dict, or a dict with one under 'model'")
     return dict(content)
 
 
-def check_keys(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], url: str) -> None:
+def check_keys(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], url: str, key: str = "model.weights"
+) -> None:
     """Raise `UserError` that names every kind of misfit between a file's tensors and the network's."""
     if misfits := _misfits(state, expected):
-        raise UserError(f"model.weights={url} does not fit the network; {misfits}")
+        raise UserError(f"{key}={url} does not fit the network; {misfits}")
 
 
 def _misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
@@ -184,11 +176,13 @@ def stage_two_start(stage_one_state: Mapping[str, Tensor], config: ModelConfig) 
     }
 
 
-def untrained_state(config: ModelConfig) -> dict[str, Tensor]:
-    """A state dict drawn from a fixed seed, the same on every machine."""
+def untrained_state(
+    config: ModelConfig, *, seed: int = UNTRAINED_SEED, pair_classifier_token: bool = True
+) -> dict[str, Tensor]:
+    """A state dict drawn from a seed, the same on every machine; without the class token it is stage one's."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(UNTRAINED_SEED)
-        model = PairVPR(config)
+        torch.manual_seed(seed)
+        model = PairVPR(config, pair_classifier_token=pair_classifier_token)
         initialise(model)
     return model.state_dict()
 
@@ -215,7 +209,8 @@ def initialise(model: PairVPR) -> None:
         nn.init.normal_(encoder.register_tokens, std=1e-6)
 
 
-def _safetensors_bytes(state: Mapping[str, Tensor]) -> bytes:
+def safetensors_bytes(state: Mapping[str, Tensor]) -> bytes:
+    """The safetensors file of a state dict."""
     import safetensors.torch
 
     return safetensors.torch.save({name: tensor.contiguous() for name, tensor in state.items()})

@@ -28,6 +28,7 @@ class TrainContext:
     settings: Mapping[str, Any]
     """What makes the result what it is; written into each checkpoint."""
     validate: Callable[[PairVPR], dict[str, float]] | None = None
+    say: Callable[[str], object] = print
     group: dist.ProcessGroup | None = None
 
     def sum(self, values: Tensor) -> Tensor:

@@ -13,6 +13,12 @@ import torch
 from pairvpr.config import schema
 from pairvpr.config.compose import JOBS, help_text, load, load_evaluations
 from pairvpr.config.schema import BuildIndexConfig, EvaluateConfig, FoldersConfig, QueryConfig, ToyCityConfig
+from pairvpr.config.train_schema import (
+    ExportWeightsConfig,
+    SearchCheckpointsConfig,
+    TrainStageOneConfig,
+    TrainStageTwoConfig,
+)
 from pairvpr.errors import UserError
 from pairvpr.models.pair_vpr import PairVPR
 
@@ -237,13 +243,14 @@ def test_help_explains_every_key(job: type) -> None:
         if re.match(r"  \S+ = ", line)
     }
     expected = set(_leaves(job))
-    if job is EvaluateConfig:
-        expected |= set(_leaves(FoldersConfig, "benchmark.")) | set(_leaves(ToyCityConfig, "benchmark."))
+    section = "benchmark" if job in (EvaluateConfig, SearchCheckpointsConfig) else "train.validation"
+    if job in (EvaluateConfig, SearchCheckpointsConfig, TrainStageOneConfig, TrainStageTwoConfig):
+        expected |= set(_leaves(FoldersConfig, f"{section}.")) | set(_leaves(ToyCityConfig, f"{section}."))
     assert set(explained) == expected
     assert [key for key, doc in explained.items() if not doc or " = " in doc.split(" ")[0]] == []
     assert f"usage: python -m ray_jobs.{JOBS[job]} " in lines[0]
-    assert "  model=  one of tiny, vitb, vitg, vitl, vits" in lines
-    assert ("  benchmark=  one of folders, toy_city" in lines) == (job is EvaluateConfig)
+    assert ("  model=  one of tiny, vitb, vitg, vitl, vits" in lines) == (job is not ExportWeightsConfig)
+    assert (f"  {section}=  one of folders, toy_city" in lines) == (len(expected) > len(set(_leaves(job))))
     assert "  output = (required)" in lines
 
 

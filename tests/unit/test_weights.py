@@ -225,21 +225,6 @@ def test_damaged_pickles_are_refused(tmp_path: Path, data: bytes) -> None:
     refusal(path)
 
 
-def test_dinov2_weights_fill_the_encoder_alone(tmp_path: Path, state: dict[str, Tensor]) -> None:
-    prefix = "encoder.model."
-    encoder = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    (tmp_path / "dinov2.pth").write_bytes(saved(encoder))
-    model = PairVPR(small_model_config())
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    weights.load_dinov2(model, str(tmp_path / "dinov2.pth"))
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(tensor, state[name] if name.startswith(prefix) else before[name], rtol=0, atol=0)
-    del encoder["norm.weight"]
-    (tmp_path / "dinov2.pth").write_bytes(saved(encoder))
-    with pytest.raises(UserError, match=r"1 missing: norm\.weight"):
-        weights.load_dinov2(model, str(tmp_path / "dinov2.pth"))
-
-
 def test_untrained_weights_are_the_same_in_another_process() -> None:
     answer = subprocess.run(
         [sys.executable, "-c", DIGEST_IN_ANOTHER_PROCESS], cwd=REPOSITORY, capture_output=True, text=True, check=True

@@ -1,0 +1,78 @@
+"""`metrics.jsonl`, TensorBoard, and optionally Weights & Biases: what rank 0 writes down.
+
+Rows are kept in a local folder and published with each checkpoint, so a log never runs ahead of what a run resumes
+from; rows of steps that are done again are dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from pairvpr.data import storage
+from pairvpr.errors import UserError
+
+FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """The log of one run, from step `first_step` on (steps done before the start)."""
+
+    def __init__(self, output: str, first_step: int, *, wandb: bool, settings: Mapping[str, Any]) -> None:
+        self.output = output
+        self.rows = [row for row in read_metrics(output) if row["step"] <= first_step]
+        self._folder = tempfile.TemporaryDirectory(prefix="pairvpr-")
+        self._events = SummaryWriter(self._folder.name, purge_step=first_step + 1)
+        self._wandb = _start_wandb(output, settings) if wandb else None
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """One row; numbers also go to TensorBoard, under their names."""
+        self.rows.append(dict(row))
+        for name, value in row.items():
+            if isinstance(value, int | float) and name != "step":
+                self._events.add_scalar(name, value, row["step"])
+        if self._wandb is not None:
+            self._wandb.log(dict(row), step=row["step"])
+
+    def publish(self) -> None:
+        """Put everything so far below `output`."""
+        text = "".join(json.dumps(row) + "\n" for row in self.rows)
+        storage.write_bytes(storage.join(self.output, FILE), text.encode())
+        self._events.flush()
+        for file in Path(self._folder.name).iterdir():
+            storage.write_bytes(storage.join(self.output, "tensorboard", file.name), file.read_bytes())
+
+    def close(self) -> None:
+        """Let go of files and connections; nothing more is published."""
+        self._events.close()
+        self._folder.cleanup()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_metrics(output: str) -> list[dict[str, Any]]:
+    """All published rows; none where there is no log."""
+    try:
+        text = storage.read_bytes(storage.join(output, FILE)).decode()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def check_wandb() -> None:
+    """Raise `UserError` where the package is missing."""
+    try:
+        import wandb  # noqa: F401  # pyright: ignore[reportMissingImports, reportUnusedImport]
+    except ImportError as error:
+        raise UserError("train.wandb=true: the package wandb is missing; expected `pip install wandb`") from error
+
+
+def _start_wandb(output: str, settings: Mapping[str, Any]) -> Any:
+    import wandb  # pyright: ignore[reportMissingImports]
+
+    return wandb.init(project="pairvpr", name=output.rstrip("/").rsplit("/", 1)[-1], config=dict(settings))

@@ -1,0 +1,56 @@
+"""What a stage starts from: weights of the stage before, of DINOv2, or seeded random ones."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pairvpr.config.schema import ModelConfig
+from pairvpr.models.pair_vpr import PairVPR
+from pairvpr.models.weights import Weights, check_keys, read_state_dict, stage_two_start, untrained_state
+
+KEY = "train.start"
+ENCODER = "encoder.model."
+ONLY_IN_STAGE_TWO = "decoder_clstoken"
+
+
+def stage_one_start_weights(model: ModelConfig, start: str | None, seed: int) -> Weights:
+    """`start`: DINOv2 weights for the encoder, or a whole stage-one state dict; None = random ones from `seed`.
+
+    Raises `UserError` for a file that is neither, or of another network.
+    """
+    state = untrained_state(model, seed=seed, pair_classifier_token=False)
+    if start is None:
+        return _weights(state, f"seed {seed}", untrained=True)
+    given, digest = read_state_dict(start, KEY)
+    if any(name.startswith(ENCODER) for name in given):
+        check_keys(given, state, start, KEY)
+    else:
+        encoder = {name.removeprefix(ENCODER): tensor for name, tensor in state.items() if name.startswith(ENCODER)}
+        check_keys(given, encoder, start, KEY)
+        given = {f"{ENCODER}{name}": tensor for name, tensor in given.items()}
+    return _weights(state | given, f"{digest} and seed {seed}")
+
+
+def stage_two_start_weights(model: ModelConfig, start: str | None, seed: int) -> Weights:
+    """`start`: a stage-one checkpoint or a whole stage-two state dict; None = random ones from `seed`.
+
+    Raises `UserError` for a file that is neither, or of another network.
+    """
+    if start is None:
+        return _weights(untrained_state(model, seed=seed), f"seed {seed}", untrained=True)
+    given, digest = read_state_dict(start, KEY)
+    if ONLY_IN_STAGE_TWO in given:
+        with torch.device("meta"):
+            expected = PairVPR(model).state_dict()
+        check_keys(given, expected, start, KEY)
+        return _weights(given, digest)
+    return _weights(stage_two_start(given, model), digest)
+
+
+def _weights(state: Mapping[str, Tensor], origin: str, *, untrained: bool = False) -> Weights:
+    arrays = {name: tensor.detach().to(torch.float32).numpy() for name, tensor in state.items()}
+    return Weights(arrays, hashlib.sha256(origin.encode()).hexdigest(), untrained=untrained)
