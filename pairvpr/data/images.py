@@ -25,12 +25,20 @@ class BrokenImageError(Exception):
 def decode(data: bytes, image_size_px: int) -> NDArray[np.uint8]:
     """(S, S, 3) uint8: upright RGB, resized bilinearly on 8-bit pixels, aspect ratio not kept (method, section 3).
 
+    Raises `BrokenImageError` as `decode_upright`.
+    """
+    upright = decode_upright(data)
+    return np.array(upright.resize((image_size_px, image_size_px), Image.Resampling.BILINEAR))
+
+
+def decode_upright(data: bytes) -> Image.Image:
+    """Upright RGB in the photo's own size.
+
     Raises `BrokenImageError` for what is not a whole photo: truncated or foreign bytes, absurd sizes.
     """
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            upright = _to_rgb(ImageOps.exif_transpose(image))
-            return np.array(upright.resize((image_size_px, image_size_px), Image.Resampling.BILINEAR))
+            return _to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:  # whose own message holds a memory address, another one in every run
         raise BrokenImageError(f"UnidentifiedImageError: expected one of {', '.join(FORMATS)}") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on foreign bytes
@@ -38,18 +46,26 @@ def decode(data: bytes, image_size_px: int) -> NDArray[np.uint8]:
 
 
 def load(url: str, image_size_px: int) -> NDArray[np.uint8]:
-    """`decode` of a file. Raises `BrokenImageError`, also where the file is gone or a local one can't be read.
+    """`decode` of a file. Raises as `load_upright`."""
+    return decode(_read(url), image_size_px)
+
+
+def load_upright(url: str) -> Image.Image:
+    """`decode_upright` of a file. Raises `BrokenImageError`, also where the file is gone or a local one can't be read.
 
     Raises `StorageError` where a store can't be reached: that is a fault of the run, not of the photo.
     """
+    return decode_upright(_read(url))
+
+
+def _read(url: str) -> bytes:
     broken = (OSError,) if storage.is_local(url) else (FileNotFoundError, IsADirectoryError)
     try:
         if storage.is_local(url):
             _require_file(url)
-        data = storage.read_bytes(url)
+        return storage.read_bytes(url)
     except broken as error:
         raise BrokenImageError(f"{type(error).__name__}: {error.strerror or 'no such file'}") from error
-    return decode(data, image_size_px)
 
 
 def _require_file(url: str) -> None:
