@@ -1,1 +1,1 @@
-"""Photos to train on, each set read from its own download layout."""
+"""Photos to train on, each set read from its own download layout; see `read.py`."""

@@ -1,0 +1,50 @@
+"""What the training sets share: rows that become places, photos drawn from one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+from pairvpr.data.training_sets.base import View
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Places:
+    """Rows of a table in the order of their places: place i is rows[offsets[i]] to rows[offsets[i + 1] - 1]."""
+
+    rows: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+
+
+def group(keys: NDArray[np.int64], min_rows: int) -> Places:
+    """A place for each key (n,) that at least `min_rows` rows have: places in the order of keys, rows in their own."""
+    rows = np.argsort(keys, kind="stable")
+    _, counts = np.unique(keys, return_counts=True)
+    is_place = counts >= min_rows
+    return Places(rows[np.repeat(is_place, counts)], offsets_of(counts[is_place]))
+
+
+def offsets_of(counts: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Where each of n groups of these sizes begins, and where the last one ends (n + 1,)."""
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+def draw_photos(
+    num_photos: int, url_of: Callable[[int], str], count: int, rng: Generator, broken: Collection[str]
+) -> list[View]:
+    """`count` different ones of a place's photos, drawn uniformly, without those in `broken`; fewer if it has no more.
+
+    `url_of` tells the URL of the photos 0 to `num_photos` - 1.
+    """
+    views: list[View] = []
+    for photo in rng.permutation(num_photos):
+        if len(views) == count:
+            break
+        view = View(url_of(int(photo)))
+        if view.url not in broken and view not in views:
+            views.append(view)
+    return views
