@@ -98,7 +98,8 @@ class PairVPR(nn.Module):
 
     def pair_logits(self, dense_first: Tensor, dense_second: Tensor) -> Tensor:
         """Dense features (B, L, C) of both images of each pair -> logits (B,) float32. Direction matters."""
-        return self.pair_logits_of_embedded(self.embed(dense_first), self.embed(dense_second))
+        with self._precision(dense_first.device):
+            return self.pair_logits_of_embedded(self.embed(dense_first), self.embed(dense_second))
 
     def embed(self, dense: Tensor) -> Tensor:
         """Dense features (B, L, C) -> what the pair decoder reads of an image: (B, L, D), 16-bit under autocast."""
