@@ -197,6 +197,8 @@ def _after_step(
             log.add({"step": position.step, "epoch": position.epoch - 1} | recalls)
             named = ", ".join(f"{name} {value:.1f}" for name, value in recalls.items())
             context.say(f"validation after epoch {position.epoch}: {named}")
+    if not all(tensor.isfinite().all() for tensor in stage.model.parameters()):  # the same on every rank
+        raise NotFiniteError(f"the weights after step {position.step} are not finite; the last checkpoint is kept")
     if log is not None:
         content = Checkpoint(
             stage=stage.number,
