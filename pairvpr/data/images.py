@@ -5,6 +5,7 @@ S = image side in pixels. Normalisation happens on the device, see `pairvpr.mode
 
 from __future__ import annotations
 
+import errno
 import io
 import stat
 import warnings
@@ -16,6 +17,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pairvpr.data import storage
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")  # Pillow opens MPO, a JPEG of several pictures, as a JPEG
+
+BROKEN_LOCALLY = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 class BrokenImageError(Exception):
@@ -51,21 +54,28 @@ def load(url: str, image_size_px: int) -> NDArray[np.uint8]:
 
 
 def load_upright(url: str) -> Image.Image:
-    """`decode_upright` of a file. Raises `BrokenImageError`, also where the file is gone or a local one can't be read.
+    """`decode_upright` of a file. Raises `BrokenImageError`, also where the file is gone or a local one is forbidden.
 
-    Raises `StorageError` where a store can't be reached: that is a fault of the run, not of the photo.
+    Raises `StorageError` where a store can't be reached or a disk fails: that is a fault of the run, not of the photo.
     """
     return decode_upright(_read(url))
 
 
 def _read(url: str) -> bytes:
-    broken = (OSError,) if storage.is_local(url) else (FileNotFoundError, IsADirectoryError)
+    is_local = storage.is_local(url)
+    broken = BROKEN_LOCALLY if is_local else (FileNotFoundError, IsADirectoryError)
     try:
-        if storage.is_local(url):
+        if is_local:
             _require_file(url)
         return storage.read_bytes(url)
     except broken as error:
         raise BrokenImageError(f"{type(error).__name__}: {error.strerror or 'no such file'}") from error
+    except OSError as error:
+        if not is_local:
+            raise
+        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+            raise BrokenImageError(f"{type(error).__name__}: {error.strerror}") from error
+        raise storage.StorageError(f"{url}: {type(error).__name__}: {error.strerror}") from error
 
 
 def _require_file(url: str) -> None:

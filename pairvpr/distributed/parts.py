@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from numpy.typing import NDArray
 from pairvpr.data import storage
 from pairvpr.data.manifest import Manifest
 from pairvpr.data.photo_batches import PhotoBatch, load_batch, num_batches
+from pairvpr.errors import UserError
 from pairvpr.index import store
 
 Rows = Any
@@ -72,17 +75,39 @@ class Parts:
 
 
 def decode(rows: Rows, *, manifest: ray.ObjectRef[Manifest], photos_per_part: int, size_px: int) -> Rows:
-    """Part numbers -> a row each: pixels as bytes, errors as JSON, and the seconds that took."""
+    """Part numbers -> a row each: pixels as bytes, errors as JSON, and the seconds that took.
+
+    Raises `UserError` where this node does not see the folder of the photos.
+    """
     photos = ray.get(manifest)
     decoded: dict[str, list[Any]] = {"part": [], "pixels": [], "errors": [], "seconds": []}
     for part in rows["part"]:
         started_s = time.perf_counter()
         loaded = load_batch(photos, int(part), photos_per_part, size_px)
+        if loaded.errors:
+            check_photos_are_seen(photos)
         decoded["part"].append(part)
         decoded["pixels"].append(loaded.pixels.tobytes())
         decoded["errors"].append(json.dumps(loaded.errors))
         decoded["seconds"].append(time.perf_counter() - started_s)
     return decoded
+
+
+def check_photos_are_seen(manifest: Manifest) -> None:
+    """Raise `UserError` where this node does not see the folder of the photos: then no photo is to blame."""
+    if storage.is_local(manifest.root) and not _holds_something(storage.local_path(manifest.root)):
+        raise UserError(
+            f"{manifest.root}: this folder of photos is missing or empty on node {socket.gethostname()}; expected a "
+            "folder that every node sees, or a URL"
+        )
+
+
+def _holds_something(folder: Path) -> bool:
+    """An empty folder is, most likely, a mount point without its mount."""
+    try:
+        return any(folder.iterdir())
+    except OSError:
+        return False
 
 
 def write(url: str, photos: PhotoBatch, descriptors: NDArray[np.float32], seconds: float) -> None:

@@ -13,7 +13,9 @@ import ray
 
 from pairvpr.config.schema import EvaluateConfig
 from pairvpr.data import storage
+from pairvpr.data.images import BrokenImageError
 from pairvpr.data.manifest import Benchmark
+from pairvpr.distributed.parts import check_photos_are_seen
 from pairvpr.distributed.pool import PoolActor, SupervisedPool
 from pairvpr.distributed.progress import Progress
 from pairvpr.distributed.runtime import ModelSource, plan_actors
@@ -76,11 +78,17 @@ class _RerankActor(PoolActor):
 
     def __init__(self, source: ModelSource, benchmark: Benchmark, config: EvaluateConfig, directory: str) -> None:
         self.directory = directory
+        self.benchmark = benchmark
         self.reranker = photo_reranker(benchmark, source.describer(config.rerank.num_threads_per_actor), config)
 
     def run(self, unit: WorkUnit) -> None:
         started_s = time.perf_counter()
-        answers = self.reranker.rerank(unit)
+        try:
+            answers = self.reranker.rerank(unit)
+        except BrokenImageError:
+            for photos in (self.benchmark.queries, self.benchmark.database):
+                check_photos_are_seen(photos)
+            raise
         _write_unit(self.directory, unit.unit, answers, time.perf_counter() - started_s)
 
 

@@ -6,10 +6,12 @@ G descriptor width, K candidates.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pairvpr.config.schema import EvaluateConfig
 from pairvpr.data import images
@@ -80,17 +82,21 @@ def describe(manifest: Manifest, describer: Describer, config: EvaluateConfig) -
 
 
 def photo_reranker(benchmark: Benchmark, describer: Describer, config: EvaluateConfig) -> Reranker:
-    """A re-ranker that describes the benchmark's photos when it needs them."""
-    image_size_px = config.model.image_size_px
+    """A re-ranker that describes the benchmark's photos when it needs them. A broken one is named by its error."""
+
+    def features(photos: Manifest, image_id: int) -> Tensor:
+        url = photos.url(image_id)
+        try:
+            pixels = images.load(url, config.model.image_size_px)
+        except images.BrokenImageError as error:
+            raise images.BrokenImageError(f"{url}: {error}") from error
+        return describer.dense_features(pixels)
+
     return Reranker(
         describer.model,
         batch_size=config.rerank.batch_size,
-        query_features=lambda query_id: describer.dense_features(
-            images.load(benchmark.queries.url(query_id), image_size_px)
-        ),
-        database_features=lambda image_id: describer.dense_features(
-            images.load(benchmark.database.url(image_id), image_size_px)
-        ),
+        query_features=partial(features, benchmark.queries),
+        database_features=partial(features, benchmark.database),
         cache=FeatureCache(int(config.rerank.cache_gib * 2**30)),
     )
 

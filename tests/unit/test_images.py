@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import os
 import warnings
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from pairvpr.data import images
+from pairvpr.data import images, storage
 from pairvpr.models.pair_vpr import normalise
 from tests.support.shared import SHARED, needs_shared, parity_arrays
 
@@ -190,6 +192,31 @@ def test_load_reads_a_file_and_names_what_is_wrong_with_it(tmp_path: Path) -> No
         images.load(str(tmp_path / "folder.jpg"), 8)
     with pytest.raises(images.BrokenImageError, match="FileNotFoundError: no such file"):
         images.load("memory://test-images/missing.jpg", 8)
+
+
+@pytest.mark.parametrize(
+    ("number", "is_photos_fault"),
+    [
+        (errno.EACCES, True),
+        (errno.ENOTDIR, True),
+        (errno.ELOOP, True),
+        (errno.EIO, False),
+        (errno.EMFILE, False),
+        (errno.ESTALE, False),
+    ],
+)
+def test_a_failing_disk_is_no_broken_photo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, is_photos_fault: bool
+) -> None:
+    (tmp_path / "photo.png").touch()
+
+    def read_bytes(_: str) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(storage, "read_bytes", read_bytes)
+    expected = images.BrokenImageError if is_photos_fault else storage.StorageError
+    with pytest.raises(expected, match=os.strerror(number)):
+        images.load(str(tmp_path / "photo.png"), 8)
 
 
 @needs_shared

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
+import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pairvpr.data.manifest import Manifest
 from pairvpr.data.photo_batches import PhotoBatch
-from pairvpr.distributed.parts import MAX_BATCHES_PER_PART, Parts, commit_shard, write
+from pairvpr.distributed.parts import MAX_BATCHES_PER_PART, Parts, commit_shard, decode, write
+from pairvpr.errors import UserError
 from pairvpr.index import store
 
 
@@ -69,3 +74,20 @@ def test_a_missing_part_is_noticed(tmp_path: Path) -> None:
     write(parts.url(0), PhotoBatch(0, np.zeros((5, 2, 2, 3), np.uint8), {}), np.ones((5, 4), np.float32), 1.0)
     with pytest.raises(AssertionError, match="missing or double"):
         commit_shard(str(tmp_path), store.shard_ranges(10, 1)[0], [parts.url(0)], 4)
+
+
+def test_a_folder_that_this_node_does_not_see_rejects_no_photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "get", lambda manifest: manifest)
+    folder = tmp_path / "photos"
+
+    def decoded(root: str) -> list[Any]:
+        manifest = cast(Any, Manifest.of(root, ["a.jpg", "b.jpg"]))
+        return decode({"part": [0]}, manifest=manifest, photos_per_part=2, size_px=8)["errors"]
+
+    for _ in ("missing", "a mount point without its mount"):
+        with pytest.raises(UserError, match=rf"{folder}: .*{socket.gethostname()}; expected a folder that every node"):
+            decoded(str(folder))
+        folder.mkdir(exist_ok=True)
+    (folder / "another.jpg").touch()
+    assert decoded(str(folder))[0].count("FileNotFoundError") == 2
+    assert decoded("memory://nowhere")[0].count("FileNotFoundError") == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,14 @@ import pytest
 import torch
 
 from pairvpr.data.benchmarks import load_benchmark, prepare_benchmark
+from pairvpr.data.images import BrokenImageError
 from pairvpr.data.manifest import Benchmark, Manifest
 from pairvpr.data.photo_batches import load_batch, num_batches
 from pairvpr.errors import UserError
 from pairvpr.models.pair_vpr import PairVPR
 from pairvpr.retrieval import pipeline
 from pairvpr.retrieval.describe import Describer
+from pairvpr.retrieval.rerank import WorkUnit
 from tests.support.small import SMALL_CITY, shaken_model, small_evaluate_config, small_model
 
 BROKEN_QUERY, BROKEN_PHOTOS = 2, (0, 7, 17)
@@ -139,6 +142,13 @@ def test_batches_are_cut_by_position(city: Benchmark) -> None:
     assert not batch.pixels[1].any()
     ids, rows = batch.kept(np.array([[1.0], [2.0]], np.float32))
     assert (ids.tolist(), rows.tolist()) == ([16], [[1.0]])
+
+
+def test_a_photo_that_can_not_be_reranked_is_named(city: Benchmark, model: PairVPR) -> None:
+    reranker = pipeline.photo_reranker(city, Describer(model), small_evaluate_config("unused"))
+    broken = city.database.url(BROKEN_PHOTOS[1])
+    with pytest.raises(BrokenImageError, match=f"^{re.escape(broken)}: FileNotFoundError"):
+        reranker.rerank(WorkUnit(0, {0: [1, BROKEN_PHOTOS[1]]}))
 
 
 def test_weights_that_are_not_finite_are_a_users_mistake() -> None:
