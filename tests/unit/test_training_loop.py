@@ -94,7 +94,7 @@ def test_rows_of_steps_done_again_are_dropped(undisturbed: Path, root: Path, sta
     """Killed between the log and the checkpoint: the log is ahead of what the run resumes from."""
     line = arguments(stage, root, tmp_path / "out")
     rows = train_here(stage, [*line, "train.max_steps=3"])
-    ahead = rows + [rows[-1] | {"step": 4, "loss": -1.0}]
+    ahead = [*rows, rows[-1] | {"step": 4, "loss": -1.0}]
     lines = "".join(f"{json.dumps(row)}\n" for row in ahead)
     storage.write_bytes(str(tmp_path / "out" / "metrics.jsonl"), lines.encode())
     assert losses(train_here(stage, line)) == losses(read_metrics(str(undisturbed)))
