@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from pairvpr.data import storage
@@ -12,10 +12,11 @@ from pairvpr.errors import UserError
 FILE = "settings.json"
 
 
-def check_claim(directory: str, settings: Mapping[str, Any], key: str) -> None:
+def check_claim(directory: str, settings: Mapping[str, Any], key: str, ignored: Collection[str] = ()) -> None:
     """Raise `UserError`, naming the setting `key` and what differs, if other settings made `directory`.
 
-    Also where it is no directory, or can't be read. Nothing is written.
+    Also where it is no directory, or can't be read. Settings whose dotted names are `ignored` may differ. Nothing is
+    written.
     """
     try:
         made_by = storage.read_json(storage.join(directory, FILE))
@@ -27,7 +28,7 @@ def check_claim(directory: str, settings: Mapping[str, Any], key: str) -> None:
         raise UserError(f"{key}={directory}: its {FILE} can't be read: {storage.reason(error)}") from error
     except ValueError as error:
         raise UserError(f"{key}={directory}: its {FILE} is not readable: {storage.reason(error)}") from error
-    found = differences(made_by, settings)
+    found = differences(made_by, settings, ignored)
     if found:
         raise UserError(
             f"{key}={directory} was made by other settings: {'; '.join(found)}; "
@@ -51,21 +52,28 @@ def check_writable(directory: str, key: str) -> None:
 
 
 def claim(directory: str, settings: Mapping[str, Any], key: str) -> None:
-    """Write the settings into a directory that has none yet. Raises `UserError` as the two checks."""
+    """Write the settings into a directory that has none yet; clear others of what killed writers left.
+
+    Raises `UserError` as the two checks, and where a store refuses.
+    """
     url = storage.join(directory, FILE)
-    if storage.exists(url):
-        check_claim(directory, settings, key)
-    else:
-        check_writable(directory, key)
-        storage.write_json(url, settings)
+    try:
+        if storage.exists(url):
+            check_claim(directory, settings, key)
+            storage.remove_abandoned(directory)
+        else:
+            check_writable(directory, key)
+            storage.write_json(url, settings)
+    except OSError as error:
+        raise UserError(f"{key}={directory}: can't be written: {storage.reason(error)}") from error
 
 
-def differences(there: object, here: object) -> list[str]:
+def differences(there: object, here: object, ignored: Collection[str] = ()) -> list[str]:
     """Every value that differs between two trees of settings, by its dotted name."""
     old, new = dict(_flat(there, "")), dict(_flat(here, ""))
     return [
         f"{name} {old.get(name, 'absent')} there, {new.get(name, 'absent')} now".lstrip()
-        for name in sorted(old.keys() | new.keys())
+        for name in sorted((old.keys() | new.keys()) - set(ignored))
         if old.get(name) != new.get(name)
     ]
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-NUM_TRIES = 5
+NUM_TRIES = 8
 FIRST_WAIT_S = 0.2
+SECONDS_UNTIL_ABANDONED = 3600.0
 PIECE_BYTES = 1 << 22
 
 
@@ -169,6 +171,18 @@ def remove_tree(url: str) -> None:
         _retried(lambda batch=batch: filesystem.rm(batch), url)
 
 
+def remove_abandoned(url: str) -> None:
+    """Delete the temporary files of killed writers below a local `url`: those that nobody wrote to for an hour."""
+    if not is_local(url):
+        return
+    for folder, _, names in os.walk(local_path(url)):
+        for name in names:
+            path = Path(folder, name)
+            with suppress(OSError):  # another run may clear the same directory
+                if _TEMPORARY.fullmatch(name) and time.time() - path.stat().st_mtime > SECONDS_UNTIL_ABANDONED:
+                    path.unlink()
+
+
 def size_bytes(url: str) -> int:
     """Size of a file."""
     if is_local(url):
@@ -211,6 +225,9 @@ def _walk(root: Path) -> Iterator[str]:
                 links.append(entry.path)
             else:
                 yield entry.path
+
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +67,18 @@ def test_an_unreadable_claim_is_a_users_mistake(tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_text("{not json")
     with pytest.raises(UserError, match=r"output=.*settings\.json is not readable"):
         check_claim(str(tmp_path), SETTINGS, "output")
+
+
+def test_what_killed_writers_left_goes_when_it_is_old(tmp_path: Path) -> None:
+    folder = tmp_path / "index" / "parts"
+    folder.mkdir(parents=True)
+    old, new = (folder / f".part.npz.{digit * 32}.tmp" for digit in "ab")
+    others = [folder / name for name in (".part.npz.tmp", "part.npz", "old.tmp")]
+    for file in (old, new, *others):
+        file.touch()
+    for file in (old, *others):
+        os.utime(file, (0, 0))
+    claim(str(tmp_path), SETTINGS, "output")
+    assert old.exists()  # a directory claimed for the first time is left as it is
+    claim(str(tmp_path), SETTINGS, "output")
+    assert sorted(folder.iterdir()) == sorted([new, *others])

@@ -291,4 +291,4 @@ def test_the_pauses_grow(flaky: type[FlakyFileSystem], monkeypatch: pytest.Monke
     storage.write_bytes(URL, b"value")
     flaky.failures_left["cat_file"] = storage.NUM_TRIES - 1
     assert storage.read_bytes(URL) == b"value"
-    assert pauses_s == [0.2, 0.4, 0.8, 1.6]
+    assert pauses_s == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8]
