@@ -152,7 +152,12 @@ def _parse(arguments: Sequence[str]) -> list[Override]:
             hint = f"; quote a value with special characters like {quoted!r}" if equals else ""
             raise UserError(f"can't read the argument {argument!r}: expected key=value{hint}") from error
         if parsed[-1].is_sweep_override():
-            raise UserError(f"{argument!r}: expected one value, not a sweep; write a list as key=[a,b]")
+            key, _, value = argument.partition("=")
+            quoted = f'{key}="{value}"'
+            raise UserError(
+                f"{argument!r}: expected one value, not a sweep; write a list as key=[a,b], and a text with special "
+                f"characters as {quoted!r}"
+            )
     return parsed
 
 

@@ -245,7 +245,7 @@ class IndexConfig(SearchConfig):
     """The index of an evaluation: built where it is missing, reused where it is finished."""
 
     path: str | None = None
-    """Index directory (path or URL), which runs may share; null = `index` in the output directory."""
+    """Index directory (path or URL), which runs may share, one after another until it is finished; null = OUT/index."""
     num_shards: int | None = None
     """Contiguous shards of the database; null = one for every 250,000 photos."""
 

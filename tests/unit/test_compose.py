@@ -103,6 +103,7 @@ def test_the_last_of_two_equal_keys_wins() -> None:
         ("model", ["'model'", "expected key=value"]),
         ("output=a=b", ["'output=a=b'", "expected key=value"]),
         ("rerank.batch_size=1,2", ["'rerank.batch_size=1,2'", "not a sweep", "key=[a,b]"]),
+        ("output=/tmp/a,b", ["not a sweep", """ 'output="/tmp/a,b"'"""]),
         ("rerank.batch_size=abc", ["rerank.batch_size", "'abc'", "Integer"]),
         ("rerank.batch_size=2.5", ["rerank.batch_size", "'2.5'"]),
         ("rerank.batch_size=null", ["rerank.batch_size", "not Optional"]),
