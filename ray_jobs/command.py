@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from pairvpr.config.compose import help_text
+from pairvpr.data.storage import StorageError, reason
 from pairvpr.distributed.quiet import filtered_stderr
 from pairvpr.errors import IncompleteRunError, UserError
 
@@ -24,6 +25,10 @@ def run(job: type, work: Callable[[Sequence[str]], object]) -> int:
         return 2
     except IncompleteRunError as error:
         print(f"incomplete: {error}", file=sys.stderr)
+        return 1
+    except StorageError as error:
+        # Ray's copy of an error that a task raised has the task's traceback for its message.
+        print(f"error: {reason(getattr(error, 'cause', error))}; what is finished is kept", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted: what is finished is kept; the same line again goes on from there", file=sys.stderr)

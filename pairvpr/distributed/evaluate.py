@@ -21,14 +21,15 @@ from pairvpr.config.schema import (
 )
 from pairvpr.data import storage
 from pairvpr.data.benchmarks import load_benchmark, prepare_benchmark
-from pairvpr.data.claim import check_claim, check_writable, claim
+from pairvpr.data.claim import FILE as SETTINGS_FILE
+from pairvpr.data.claim import check_claim, check_writable, claim, differences
 from pairvpr.data.manifest import Benchmark, Manifest, folder_manifest
 from pairvpr.distributed.describe import Description, describe
 from pairvpr.distributed.index import Candidates, build_index, retrieve
 from pairvpr.distributed.progress import say
 from pairvpr.distributed.rerank import rerank
 from pairvpr.distributed.runtime import ModelSource, ray_session
-from pairvpr.errors import UserError
+from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.evaluation.predictions import predictions_table, write_predictions
 from pairvpr.evaluation.report import RunFacts, metrics, summary
 from pairvpr.index import store
@@ -37,6 +38,9 @@ from pairvpr.retrieval.pipeline import answers
 from pairvpr.retrieval.rerank import work_units
 
 IMAGES_PER_SHARD = 250_000
+NOT_LOADED = Weights({}, "", untrained=False)
+"""Stands for the weights while what is cheap to check is checked."""
+OF_THE_WEIGHTS = ("model.weights_sha256",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,40 +119,99 @@ def prepare(configs: Sequence[EvaluateConfig]) -> list[Run]:
         if index in (output, storage.join(output, "queries")):
             raise UserError(f"index.path={index}: the run writes other files there; expected a directory of its own")
     benchmarks = [load_benchmark(config.benchmark, output) for config, output in zip(configs, outputs, strict=True)]
-    weights = load_weights(configs[0].model)
-    runs = []
+    runs: list[Run] = []
     for config, benchmark, output, index in zip(configs, benchmarks, outputs, indices, strict=True):
-        run = Run(config=config, benchmark=benchmark, weights=weights, index=index, output=output)
-        check_claim(output, run.settings(), "output")
-        check_claim(index, run.index_settings(), "index.path")
+        run = Run(config=config, benchmark=benchmark, weights=NOT_LOADED, index=index, output=output)
+        _check_claims(run, OF_THE_WEIGHTS)
+        _check_photos(run)
         if any(other.index == index and other.index_settings() != run.index_settings() for other in runs):
             raise UserError(
                 f"index.path={index}: these benchmarks have different databases; expected an index for each"
             )
         runs.append(run)
+    weights = load_weights(configs[0].model)
+    runs = [replace(run, weights=weights) for run in runs]
+    for run in runs:
+        _check_claims(run)
+        _check_model(run)
     return runs
 
 
+def _check_claims(run: Run, ignored: Sequence[str] = ()) -> None:
+    check_claim(run.output, run.settings(), "output", ignored)
+    check_claim(run.index, run.index_settings(), "index.path", ignored)
+
+
+def _check_photos(run: Run) -> None:
+    """Raise `UserError` unless a finished index holds the run's database, also where its settings.json is gone."""
+    manifest = store.read_manifest(run.index)
+    if manifest is None:
+        return
+    database = run.benchmark.database
+    there = {
+        "images_root": manifest.images_root,
+        "num_images": manifest.num_images,
+        "num_shards": len(manifest.shards),
+        "descriptor_dim": manifest.descriptor_dim,
+    }
+    here = {
+        "images_root": database.root,
+        "num_images": len(database),
+        "num_shards": run.num_shards,
+        "descriptor_dim": run.config.model.descriptor_dim,
+    }
+    found = differences(there, here)
+    if not found and not storage.exists(storage.join(run.index, SETTINGS_FILE)):
+        names_there = store.read_images(run.index, manifest).paths_sha256
+        found = differences({"paths_sha256": names_there}, {"paths_sha256": database.paths_sha256})
+    if found:
+        raise UserError(
+            f"index.path={run.index}: the finished index there is another one: {'; '.join(found)}; "
+            "expected an index of this database, or another directory"
+        )
+
+
+def _check_model(run: Run) -> None:
+    """Raise `UserError` unless the run's model made a finished index."""
+    manifest = store.read_manifest(run.index)
+    if manifest is None:
+        return
+    store.check_model(
+        run.index,
+        manifest,
+        name=run.config.model.name,
+        weights_sha256=run.weights.sha256,
+        model=run.index_settings()["model"],
+    )
+
+
 def evaluate(configs: Sequence[EvaluateConfig]) -> list[dict[str, Any]]:
-    """Run one benchmark or several; prints a table for each and returns the contents of their metrics.json."""
+    """Run one benchmark or several; prints a table for each and returns the contents of their metrics.json.
+
+    Raises `IncompleteRunError` for the benchmarks in which work failed for good, when all others are done.
+    """
     runs = prepare(configs)
     announce(configs[0].model, runs[0].weights)
+    for run in runs:
+        claim(run.output, run.settings(), "output")
+        if store.read_manifest(run.index) is None:
+            claim(run.index, run.index_settings(), "index.path")
+    reports: list[dict[str, Any]] = []
+    incomplete: list[str] = []
     with ray_session(configs[0].cluster):
         for run in runs:
-            claim(run.output, run.settings(), "output")
             prepare_benchmark(run.config.benchmark, run.output)
         source = ModelSource(configs[0].model, ray.put(runs[0].weights))
-        reports = []
         for run in runs:
-            make_index(
-                run.benchmark.database,
-                run.index,
-                run.num_shards,
-                source,
-                run.config.describe,
-                run.index_settings(),
-            )
-            reports.append(answer(run, source))
+            database, settings = run.benchmark.database, run.index_settings()
+            try:
+                make_index(database, run.index, run.num_shards, source, run.config.describe, settings)
+                reports.append(answer(run, source))
+            except IncompleteRunError as error:
+                say(f"{run.benchmark.name}: incomplete: {error}")
+                incomplete.append(f"{run.benchmark.name}: {error}")
+    if incomplete:
+        raise IncompleteRunError("; ".join(incomplete))
     return reports
 
 
@@ -160,8 +223,7 @@ def make_index(
     config: DescribeConfig,
     settings: dict[str, Any],
 ) -> None:
-    """Describe the database and build its index; what is finished is kept."""
-    claim(directory, settings, "index.path")
+    """Describe the database and build its index in a directory claimed with `settings`; what is finished is kept."""
     describe(Description(database, directory, num_shards, source, config), "database", needs_a_readable_photo=True)
     model = {"name": settings["model"]["name"], "weights_sha256": settings["model"]["weights_sha256"]}
     build_index(directory, database, num_shards, model, source.config.descriptor_dim)
@@ -216,13 +278,16 @@ def _first_candidates(found: Candidates, num_candidates: int) -> dict[int, list[
 def build(config: BuildIndexConfig) -> str:
     """Describe and index a folder of photos; returns the index directory."""
     database = folder_manifest(config.database, "database")
-    weights = load_weights(config.model)
     directory = storage.absolute(config.output)
     check_writable(directory, "output")
     num_shards = config.index.num_shards or _default_num_shards(len(database))
+    settings = index_settings(database, num_shards, config.model, NOT_LOADED, config.describe)
+    check_claim(directory, settings, "output", OF_THE_WEIGHTS)
+    weights = load_weights(config.model)
     settings = index_settings(database, num_shards, config.model, weights, config.describe)
     check_claim(directory, settings, "output")
     announce(config.model, weights)
+    claim(directory, settings, "output")
     with ray_session(config.cluster):
         source = ModelSource(config.model, ray.put(weights))
         make_index(database, directory, num_shards, source, config.describe, settings)
@@ -231,21 +296,55 @@ def build(config: BuildIndexConfig) -> str:
 
 def query(config: QueryConfig) -> dict[str, Any]:
     """Answer a folder of queries from an index that exists; prints a summary, returns metrics.json's content."""
+    run = _prepare_query(config)
+    announce(config.model, run.weights)
+    claim(run.output, run.settings(), "output")
+    with ray_session(config.cluster):
+        return answer(run, ModelSource(config.model, ray.put(run.weights)))
+
+
+def _prepare_query(config: QueryConfig) -> Run:
+    """Check a run of queries; writes nothing."""
     index = storage.absolute(config.index.path)
     manifest = store.read_manifest(index)
     if manifest is None:
         raise UserError(
             f"index.path={config.index.path}: no finished index there; expected a directory with manifest.json"
         )
-    queries = folder_manifest(config.queries, "queries")
-    weights = load_weights(config.model)
-    evaluate_config = EvaluateConfig(
+    if not storage.exists(manifest.images_root):
+        raise UserError(
+            f"index.path={config.index.path}: its photos were in {manifest.images_root}, which is not there; "
+            "expected them where build_index saw them, re-ranking reads them again"
+        )
+    run = Run(
+        config=_as_evaluation(config, index, len(manifest.shards)),
+        benchmark=Benchmark(
+            name="query",
+            database=store.read_images(index, manifest),
+            queries=folder_manifest(config.queries, "queries"),
+            positives=None,
+            protocol={"positives": "none", "radius_m": None},
+        ),
+        weights=NOT_LOADED,
+        index=index,
+        output=storage.absolute(config.output),
+    )
+    check_writable(run.output, "output")
+    check_claim(run.output, run.settings(), "output", OF_THE_WEIGHTS)
+    run = replace(run, weights=load_weights(config.model))
+    _check_model(run)
+    check_claim(run.output, run.settings(), "output")
+    return run
+
+
+def _as_evaluation(config: QueryConfig, index: str, num_shards: int) -> EvaluateConfig:
+    return EvaluateConfig(
         output=config.output,
         model=config.model,
         describe=config.describe,
         index=IndexConfig(
             path=index,
-            num_shards=len(manifest.shards),
+            num_shards=num_shards,
             num_retrieved=config.index.num_retrieved,
             num_threads_per_actor=config.index.num_threads_per_actor,
             num_actors=config.index.num_actors,
@@ -253,30 +352,3 @@ def query(config: QueryConfig) -> dict[str, Any]:
         rerank=config.rerank,
         cluster=config.cluster,
     )
-    benchmark = Benchmark(
-        name="query",
-        database=Manifest.read(storage.join(index, "images.parquet"), manifest.images_root),
-        queries=queries,
-        positives=None,
-        protocol={"positives": "none", "radius_m": None},
-    )
-    run = Run(
-        config=evaluate_config,
-        benchmark=benchmark,
-        weights=weights,
-        index=index,
-        output=storage.absolute(config.output),
-    )
-    store.check_model(
-        index,
-        manifest,
-        name=config.model.name,
-        weights_sha256=weights.sha256,
-        model=run.index_settings()["model"],
-    )
-    check_writable(run.output, "output")
-    check_claim(run.output, run.settings(), "output")
-    announce(config.model, weights)
-    claim(run.output, run.settings(), "output")
-    with ray_session(config.cluster):
-        return answer(run, ModelSource(config.model, ray.put(weights)))

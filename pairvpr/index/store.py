@@ -187,6 +187,17 @@ def read_manifest(directory: str) -> IndexManifest | None:
     return manifest
 
 
+def read_images(directory: str, manifest: IndexManifest) -> Manifest:
+    """The photos of a finished index. Raises `UserError` where `images.parquet` is missing or damaged."""
+    url = storage.join(directory, "images.parquet")
+    try:
+        return Manifest.read(url, manifest.images_root)
+    except FileNotFoundError as error:
+        raise UserError(f"index {directory}: its images.parquet is missing; build the index again") from error
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{url}: can't be read: {storage.reason(error)}") from error
+
+
 def check_model(
     directory: str,
     manifest: IndexManifest,

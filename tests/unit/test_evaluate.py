@@ -1,0 +1,233 @@
+"""What a run checks before it loads weights or starts Ray, and what it says when it stops."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from PIL import Image
+from ray.exceptions import RayTaskError
+
+from pairvpr.config.schema import (
+    BuildIndexConfig,
+    EvaluateConfig,
+    FoldersConfig,
+    IndexConfig,
+    OpenIndexConfig,
+    QueryConfig,
+)
+from pairvpr.data import storage
+from pairvpr.data.claim import claim
+from pairvpr.data.manifest import folder_manifest
+from pairvpr.distributed import evaluate as steps
+from pairvpr.distributed.evaluate import Run, build, evaluate, prepare, query
+from pairvpr.errors import IncompleteRunError, UserError
+from pairvpr.index import store
+from pairvpr.index.build import build_shard
+from ray_jobs import command
+from tests.support.flaky import FlakyFileSystem
+from tests.support.small import small_evaluate_config, small_model_config
+
+WEIGHTS_SHA256 = "weights_sha256"
+
+
+@pytest.fixture(autouse=True)
+def _store(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A store that forgets its faults, and retries that do not wait."""
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.0)
+    FlakyFileSystem.reset()
+    yield
+    FlakyFileSystem.reset()
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting Ray fails the test."""
+    monkeypatch.setattr(steps, "ray_session", lambda _: pytest.fail("Ray was started"))
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading weights fails the test."""
+    monkeypatch.setattr(steps, "load_weights", lambda _: pytest.fail("weights were loaded"))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> EvaluateConfig:
+    """Three photos, one query, an index directory of its own."""
+    for name in ("database/a.png", "database/b.png", "database/c.png", "queries/q.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (30, 30)).save(tmp_path / name)
+    benchmark = FoldersConfig(name="folders", database=f"{tmp_path}/database", queries=f"{tmp_path}/queries")
+    shared = small_evaluate_config(f"{tmp_path}/out")
+    return replace(shared, benchmark=benchmark, index=IndexConfig(path=f"{tmp_path}/index"))
+
+
+def finish_index(run: Run, **changes: Any) -> None:
+    """An index of the run's database as `build_index` leaves it, and `changes` to its manifest."""
+    images, dim = run.benchmark.database, run.config.model.descriptor_dim
+    claim(run.index, run.index_settings(), "index.path")
+    images.write(storage.join(run.index, "images.parquet"))
+    about = store.ShardDescription(0, len(images), len(images), {}, 0.0)
+    rows = np.eye(len(images), dim, dtype=np.float32)
+    store.write_shard_description(run.index, 0, np.arange(len(images)), rows, about)
+    store.finish_description(run.index, images, [about])
+    made_by = {"name": "small", WEIGHTS_SHA256: run.weights.sha256}
+    manifest = store.IndexManifest(made_by, dim, len(images), images.root, [build_shard(run.index, 0)])
+    store.write_manifest(run.index, replace(manifest, **changes))
+
+
+def mistake(call: Callable[[], object]) -> str:
+    with pytest.raises(UserError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("has_settings", [True, False])
+def test_a_finished_index_is_taken(config: EvaluateConfig, has_settings: bool) -> None:
+    (run,) = prepare([config])
+    finish_index(run)
+    if not has_settings:
+        storage.remove_file(storage.join(run.index, "settings.json"))
+    assert prepare([config])[0].settings() == run.settings()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": {"name": "other", WEIGHTS_SHA256: "cd" * 32}}, "was made by model other with weights cdcdcdcdcdcd"),
+        ({"num_images": 4}, "num_images 4 there, 3 now"),
+        ({"descriptor_dim": 8}, "descriptor_dim 8 there, 16 now"),
+        ({"images_root": "/elsewhere"}, "images_root /elsewhere there"),
+        ({"shards": [{}, {}]}, "num_shards 2 there, 1 now"),
+    ],
+)
+def test_a_finished_index_without_settings_is_checked(
+    config: EvaluateConfig, changes: dict[str, Any], words: str
+) -> None:
+    (run,) = prepare([config])
+    finish_index(run, **changes)
+    storage.remove_file(storage.join(run.index, "settings.json"))
+    message = mistake(lambda: prepare([config]))
+    assert words in message
+    assert run.index in message
+
+
+def test_a_finished_index_of_photos_with_other_names_is_refused(config: EvaluateConfig, tmp_path: Path) -> None:
+    (run,) = prepare([config])
+    finish_index(run)
+    storage.remove_file(storage.join(run.index, "settings.json"))
+    (tmp_path / "database" / "c.png").rename(tmp_path / "database" / "d.png")
+    assert "paths_sha256" in mistake(lambda: prepare([config]))
+
+
+def test_other_settings_are_found_before_weights_are_loaded(
+    config: EvaluateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run,) = prepare([config])
+    claim(run.output, run.settings(), "output")
+    finish_index(run)
+    asked = QueryConfig(
+        queries=f"{tmp_path}/queries",
+        output=f"{tmp_path}/answers",
+        model=config.model,
+        index=OpenIndexConfig(path=run.index),
+    )
+    claim(asked.output, {"model": {"precision": "fp16"}}, "output")
+    indexed = BuildIndexConfig(database=f"{tmp_path}/queries", output=run.index, model=config.model)
+    monkeypatch.setattr(steps, "load_weights", lambda _: pytest.fail("weights were loaded"))
+    assert "rerank.batch_size 3 there, 4 now" in mistake(
+        lambda: prepare([replace(config, rerank=replace(config.rerank, batch_size=4))])
+    )
+    assert "database.root" in mistake(lambda: build(indexed))
+    assert "model.precision fp16 there, fp32 now" in mistake(lambda: query(asked))
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_other_weights_are_still_refused(config: EvaluateConfig) -> None:
+    (run,) = prepare([config])
+    settings = run.settings()
+    claim(run.output, settings | {"model": settings["model"] | {WEIGHTS_SHA256: "cd" * 32}}, "output")
+    assert f"model.{WEIGHTS_SHA256} cdcd" in mistake(lambda: evaluate([config]))
+
+
+@pytest.mark.usefixtures("no_ray", "no_weights")
+@pytest.mark.parametrize(
+    ("gone", "words"),
+    [("database", "its photos were in"), ("index/images.parquet", "images.parquet is missing; build the index again")],
+)
+def test_queries_need_the_photos_of_the_index(config: EvaluateConfig, tmp_path: Path, gone: str, words: str) -> None:
+    database = folder_manifest(f"{tmp_path}/database", "database")
+    database.write(f"{tmp_path}/index/images.parquet")
+    content = store.IndexManifest({"name": "small", WEIGHTS_SHA256: "ab"}, 16, 3, database.root, [{}])
+    storage.write_json(f"{tmp_path}/index/manifest.json", asdict(content))
+    target = tmp_path / gone
+    shutil.rmtree(target) if target.is_dir() else target.unlink()
+    asked = QueryConfig(
+        queries=f"{tmp_path}/queries", output=f"{tmp_path}/answers", index=OpenIndexConfig(path=f"{tmp_path}/index")
+    )
+    message = mistake(lambda: query(asked))
+    assert words in message
+    assert f"{tmp_path}/{'index' if 'parquet' in gone else 'database'}" in message
+
+
+@pytest.mark.usefixtures("no_ray")
+@pytest.mark.parametrize("job", ["evaluate", "build"])
+def test_a_bucket_that_is_not_there_is_found_before_ray_starts(
+    config: EvaluateConfig, tmp_path: Path, job: str
+) -> None:
+    FlakyFileSystem.error = FileNotFoundError("The specified bucket does not exist")
+    FlakyFileSystem.failures_left["pipe_file"] = 99
+    output = "flaky://bucket/out"
+    if job == "evaluate":
+        message = mistake(lambda: evaluate([replace(config, output=output)]))
+    else:
+        database = f"{tmp_path}/database"
+        message = mistake(lambda: build(BuildIndexConfig(database=database, output=output, model=small_model_config())))
+    assert message == f"output={output}: can't be written: The specified bucket does not exist"
+
+
+@pytest.mark.parametrize("from_a_task", [True, False])
+def test_a_store_that_fails_amid_a_run_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], from_a_task: bool
+) -> None:
+    error: Exception = storage.StorageError("s3://bucket/part: OSError: 503 slow down")
+    if from_a_task:
+        error = RayTaskError("build", "Traceback ...\n many lines", error).as_instanceof_cause()
+
+    def work(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["evaluate", "output=x"])
+    assert command.run(EvaluateConfig, work) == 1
+    assert capsys.readouterr().err == ("error: s3://bucket/part: OSError: 503 slow down; what is finished is kept\n")
+
+
+def test_a_benchmark_that_fails_does_not_keep_the_next_from_running(
+    config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered: list[str] = []
+
+    def answer(run: Run, _: object) -> dict[str, Any]:
+        answered.append(run.benchmark.name)
+        if run.benchmark.name == "first":
+            raise IncompleteRunError("unit 3 failed")
+        return {}
+
+    monkeypatch.setattr(steps, "ray_session", lambda _: nullcontext())
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    monkeypatch.setattr(steps, "make_index", lambda *_: None)
+    monkeypatch.setattr(steps, "answer", answer)
+    configs = [replace(config, benchmark=replace(config.benchmark, name=name)) for name in ("first", "second")]
+    with pytest.raises(IncompleteRunError, match=r"^first: unit 3 failed$"):
+        evaluate(configs)
+    assert answered == ["first", "second"]
