@@ -41,6 +41,14 @@ def require_positive(config: object, prefix: str, *names: str) -> None:
         )
 
 
+def require_gpus(config: DescribeConfig | RerankConfig, prefix: str) -> None:
+    number = config.num_gpus_per_actor
+    require(
+        number is None or 0 <= number <= 1 or (1 < number < math.inf and number == int(number)),
+        f"{prefix}.num_gpus_per_actor={number}: expected 0 or more, above 1 a whole number",
+    )
+
+
 def require_text(config: object, prefix: str, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
@@ -219,10 +227,7 @@ class DescribeConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "describe", "batch_size", "num_threads_per_actor", "num_actors", "memory_gib")
-        require(
-            self.num_gpus_per_actor is None or self.num_gpus_per_actor >= 0,
-            f"describe.num_gpus_per_actor={self.num_gpus_per_actor}: expected 0 or more",
-        )
+        require_gpus(self, "describe")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -308,10 +313,7 @@ class RerankConfig:
             "num_actors",
         )
         require(0 <= self.cache_gib < math.inf, f"rerank.cache_gib={self.cache_gib}: expected 0 or more, and finite")
-        require(
-            self.num_gpus_per_actor is None or self.num_gpus_per_actor >= 0,
-            f"rerank.num_gpus_per_actor={self.num_gpus_per_actor}: expected 0 or more",
-        )
+        require_gpus(self, "rerank")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -17,7 +17,7 @@ import numpy as np
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError
 from ray.util.annotations import RayDeprecationWarning
 
 from pairvpr.config.schema import DescribeConfig
@@ -27,15 +27,18 @@ from pairvpr.data.photo_batches import PhotoBatch
 from pairvpr.distributed import parts as part_files
 from pairvpr.distributed.parts import Parts, Rows
 from pairvpr.distributed.progress import Progress, say
-from pairvpr.distributed.runtime import CPUS_OF_A_SMALL_TASK, ActorPlan, ModelSource, plan_actors
+from pairvpr.distributed.runtime import ActorPlan, ModelSource, cpus_of_a_shard, most_gpus_of_a_node, plan_actors
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.index import store
 
 MAX_TRIES = 3
+MAX_RESTARTS = 20
+"""Of one model actor. Generous, because spot nodes vanish again and again; finite, because it may never start."""
+SECONDS_BEFORE_COMPLAINT = 30.0
 CALLS_PER_ACTOR = 2
 """One part is in the network while another one is written or arrives."""
 
-_commit_shard = ray.remote(max_retries=MAX_TRIES, retry_exceptions=True)(part_files.commit_shard)
+_commit_shard = ray.remote(part_files.commit_shard)
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,10 @@ def describe(description: Description, label: str, *, needs_a_readable_photo: bo
     finished = [about for about in described if about is not None]
     assert len(finished) == len(shards), "a shard was never completed"
     if needs_a_readable_photo and sum(about.num_rows for about in finished) == 0:
+        rejected = {image_id: error for about in finished for image_id, error in about.rejected.items()}
         raise UserError(
             f"{manifest.root}: none of the {len(manifest)} photos can be read, the first because of "
-            f"{finished[0].rejected.get(0)}; delete {description.directory} to try again"
+            f"{rejected[min(rejected)]}; delete {description.directory} to try again"
         )
     store.finish_description(description.directory, manifest, finished)
     storage.remove_tree(parts.directory)
@@ -100,22 +104,22 @@ def describe(description: Description, label: str, *, needs_a_readable_photo: bo
 
 
 def _as_error_for_people(error: BaseException, step: str, progress: Progress) -> Exception:
-    """The `UserError` that an actor raised, if that is behind it; else what is lost and what is kept, in a line."""
+    """The error for people that a task raised, if that is behind it; else what is lost and what is kept, in a line."""
     cause: BaseException | None = error
     while cause is not None:
-        inner = getattr(cause, "cause", None)
-        for found in (cause, inner):
-            if isinstance(found, UserError):
-                return UserError(str(found))
+        # Ray's own copy of a task's error is an instance of both classes, and has a traceback for its message.
+        for found in (getattr(cause, "cause", None), cause):
+            if isinstance(found, UserError | IncompleteRunError):
+                return type(found)(str(found))
         cause = cause.__cause__
-    if not isinstance(error, RayError):
-        assert isinstance(error, Exception)
-        return error
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    why = f"{type(error).__name__}: {lines[-1] if lines else ''}"
+    if isinstance(error, RayActorError):
+        limits = f"at most {MAX_RESTARTS} restarts, {MAX_TRIES + 1} tries of a part"
+        why = f"a model actor that died again and again ({limits}): {why}"
     return IncompleteRunError(
-        f"{step}: {progress.total - progress.done:,} of {progress.total:,} photos are not described, because Ray gave "
-        f"up on some: {type(error).__name__}: {lines[-1] if lines else ''}. What is finished is kept: the same line "
-        "again does the rest"
+        f"{step}: {progress.total - progress.done:,} of {progress.total:,} photos are not described, because of {why}. "
+        "What is finished is kept: the same line again does the rest"
     )
 
 
@@ -149,7 +153,7 @@ class _Commits:
 
     def _commit(self, shard: store.ShardRange) -> None:
         description, parts = self.description, self.description.parts
-        commit = _commit_shard.options(num_cpus=CPUS_OF_A_SMALL_TASK)
+        commit = _commit_shard.options(num_cpus=cpus_of_a_shard(), max_retries=MAX_TRIES, retry_exceptions=[OSError])
         urls = [parts.url(part) for part in parts.of_shard(shard)]
         self.refs.append(commit.remote(description.directory, shard, urls, description.source.config.descriptor_dim))
 
@@ -164,12 +168,30 @@ def _finished_parts(description: Description, pending: Sequence[int]) -> Iterato
     context.execution_options.resource_limits = ExecutionResources.for_limits(
         object_store_memory=description.config.memory_gib * 2**30
     )
+    plan = plan_actors(description.config)
     with warnings.catch_warnings():
         # The retry limits have no other spelling in this Ray, which warns that they will get one.
         warnings.simplefilter("ignore", RayDeprecationWarning)
-        finished = _described(description, pending, plan_actors(description.config))
-    for rows in finished.iter_batches(batch_size=None, prefetch_batches=0):
-        yield from (int(part) for part in rows["part"])
+        finished = _described(description, pending, plan)
+    complaint = threading.Timer(SECONDS_BEFORE_COMPLAINT, _complain, (plan,))
+    complaint.daemon = True
+    complaint.start()
+    try:
+        for rows in finished.iter_batches(batch_size=None, prefetch_batches=0):
+            complaint.cancel()
+            yield from (int(part) for part in rows["part"])
+    finally:
+        complaint.cancel()
+
+
+def _complain(plan: ActorPlan) -> None:
+    """Actors that find no node wait without a word, and a cluster may get one yet."""
+    resources = ray.cluster_resources()
+    say(
+        f"describe: no photo is described yet; each of {plan.num_actors} actors wants {plan.cpus_per_actor:g} CPUs and "
+        f"{plan.gpus_per_actor:g} GPUs of one node; the cluster has {resources.get('CPU', 0.0):g} CPUs and "
+        f"{resources.get('GPU', 0.0):g} GPUs, at most {most_gpus_of_a_node():g} GPUs on one node"
+    )
 
 
 def _described(description: Description, pending: Sequence[int], plan: ActorPlan) -> ray.data.Dataset:
@@ -201,8 +223,8 @@ def _described(description: Description, pending: Sequence[int], plan: ActorPlan
             },
             num_cpus=plan.cpus_per_actor,
             num_gpus=plan.gpus_per_actor or None,
-            max_restarts=-1,  # spot nodes vanish again and again; a part that kills its actor ends by the next line
-            max_task_retries=MAX_TRIES,
+            max_restarts=MAX_RESTARTS,
+            max_task_retries=MAX_TRIES,  # so a part that kills its actor ends before that
         )
     )
 

@@ -18,7 +18,7 @@ from pairvpr.data import storage
 from pairvpr.data.manifest import Manifest
 from pairvpr.distributed.pool import PoolActor, SupervisedPool
 from pairvpr.distributed.progress import Progress, say
-from pairvpr.distributed.runtime import smallest_node_cpus
+from pairvpr.distributed.runtime import cpus_of_a_shard
 from pairvpr.errors import IncompleteRunError
 from pairvpr.index import build, store
 from pairvpr.index.merge import Found, merge_top_k
@@ -52,11 +52,6 @@ def build_index(directory: str, images: Manifest, num_shards: int, model: dict[s
 @ray.remote(max_retries=3, retry_exceptions=True)
 def _build_shard(directory: str, shard: int) -> dict[str, Any]:
     return build.build_shard(directory, shard)
-
-
-def cpus_of_a_shard() -> float:
-    """A whole CPU where a node has one: it bounds how many shards are in a node's memory at once."""
-    return min(1.0, smallest_node_cpus())
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pairvpr.data import storage
 from pairvpr.data.manifest import Manifest
 from pairvpr.data.photo_batches import PhotoBatch, load_batch, num_batches
-from pairvpr.errors import UserError
+from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.index import store
 
 Rows = Any
@@ -33,6 +33,8 @@ BYTES_PER_PART = 32 << 20
 MAX_BATCHES_PER_PART = 8
 ENOUGH_PARTS = 32
 PARTS_READ_AT_ONCE = 16
+ARRAYS = ("first_id", "ids", "descriptors", "rejected_ids", "rejected_errors", "seconds")
+"""What the file of a part holds."""
 
 
 @dataclass(frozen=True)
@@ -128,24 +130,40 @@ def write(url: str, photos: PhotoBatch, descriptors: NDArray[np.float32], second
 
 
 def commit_shard(directory: str, shard: store.ShardRange, part_urls: Sequence[str], descriptor_dim: int) -> None:
-    """Gather a shard's rows from its parts, in the order of ids, and publish it."""
+    """Gather a shard's rows from its parts, in the order of ids, and publish it.
+
+    Raises `IncompleteRunError` for a damaged part, which is deleted.
+    """
     ids, rows = [np.empty(0, np.int64)], [np.empty((0, descriptor_dim), np.float32)]
     rejected: dict[int, str] = {}
     seconds = 0.0
     with ThreadPoolExecutor(PARTS_READ_AT_ONCE) as pool:
         read = pool.map(storage.read_bytes, part_urls)
-    for data in read:
-        with np.load(io.BytesIO(data), allow_pickle=False) as part:
-            inside = (part["ids"] >= shard.first_id) & (part["ids"] < shard.stop_id)
-            ids.append(part["ids"][inside])
-            rows.append(part["descriptors"][inside])
-            for image_id, error in zip(part["rejected_ids"].tolist(), part["rejected_errors"].tolist(), strict=True):
-                if shard.first_id <= image_id < shard.stop_id:
-                    rejected[image_id] = error
-            if shard.first_id <= int(part["first_id"]) < shard.stop_id:
-                seconds += float(part["seconds"])
+    for url, data in zip(part_urls, read, strict=True):
+        part = _arrays(url, data)
+        inside = (part["ids"] >= shard.first_id) & (part["ids"] < shard.stop_id)
+        ids.append(part["ids"][inside])
+        rows.append(part["descriptors"][inside])
+        for image_id, error in zip(part["rejected_ids"].tolist(), part["rejected_errors"].tolist(), strict=True):
+            if shard.first_id <= image_id < shard.stop_id:
+                rejected[image_id] = error
+        if shard.first_id <= int(part["first_id"]) < shard.stop_id:
+            seconds += float(part["seconds"])
     all_ids = np.concatenate(ids)
     accounted = np.sort(np.concatenate([all_ids, np.fromiter(rejected, np.int64, len(rejected))]))
     assert np.array_equal(accounted, np.arange(shard.first_id, shard.stop_id)), "a photo is missing or double"
     about = store.ShardDescription(shard.first_id, shard.count, len(all_ids), rejected, seconds)
     store.write_shard_description(directory, shard.shard, all_ids, np.concatenate(rows), about)
+
+
+def _arrays(url: str, data: bytes) -> dict[str, NDArray[Any]]:
+    """What `write` put into a part."""
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as part:
+            return {name: part[name] for name in ARRAYS}
+    except Exception as error:  # zip, zlib and numpy raise nearly anything on damaged bytes
+        storage.remove_file(url)
+        raise IncompleteRunError(
+            f"{url} was damaged ({type(error).__name__}: {storage.reason(error)}) and is deleted; the same line again "
+            "describes its photos anew"
+        ) from error

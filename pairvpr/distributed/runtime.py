@@ -14,11 +14,13 @@ import ray
 import torch
 
 from pairvpr.config.schema import ClusterConfig, DescribeConfig, ModelConfig, RerankConfig
+from pairvpr.data import storage
 from pairvpr.errors import UserError
 from pairvpr.models.weights import Weights, build_model
 from pairvpr.retrieval.describe import Describer
 
-CPUS_OF_A_SMALL_TASK = 0.1
+ALONE = "pairvpr-alone"
+"""Ray's namespace in a Ray of its own, to which no node will ever be added."""
 SMALLEST_SHARE_OF_A_CPU = 0.001
 SECONDS_TO_EXIT = 5.0
 SECONDS_TO_CONNECT = 5.0
@@ -36,12 +38,18 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    address = config.address or os.environ.get("RAY_ADDRESS")
-    if address:
-        _check_reachable(address)
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    if config.address:
+        _connect(config.address, "cluster.address")
+    elif os.environ.get("RAY_ADDRESS"):
+        _connect(os.environ["RAY_ADDRESS"], "RAY_ADDRESS")
     else:
-        ray.init(num_cpus=config.num_cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+        ray.init(
+            num_cpus=config.num_cpus,
+            namespace=ALONE,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
     try:
         yield
     finally:
@@ -51,17 +59,30 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
         _end(children)
 
 
-def _check_reachable(address: str) -> None:
+def _connect(address: str, key: str) -> None:
+    """Raises `UserError`, naming the setting `key`, where no cluster answers."""
+    if address.startswith(("http://", "https://")):
+        raise UserError(
+            f"{key}={address}: that is the dashboard's address; use `ray job submit` with it, or give HOST:6379"
+        )
+    _check_reachable(address, key)
+    try:
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    except (ConnectionError, ValueError) as error:
+        raise UserError(
+            f"{key}={address}: {storage.reason(error)}; expected HOST:PORT of a running cluster, or auto"
+        ) from error
+
+
+def _check_reachable(address: str, key: str) -> None:
     """Ray itself tries for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         return
     try:
         socket.create_connection((host, int(port)), timeout=SECONDS_TO_CONNECT).close()
-    except OSError as error:
-        raise UserError(
-            f"cluster.address={address}: nothing answers there ({error}); expected a running cluster"
-        ) from error
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise UserError(f"{key}={address}: nothing answers there ({error}); expected a running cluster") from error
 
 
 def _end(processes: list[psutil.Process]) -> None:
@@ -89,12 +110,13 @@ def plan_actors(config: DescribeConfig | RerankConfig) -> ActorPlan:
     Also when nodes vanish, and every actor restarts on the last one: actors that took all of its CPUs would wait for
     ever for tasks that find none. Actors are spread over the nodes whatever they reserve.
 
-    A cluster that scales up from nothing shows no CPUs yet: then the number of actors must be given.
+    A cluster that scales up from nothing shows no CPUs yet: then the number of actors must be given. It may also get
+    GPUs that it does not show: only a Ray of its own refuses actors that want more than there are.
     """
     resources = ray.cluster_resources()
     cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    section = "describe" if isinstance(config, DescribeConfig) else "rerank"
     if not cpus and (config.num_actors is None or config.num_gpus_per_actor is None):
-        section = "describe" if isinstance(config, DescribeConfig) else "rerank"
         raise UserError(
             f"the cluster has no CPUs yet, it scales up when asked: give {section}.num_actors and "
             f"{section}.num_gpus_per_actor"
@@ -102,6 +124,11 @@ def plan_actors(config: DescribeConfig | RerankConfig) -> ActorPlan:
     gpus_per_actor = config.num_gpus_per_actor
     if gpus_per_actor is None:
         gpus_per_actor = 1.0 if gpus else 0.0
+    if gpus_per_actor > most_gpus_of_a_node() and ray.get_runtime_context().namespace == ALONE:
+        raise UserError(
+            f"{section}.num_gpus_per_actor={gpus_per_actor:g}: Ray finds {gpus:g} GPUs on this machine; expected "
+            "at most that, or cluster.address of a cluster that has them"
+        )
     num_actors = config.num_actors
     if num_actors is None:
         num_actors = int(gpus // gpus_per_actor) if gpus_per_actor else int(cpus // 2)
@@ -119,6 +146,16 @@ def smallest_node_cpus() -> float:
     return min((cpus for node in ray.nodes() if node["Alive"] and (cpus := node["Resources"].get("CPU"))), default=1.0)
 
 
+def cpus_of_a_shard() -> float:
+    """A whole CPU where a node has one: it bounds how many shards are in a node's memory at once."""
+    return min(1.0, smallest_node_cpus())
+
+
+def most_gpus_of_a_node() -> float:
+    """GPUs of the node that has most."""
+    return max((node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+
+
 def _rounded_down(cpus: float) -> float:
     """Ray counts in steps of 1/10,000."""
     return int(cpus * 1000) / 1000
@@ -133,7 +170,6 @@ class ModelSource:
 
     def describer(self, num_threads: int) -> Describer:
         """The network on this actor's GPU if it has one, else on its CPU threads."""
-        torch.set_num_threads(num_threads)
         has_gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
         device = torch.device("cuda" if has_gpu else "cpu")
-        return Describer(build_model(self.config, ray.get(self.weights), device))
+        return Describer(build_model(self.config, ray.get(self.weights), device), num_threads)

@@ -15,15 +15,17 @@ from pairvpr.models.pair_vpr import PairVPR, normalise
 
 
 class Describer:
-    """The network on its device, fed with pixels."""
+    """The network on its device, fed with pixels, on `num_threads` CPU threads (None: those the process has)."""
 
-    def __init__(self, model: PairVPR) -> None:
+    def __init__(self, model: PairVPR, num_threads: int | None = None) -> None:
         self.model = model
         self.device = next(model.parameters()).device
+        self._num_threads = num_threads
 
     @torch.inference_mode()
     def descriptors(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """(B, S, S, 3) uint8 -> (B, G) float32, unit length. Raises `UserError` where they are not finite."""
+        self._set_threads()
         descriptors, _ = self.model.describe(normalise(torch.from_numpy(pixels).to(self.device)))
         if not descriptors.isfinite().all():
             raise UserError(
@@ -38,5 +40,11 @@ class Describer:
 
         One photo for each forward pass: its features then depend on no neighbour, wherever they are computed.
         """
+        self._set_threads()
         _, dense = self.model.describe(normalise(torch.from_numpy(pixels).to(self.device).unsqueeze(0)))
         return dense[0].clone()  # alone: a view would keep the class token and the registers alive
+
+    def _set_threads(self) -> None:
+        """In the thread that calls: OpenMP and MKL keep a number for each, and an actor is called from several."""
+        if self._num_threads is not None:
+            torch.set_num_threads(self._num_threads)

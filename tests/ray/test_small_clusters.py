@@ -1,16 +1,21 @@
-"""What the plan of actors asks of a cluster: it must fit on a single CPU, and with GPUs."""
+"""What the plan of actors asks of a cluster: it must fit on a single CPU, and with GPUs, or end with a word."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import ray
 
 from pairvpr.config.compose import load_evaluations
 from pairvpr.data.manifest import folder_manifest
-from pairvpr.distributed.describe import Description, _described
+from pairvpr.distributed import describe as steps
+from pairvpr.distributed.describe import Description, _described, describe
+from pairvpr.distributed.parts import Rows
 from pairvpr.distributed.runtime import ActorPlan, ModelSource, plan_actors
+from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.models.weights import load_weights
 from tests.support.runs import arguments, run_job
 
@@ -30,6 +35,41 @@ def test_actors_leave_room_for_tasks(city: Path, num_actors: int) -> None:
     num_cpus = ray.cluster_resources()["CPU"]
     assert plan.num_actors == num_actors
     assert plan.num_actors * plan.cpus_per_actor + plan.cpus_per_task < num_cpus
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("step", ["describe", "rerank"])
+def test_gpus_that_this_machine_has_not_are_refused(city: Path, step: str) -> None:
+    config = load_evaluations(arguments(city, "unused", f"{step}.num_gpus_per_actor=64"))[0]
+    with pytest.raises(
+        UserError, match=rf"^{step}.num_gpus_per_actor=64: Ray finds \d+ GPUs on this machine; expected"
+    ):
+        plan_actors(getattr(config, step))
+
+
+class DiesAtOnce:
+    """Stands for the network; its process ends while it is built, as one does that runs out of memory."""
+
+    def __init__(self, **_: object) -> None:
+        os._exit(1)
+
+    def __call__(self, rows: Rows) -> Rows:
+        return rows
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_model_actor_that_never_starts_ends_the_run(
+    city: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "_Network", DiesAtOnce)
+    monkeypatch.setattr(steps, "MAX_RESTARTS", 1)
+    config = load_evaluations(arguments(city, "unused", "describe.num_actors=1"))[0]
+    source = ModelSource(config.model, cast(Any, None))
+    photos = folder_manifest(str(city / "queries"), "queries")
+    description = Description(photos, str(tmp_path), 1, source, config.describe)
+    words = "13 of 13 photos are not described, because of a model actor that died again and again .at most 1 restarts"
+    with pytest.raises(IncompleteRunError, match=words):
+        describe(description, "queries", needs_a_readable_photo=False)
 
 
 @pytest.mark.usefixtures("local_ray")

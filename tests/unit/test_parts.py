@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pairvpr.data.manifest import Manifest
 from pairvpr.data.photo_batches import PhotoBatch
 from pairvpr.distributed.parts import MAX_BATCHES_PER_PART, Parts, commit_shard, decode, write
-from pairvpr.errors import UserError
+from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.index import store
 
 
@@ -91,3 +91,17 @@ def test_a_folder_that_this_node_does_not_see_rejects_no_photo(tmp_path: Path, m
     (folder / "another.jpg").touch()
     assert decoded(str(folder))[0].count("FileNotFoundError") == 2
     assert decoded("memory://nowhere")[0].count("FileNotFoundError") == 2
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "flipped"])
+def test_a_damaged_part_is_deleted_and_named(tmp_path: Path, damage: str) -> None:
+    parts = Parts(str(tmp_path / "parts"), 5, 5)
+    write(parts.url(0), PhotoBatch(0, np.zeros((5, 2, 2, 3), np.uint8), {}), np.ones((5, 4), np.float32), 1.0)
+    file = Path(parts.url(0))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    content = {"truncated": data[: len(data) // 2], "empty": b"", "foreign": b"not an archive", "flipped": data}
+    file.write_bytes(content[damage])
+    with pytest.raises(IncompleteRunError, match=rf"^{file} was damaged .* is deleted; the same line again"):
+        commit_shard(str(tmp_path), store.shard_ranges(5, 1)[0], [parts.url(0)], 4)
+    assert not file.exists()

@@ -1,0 +1,150 @@
+"""The driver's side of describing, without Ray: what it starts, what it says, and how an error reads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import ray
+import torch
+from ray.exceptions import ActorDiedError, RayTaskError
+
+from pairvpr.config.schema import DescribeConfig
+from pairvpr.data.manifest import Manifest
+from pairvpr.distributed import describe as steps
+from pairvpr.distributed.describe import Description, describe
+from pairvpr.distributed.progress import Progress
+from pairvpr.distributed.runtime import ActorPlan, ModelSource
+from pairvpr.errors import IncompleteRunError, UserError
+from pairvpr.index import store
+from pairvpr.retrieval.describe import Describer
+from tests.support.small import small_model, small_model_config
+
+PLAN = ActorPlan(num_actors=2, cpus_per_actor=1.0, gpus_per_actor=4.0, cpus_per_task=1.0)
+
+
+class FakeCommit:
+    """Stands for the remote task; remembers what each commit reserves."""
+
+    def __init__(self) -> None:
+        self.reserved: list[dict[str, Any]] = []
+
+    def options(self, **reserved: Any) -> FakeCommit:
+        self.reserved.append(reserved)
+        return self
+
+    def remote(self, *_: object) -> None:
+        """Nothing is started."""
+
+
+def description_of(directory: Path, num_photos: int, num_shards: int) -> Description:
+    manifest = Manifest.of("/photos", [f"{number}.jpg" for number in range(num_photos)])
+    source = ModelSource(small_model_config(), cast(Any, None))
+    return Description(manifest, str(directory), num_shards, source, DescribeConfig(batch_size=2))
+
+
+def test_commits_reserve_what_index_builds_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a resumed run, whose parts may all be there, would have every shard in memory at once."""
+    commit = FakeCommit()
+    monkeypatch.setattr(steps, "_commit_shard", commit)
+    monkeypatch.setattr(steps, "cpus_of_a_shard", lambda: 0.75)
+    description = description_of(tmp_path, 9, 3)
+    commits = steps._Commits(description, store.shard_ranges(9, 3))
+    for part in sorted(commits.shards_of):
+        commits.part_is_done(part)
+    assert [reserved["num_cpus"] for reserved in commit.reserved] == [0.75] * 3
+
+
+def test_the_first_photo_that_can_not_be_read_is_the_one_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where shards are more than photos, and the first ones have none."""
+    description = description_of(tmp_path, 2, 4)
+    for shard in store.shard_ranges(2, 4):
+        rejected = {image_id: f"reason {image_id}" for image_id in range(shard.first_id, shard.stop_id)}
+        about = store.ShardDescription(shard.first_id, shard.count, 0, rejected, 0.0)
+        rows = np.empty((0, 16), np.float32)
+        store.write_shard_description(str(tmp_path), shard.shard, np.empty(0, np.int64), rows, about)
+    monkeypatch.setattr(ray, "get", lambda refs: refs)
+    with pytest.raises(UserError, match="none of the 2 photos can be read, the first because of reason 0"):
+        describe(description, "database", needs_a_readable_photo=True)
+
+
+def test_a_description_that_does_not_start_says_what_it_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = threading.Event()
+
+    class Slow:
+        def iter_batches(self, **_: object) -> Iterator[dict[str, list[int]]]:
+            assert started.wait(20)
+            time.sleep(0.2)  # a second complaint would come now
+            yield {"part": [0]}
+
+    def resources() -> dict[str, float]:
+        started.set()
+        return {"CPU": 8.0, "GPU": 2.0}
+
+    monkeypatch.setattr(steps, "SECONDS_BEFORE_COMPLAINT", 0.05)
+    monkeypatch.setattr(steps, "plan_actors", lambda _: PLAN)
+    monkeypatch.setattr(steps, "_described", lambda *_: Slow())
+    monkeypatch.setattr(steps, "most_gpus_of_a_node", lambda: 1.0)
+    monkeypatch.setattr(ray, "cluster_resources", resources)
+    assert list(steps._finished_parts(description_of(tmp_path, 2, 1), [0])) == [0]
+    assert capsys.readouterr().err == (
+        "describe: no photo is described yet; each of 2 actors wants 1 CPUs and 4 GPUs of one node; "
+        "the cluster has 8 CPUs and 2 GPUs, at most 1 GPUs on one node\n"
+    )
+
+
+def from_a_task(error: Exception) -> RayTaskError:
+    return RayTaskError("task", "Traceback ...\n  many lines", error).as_instanceof_cause()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (from_a_task(UserError("/photos: wrong")), UserError, "/photos: wrong"),
+        (from_a_task(IncompleteRunError("part 3 was damaged")), IncompleteRunError, "part 3 was damaged"),
+        (ValueError("inside\nRay Data"), IncompleteRunError, "database: 6 of 10 photos are not described, because of "),
+        (
+            ActorDiedError(),
+            IncompleteRunError,
+            "because of a model actor that died again and again (at most 20 restart",
+        ),
+    ],
+)
+def test_an_error_out_of_ray_data_is_one_line(error: Exception, kind: type[Exception], words: str) -> None:
+    found = steps._as_error_for_people(error, "database", Progress("database", 10, "photos", already_done=4))
+    assert type(found) is kind
+    assert words in str(found)
+    assert "\n" not in str(found)
+
+
+def test_every_thread_that_describes_has_the_threads_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An actor is built in one thread and called in others."""
+    before = torch.get_num_threads()
+    model = small_model()
+    wanted = before + 1
+    seen: list[int] = []
+    describe_pixels = model.describe
+
+    def spy(pixels: torch.Tensor) -> Any:
+        seen.append(torch.get_num_threads())
+        return describe_pixels(pixels)
+
+    monkeypatch.setattr(model, "describe", spy)
+    describer = Describer(model, wanted)
+    pixels = np.zeros((1, 28, 28, 3), np.uint8)
+    try:
+        for call in (lambda: describer.descriptors(pixels), lambda: describer.dense_features(pixels[0])):
+            torch.set_num_threads(before)
+            thread = threading.Thread(target=call)
+            thread.start()
+            thread.join()
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [wanted, wanted]
