@@ -9,7 +9,7 @@ descriptor is on disk. Peaks are by role:
 
 - driver: the process that calls `describe`
 - network actor: Ray's workers that run the network
-- decode and write workers: Ray's other workers (decode, write parts, commit a shard, idle)
+- decode workers: Ray's other workers (decode, commit a shard, idle)
 - Ray's own: raylet, control store, agents, Ray Data's bookkeeping actors
 
 Memory that a process shares with others, above all pages of Ray's object store that it has touched, is resident in
@@ -43,7 +43,7 @@ from pairvpr.models.weights import load_weights
 WHAT = "describe_memory"
 SECONDS_BETWEEN_SAMPLES = 0.2
 NUM_THREADS = 2
-ROLES = ("driver", "network actor", "decode and write workers", "Ray's own")
+ROLES = ("driver", "network actor", "decode workers", "Ray's own")
 RAYS_OWN = tuple(
     f"ray::{name}"
     for name in (
@@ -126,7 +126,7 @@ class Sampler:
         if process.pid in self._actors:
             return "network actor"
         is_worker = title.startswith("ray::") and not title.startswith(RAYS_OWN)
-        return "decode and write workers" if is_worker else "Ray's own"
+        return "decode workers" if is_worker else "Ray's own"
 
 
 def describe_here(photos: Path, marks: Path, num_photos: int, batch_size: int, num_cpus: int) -> None:
