@@ -12,8 +12,9 @@ import pytest
 from pairvpr.config.compose import load, load_evaluations
 from pairvpr.config.schema import BuildIndexConfig, QueryConfig
 from pairvpr.distributed.evaluate import build, evaluate, query
+from pairvpr.distributed.parts import Parts
 from pairvpr.index import store
-from tests.support.runs import arguments
+from tests.support.runs import arguments, draw_city, single_machine_predictions
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -38,6 +39,20 @@ def test_shards_and_actors(city: Path, expected: bytes, tmp_path: Path, num_shar
     assert len(manifest.shards) == num_shards
     assert sum(shard["count"] for shard in manifest.shards) == manifest.num_images
     assert not (tmp_path / "out" / "index" / "parts").exists()
+
+
+def test_parts_of_several_batches_and_two_threads(city: Path, tmp_path: Path) -> None:
+    draw_city(tmp_path, num_places=30)
+    threads = [f"{step}.num_threads_per_actor=2" for step in ("describe", "index", "rerank")]
+    line = arguments(tmp_path, tmp_path / "out", f"benchmark.queries={city}/queries", "describe.batch_size=2", *threads)
+    line += ["rerank.num_candidates=2", "index.num_shards=2"]
+    expected = single_machine_predictions(line, tmp_path / "expected.parquet")
+    (config,) = load_evaluations(line)
+    num_photos = len(list((tmp_path / "database").iterdir()))
+    parts = Parts.of("unused", num_photos, config.describe.batch_size, config.model.image_size_px)
+    assert parts.photos_per_part >= 2 * config.describe.batch_size
+    evaluate([config])
+    assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected
 
 
 def test_ties_and_rejects_are_in_the_test_data(expected: bytes, tmp_path: Path) -> None:
