@@ -6,9 +6,11 @@ on. The same arguments draw the same bytes.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -168,3 +170,28 @@ def _write_jpeg(url: str, image: Image.Image) -> None:
 
 def _write_lines(url: str, lines: Sequence[str]) -> None:
     storage.write_bytes(url, "".join(f"{line}\n" for line in lines).encode())
+
+
+def _write_city(root: str, seed: int, city: str, num_places: int, photos_per_place: int) -> None:
+    write_gsv_cities(root, seed, num_places, photos_per_place, (city,))
+
+
+def main() -> None:
+    """Draw GSV-Cities in miniature, all of its cities, on every core."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("root", help="folder to write gsv_cities/ into")
+    parser.add_argument("--places", type=int, default=60, help="places of each city (60)")
+    parser.add_argument("--photos", type=int, default=6, help="photos of each place (6)")
+    options = parser.parse_args()
+    root = storage.join(options.root, "gsv_cities")
+    with ProcessPoolExecutor() as pool:
+        drawn = [
+            pool.submit(_write_city, root, FIRST_SEED + i, city, options.places, options.photos)
+            for i, city in enumerate(gsv_cities.CITIES)
+        ]
+        for result in drawn:
+            result.result()
+
+
+if __name__ == "__main__":
+    main()

@@ -23,7 +23,7 @@ from pairvpr.config.schema import ModelConfig
 from pairvpr.data import storage
 from pairvpr.errors import UserError
 from pairvpr.models.pair_vpr import PairVPR
-from pairvpr.models.pos_embed import resize_decoder_table
+from pairvpr.models.pos_embed import resize_decoder_table, sine_cosine_2d
 from pairvpr.models.vit import LayerScale
 
 UNTRAINED_SEED = 0
@@ -204,7 +204,10 @@ def initialise(model: PairVPR) -> None:
         nn.init.normal_(model.decoder_clstoken, std=CLASS_TOKEN_STD)
     encoder = model.encoder.model
     nn.init.normal_(encoder.cls_token, std=1e-6)
-    nn.init.trunc_normal_(encoder.pos_embed, std=0.02)
+    # As large as patch tokens are: from nothing, a network would take long to notice positions of std 0.02.
+    dim, grid_size = encoder.config.embed_dim, round((encoder.pos_embed.shape[1] - 1) ** 0.5)
+    nn.init.zeros_(encoder.pos_embed)
+    encoder.pos_embed[0, 1:] = sine_cosine_2d((dim + 3) // 4 * 4, grid_size)[:, :dim]
     if encoder.config.num_registers:
         nn.init.normal_(encoder.register_tokens, std=1e-6)
 
