@@ -61,8 +61,8 @@ class Description:
 def describe(description: Description, label: str, *, needs_a_readable_photo: bool) -> None:
     """Describe every photo; finished shards and parts are skipped, and a finished description wholly.
 
-    Raises `IncompleteRunError` where Ray gives up on a part, and `UserError` where no photo at all can be read but one
-    is needed.
+    Raises `IncompleteRunError` where Ray gives up on a part, and `UserError` where a task raised one, and where no photo
+    at all can be read but one is needed.
     """
     manifest, parts = description.manifest, description.parts
     if store.read_description(description.directory) is not None:
@@ -110,10 +110,13 @@ def _as_error_for_people(error: BaseException, step: str, progress: Progress) ->
         # Ray's own copy of a task's error is an instance of both classes, and has a traceback for its message.
         for found in (getattr(cause, "cause", None), cause):
             if isinstance(found, UserError | IncompleteRunError):
-                return type(found)(str(found))
+                return type(found)(storage.reason(found))  # Ray Data appends lines about its own settings
         cause = cause.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    why = f"{type(error).__name__}: {lines[-1] if lines else ''}"
+    inner = getattr(error, "cause", None) or error
+    # Ray says last why an actor died, and first what a task raised.
+    lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
+    line = lines[-1 if isinstance(error, RayActorError) else 0] if lines else ""
+    why = f"{type(inner).__name__}: {line}"
     if isinstance(error, RayActorError):
         limits = f"at most {MAX_RESTARTS} restarts, {MAX_TRIES + 1} tries of a part"
         why = f"a model actor that died again and again ({limits}): {why}"
@@ -165,6 +168,7 @@ def _finished_parts(description: Description, pending: Sequence[int]) -> Iterato
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # else a `UserError` of a task arrives as text in a traceback
     context.execution_options.resource_limits = ExecutionResources.for_limits(
         object_store_memory=description.config.memory_gib * 2**30
     )

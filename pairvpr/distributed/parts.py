@@ -164,6 +164,5 @@ def _arrays(url: str, data: bytes) -> dict[str, NDArray[Any]]:
     except Exception as error:  # zip, zlib and numpy raise nearly anything on damaged bytes
         storage.remove_file(url)
         raise IncompleteRunError(
-            f"{url} was damaged ({type(error).__name__}: {storage.reason(error)}) and is deleted; the same line again "
-            "describes its photos anew"
+            f"{url} was damaged ({type(error).__name__}) and is deleted; the same line again describes its photos anew"
         ) from error

@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from pairvpr.config.compose import load_evaluations
-from pairvpr.data.manifest import folder_manifest
+from pairvpr.data.manifest import Manifest, folder_manifest
 from pairvpr.distributed import describe as steps
 from pairvpr.distributed.describe import Description, _described, describe
 from pairvpr.distributed.parts import Rows
@@ -70,6 +70,15 @@ def test_a_model_actor_that_never_starts_ends_the_run(
     words = "13 of 13 photos are not described, because of a model actor that died again and again .at most 1 restarts"
     with pytest.raises(IncompleteRunError, match=words):
         describe(description, "queries", needs_a_readable_photo=False)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_users_mistake_in_a_task_arrives_as_one_line(city: Path, tmp_path: Path) -> None:
+    config = load_evaluations(arguments(city, "unused"))[0]
+    source = ModelSource(config.model, ray.put(load_weights(config.model)))
+    description = Description(Manifest.of("/nowhere", ["a.jpg"]), str(tmp_path), 1, source, config.describe)
+    with pytest.raises(UserError, match=r"^/nowhere: this folder of photos is missing .*, or a URL$"):
+        describe(description, "database", needs_a_readable_photo=True)
 
 
 @pytest.mark.usefixtures("local_ray")

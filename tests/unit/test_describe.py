@@ -107,7 +107,8 @@ def from_a_task(error: Exception) -> RayTaskError:
 @pytest.mark.parametrize(
     ("error", "kind", "words"),
     [
-        (from_a_task(UserError("/photos: wrong")), UserError, "/photos: wrong"),
+        (from_a_task(UserError("/photos: wrong\nRay Data's own settings")), UserError, "/photos: wrong"),
+        (from_a_task(OSError("disk\nlines")), IncompleteRunError, "because of OSError: disk. What is finished is kept"),
         (from_a_task(IncompleteRunError("part 3 was damaged")), IncompleteRunError, "part 3 was damaged"),
         (ValueError("inside\nRay Data"), IncompleteRunError, "database: 6 of 10 photos are not described, because of "),
         (
