@@ -61,8 +61,8 @@ class Description:
 def describe(description: Description, label: str, *, needs_a_readable_photo: bool) -> None:
     """Describe every photo; finished shards and parts are skipped, and a finished description wholly.
 
-    Raises `IncompleteRunError` where Ray gives up on a part, and `UserError` where a task raised one, and where no photo
-    at all can be read but one is needed.
+    Raises `IncompleteRunError` where Ray gives up on a part, and `UserError` where a task raised one, and where no
+    photo at all can be read but one is needed.
     """
     manifest, parts = description.manifest, description.parts
     if store.read_description(description.directory) is not None:
