@@ -76,21 +76,3 @@ def test_what_a_worker_can_not_mend_is_said_once(root: Path, tmp_path: Path) -> 
     assert stopped.returncode == 2
     assert "is not a number" in stopped.stderr or "not finite" in stopped.stderr
     assert "Traceback" not in stopped.stderr
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("train.root=/nowhere", "/nowhere"),
-        ("train.global_batch_size=64", "only 20 places"),
-        ("train.num_workers=5", "at least one sample for each worker"),
-        ("train.start=/nowhere.pth", "train.start=/nowhere.pth: no such file"),
-        ("train.wandb=true", "package wandb is missing"),
-    ],
-)
-def test_mistakes_are_found_before_ray_starts(root: Path, tmp_path: Path, change: str, message: str) -> None:
-    stopped = run_job("train_stage_two", [*arguments(2, root, tmp_path / "out"), change])
-    assert stopped.returncode == 2
-    assert message in stopped.stderr
-    assert len(stopped.stderr.strip().splitlines()) == 1
-    assert not (tmp_path / "out").exists()

@@ -1,0 +1,74 @@
+"""What is wrong with a training is said before Ray starts, a GPU is touched or a file is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+
+from pairvpr.config.compose import load
+from pairvpr.config.train_schema import TrainStageOneConfig, TrainStageTwoConfig
+from pairvpr.distributed.train import train_stage_one, train_stage_two
+from pairvpr.errors import UserError
+from pairvpr.models.weights import untrained_state
+from tests.support.training import arguments, draw_training_set
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photos to train on."""
+    folder = tmp_path_factory.mktemp("training")
+    draw_training_set(folder)
+    return folder
+
+
+def _refusal(stage: int, root: Path, output: Path, *more: str) -> str:
+    line = arguments(stage, root, output, *more)
+    with pytest.raises(UserError) as refused:
+        train_stage_one(load(TrainStageOneConfig, line)) if stage == 1 else train_stage_two(
+            load(TrainStageTwoConfig, line)
+        )
+    assert not ray.is_initialized()
+    assert not output.exists()
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "message"),
+    [
+        (1, "train.root=/nowhere", "/nowhere/gsv_cities"),
+        (2, "train.root=/nowhere", "/nowhere/gsv_cities"),
+        (1, "train.datasets=[sfxl]", "sf_xl"),
+        (1, "train.datasets=[gldv2]", "train_clean.csv"),
+        (1, "train.datasets=[]", "expected one or more of sfxl, gsv_cities, gldv2"),
+        (2, "train.global_batch_size=64", "only 20 places"),
+        (2, "train.num_workers=5", "at least one sample for each worker"),
+        (1, "train.start=/nowhere.pth", "train.start=/nowhere.pth: no such file"),
+        (2, "train.start=/nowhere.pth", "train.start=/nowhere.pth: no such file"),
+        (2, "train.wandb=true", "package wandb is missing"),
+        (2, "model.weights=mine.pth", "training starts from train.start"),
+    ],
+)
+def test_mistakes(root: Path, tmp_path: Path, stage: int, change: str, message: str) -> None:
+    assert message in _refusal(stage, root, tmp_path / "out", change)
+
+
+def test_weights_of_another_network_are_refused(root: Path, tmp_path: Path) -> None:
+    config = load(TrainStageTwoConfig, arguments(2, root, tmp_path / "out", "model.descriptor_dim=64"))
+    torch.save(untrained_state(config.model), tmp_path / "two.pth")
+    message = _refusal(2, root, tmp_path / "out", f"train.start={tmp_path}/two.pth")
+    assert "globalizer.0.weight 64x96 instead of 128x96" in message
+    message = _refusal(1, root, tmp_path / "out", f"train.start={tmp_path}/two.pth")
+    assert "unexpected: dec_pos_embed_cls, decoder_clstoken" in message
+
+
+def test_a_csv_without_a_column_is_named(root: Path, tmp_path: Path) -> None:
+    frames = tmp_path / "root" / "gsv_cities" / "Dataframes"
+    frames.mkdir(parents=True)
+    (frames / "Boston.csv").write_text("place_id,year\n1,2010\n")
+    message = _refusal(2, tmp_path / "root", tmp_path / "out")
+    assert "Boston.csv" in message
+    assert "month" in message
