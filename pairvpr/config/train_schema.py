@@ -104,8 +104,12 @@ class TrainConfig:
 class StageOneConfig(TrainConfig):
     """Place-aware masked image modelling (method, section 4)."""
 
+    epochs: int = 500
+    """Passes over the places."""
     datasets: list[TrainingSetName] = field(default_factory=lambda: list(TrainingSetName))
     """Any of sfxl, gsv_cities and gldv2."""
+    gldv2_csv: str | None = None
+    """Google Landmarks v2's train_clean.csv (path or URL); null = beside its train/ folder."""
     mask_ratio: float = 0.9
     """Share of the first view's patches that is hidden."""
     norm_pix_loss: bool = True
@@ -138,6 +142,11 @@ class StageOneConfig(TrainConfig):
         require_positive(self, "train", "lr", "layerwise_decay", "patch_embed_lr_mult", "accumulation_steps")
         for name in ("min_lr", "warmup_epochs", "weight_decay", "weight_decay_end"):
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)}: expected 0 or more")
+        require(
+            self.warmup_epochs < self.epochs,
+            f"train.warmup_epochs={self.warmup_epochs}: expected fewer than train.epochs={self.epochs}",
+        )
+        require_text(self, "train.", "gldv2_csv")
 
 
 @dataclass(kw_only=True, slots=True)

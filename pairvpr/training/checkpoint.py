@@ -14,6 +14,7 @@ from pairvpr.errors import UserError
 
 FORMAT_VERSION = 1
 FOLDER = "checkpoints"
+LAST_STEP = "last.json"
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Checkpoint:
 
     stage: int
     position: Position
+    counts: Mapping[str, int]
     settings: Mapping[str, Any]
     model: Mapping[str, Tensor]
     optimizer: Mapping[str, Any]
@@ -42,9 +44,24 @@ def last_url(output: str) -> str:
     return storage.join(output, FOLDER, "last.pt")
 
 
-def kept_url(output: str, epochs_done: int) -> str:
-    """The checkpoint that is kept after so many epochs."""
-    return storage.join(output, FOLDER, f"epoch_{epochs_done:04d}.pt")
+def kept_url(output: str, position: Position) -> str:
+    """The checkpoint that is kept at a position."""
+    name = f"epoch_{position.epoch:04d}" if position.batch == 0 else f"step_{position.step:08d}"
+    return storage.join(output, FOLDER, f"{name}.pt")
+
+
+def steps_done(output: str) -> int:
+    """Steps that the rolling checkpoint holds; 0 without one."""
+    try:
+        return int(storage.read_json(storage.join(output, FOLDER, LAST_STEP))["step"])
+    except FileNotFoundError:
+        return 0
+
+
+def save_last(output: str, checkpoint: Checkpoint) -> None:
+    """Publish the rolling checkpoint, and after it the step that it holds."""
+    save(last_url(output), checkpoint)
+    storage.write_json(storage.join(output, FOLDER, LAST_STEP), {"step": checkpoint.position.step})
 
 
 def save(url: str, checkpoint: Checkpoint) -> None:
@@ -53,6 +70,7 @@ def save(url: str, checkpoint: Checkpoint) -> None:
         "format_version": FORMAT_VERSION,
         "stage": checkpoint.stage,
         "position": asdict(checkpoint.position),
+        "counts": dict(checkpoint.counts),
         "settings": dict(checkpoint.settings),
         "model": dict(checkpoint.model),
         "optimizer": dict(checkpoint.optimizer),
@@ -80,6 +98,7 @@ def load(url: str, stage: int, key: str) -> Checkpoint:
     return Checkpoint(
         stage=content["stage"],
         position=Position(**content["position"]),
+        counts=content["counts"],
         settings=content["settings"],
         model=content["model"],
         optimizer=content["optimizer"],

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -46,10 +47,11 @@ class Sampler(Protocol[Sample]):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step found, over all ranks."""
+    """What a step found, over all ranks; `counts` are added up over the run."""
 
     metrics: Mapping[str, float]
     num_photos: int
+    counts: Mapping[str, int]
 
 
 class Stage(ABC, Generic[Sample]):
@@ -77,13 +79,23 @@ class Stage(ABC, Generic[Sample]):
 
 
 class _Samples(Dataset[Any]):
-    """A sampler as torch's DataLoader wants it: indices are (epoch, position)."""
+    """A sampler as torch's DataLoader wants it: indices are (epoch, position).
+
+    A `UserError` is handed on as a value: raised in a loader process it would arrive wrapped in a traceback.
+    """
 
     def __init__(self, sampler: Sampler[Any]) -> None:
         self.sampler = sampler
 
     def __getitem__(self, index: tuple[int, int]) -> Any:
-        return self.sampler.sample(*index)
+        try:
+            return self.sampler.sample(*index)
+        except UserError as error:
+            return error
+
+
+def _collate(collate: Callable[[Sequence[Any]], Any], samples: Sequence[Any]) -> Any:
+    return next((sample for sample in samples if isinstance(sample, UserError)), None) or collate(samples)
 
 
 class _Batches:
@@ -100,40 +112,61 @@ class _Batches:
                 yield [(epoch, batch * self.batch_size + i) for i in self.part]
 
 
+class _Window:
+    """Speed since the last row of the log."""
+
+    def __init__(self) -> None:
+        self.started_s, self.waited_s, self.num_photos = time.perf_counter(), 0.0, 0
+
+    def next(self, batches: Iterator[Any]) -> Any:
+        """The next batch, and how long that took."""
+        waiting_s = time.perf_counter()
+        batch = next(batches)
+        self.waited_s += time.perf_counter() - waiting_s
+        if isinstance(batch, UserError):
+            raise batch
+        return batch
+
+    def speed(self) -> dict[str, float]:
+        """For the log; photos of all ranks."""
+        elapsed_s = time.perf_counter() - self.started_s
+        return {"images_per_s": self.num_photos / elapsed_s, "waiting_for_data": self.waited_s / elapsed_s}
+
+
 def run(stage: Stage[Any], config: TrainConfig, context: TrainContext) -> None:
     """Train from the last checkpoint, or from the start, to the end."""
     batches_per_epoch = len(stage.sampler) // config.global_batch_size
     scaler = torch.amp.GradScaler(context.device.type, enabled=stage.model.config.precision is Precision.fp16)
-    position = _restore(stage, scaler, context)
-    log = (
-        MetricsLog(context.output, position.step, wandb=config.wandb, settings=context.settings)
-        if context.rank == 0
-        else None
-    )
+    position, counts = _restore(stage, scaler, context)
+    log = None
+    if context.rank == 0:
+        context.say(f"{context.world_size} worker(s) ready, going on after step {position.step:,}")
+        log = MetricsLog(context.output, position.step, wandb=config.wandb, settings=context.settings)
     batches = iter(_loader(stage, config, context, position, batches_per_epoch))
     last_step = min(config.epochs * batches_per_epoch, config.max_steps or math.inf)
-    logged_s, waited_s, num_photos = time.perf_counter(), 0.0, 0
+    window = _Window()
     while position.step < last_step:
-        waiting_s = time.perf_counter()
-        batch = next(batches)
-        waited_s += time.perf_counter() - waiting_s
+        batch = window.next(batches)
         row = {"step": position.step + 1, "epoch": position.epoch} | stage.set_schedule(position.step)
         result = _step(stage, batch, scaler, config, row)
-        num_photos += result.num_photos
+        counts = {name: counts.get(name, 0) + count for name, count in result.counts.items()}
+        window.num_photos += result.num_photos
         position = _next(position, batches_per_epoch)
-        if position.step % config.log_every_steps == 0 or position.step == last_step:
-            elapsed_s = time.perf_counter() - logged_s
-            row |= {"images_per_s": num_photos / elapsed_s, "waiting_for_data": waited_s / elapsed_s}
-            if log is not None:
-                log.add(row | dict(result.metrics) | _gpu_memory(context.device))
-                context.say(
-                    f"step {position.step:,} of {last_step:,}, loss {result.metrics['loss']:.4f}, "
-                    f"{row['images_per_s']:.0f} images/s, waiting for data {row['waiting_for_data']:.0%}"
-                )
-            logged_s, waited_s, num_photos = time.perf_counter(), 0.0, 0
-        _after_step(stage, scaler, config, context, position, log, is_last=position.step == last_step)
+        is_last = position.step == last_step
+        if log is not None and (position.step % config.log_every_steps == 0 or is_last):
+            log.add(row | dict(result.metrics) | counts | window.speed() | _gpu_memory(context.device))
+            context.say(_line(log.rows[-1], last_step))
+            window = _Window()
+        _after_step(stage, scaler, config, context, position, counts, log, is_last=is_last)
     if log is not None:
         log.close()
+
+
+def _line(row: Mapping[str, Any], last_step: float) -> str:
+    return (
+        f"step {row['step']:,} of {last_step:,}, loss {row['loss']:.4f}, {row['images_per_s']:.0f} images/s, "
+        f"waiting for data {row['waiting_for_data']:.0%}"
+    )
 
 
 def _next(position: Position, batches_per_epoch: int) -> Position:
@@ -148,7 +181,7 @@ def _loader(
     return DataLoader(
         _Samples(stage.sampler),
         batch_sampler=_Batches(start, config.epochs, batches_per_epoch, config.global_batch_size, part),  # pyright: ignore[reportArgumentType]
-        collate_fn=stage.collate,
+        collate_fn=partial(_collate, stage.collate),
         num_workers=config.loader_processes,
         pin_memory=context.device.type == "cuda",
     )
@@ -164,13 +197,14 @@ def _step(
     except NotFiniteError as error:
         raise NotFiniteError(
             f"the loss of step {row['step']} is not a number (lr {row['lr']:.3g}); photos: {error}; the last "
-            "checkpoint is kept. Expected a lower learning rate, train.clip_grad, or model.precision=bf16 or fp32"
+            "checkpoint is kept. Expected a lower learning rate, train.clip_grad, or model.precision=bf16 or fp32, in "
+            "another output"
         ) from error
     if config.clip_grad is not None:
         scaler.unscale_(stage.optimizer)
         trained = [parameter for parameter in stage.model.parameters() if parameter.grad is not None]
         norm = nn.utils.clip_grad_norm_(trained, config.clip_grad)
-        result = StepResult({**result.metrics, "gradient_norm": float(norm)}, result.num_photos)
+        result = replace(result, metrics={**result.metrics, "gradient_norm": float(norm)})
     scaler.step(stage.optimizer)
     scaler.update()
     return result
@@ -182,6 +216,7 @@ def _after_step(
     config: TrainConfig,
     context: TrainContext,
     position: Position,
+    counts: Mapping[str, int],
     log: MetricsLog | None,
     *,
     is_last: bool,
@@ -203,29 +238,43 @@ def _after_step(
         content = Checkpoint(
             stage=stage.number,
             position=position,
+            counts=counts,
             settings=context.settings,
             model=stage.model.state_dict(),
             optimizer=stage.optimizer.state_dict(),
             scaler=scaler.state_dict(),
         )
         log.publish()
-        if ends_epoch and position.epoch % config.keep_every_epochs == 0:
-            checkpoints.save(checkpoints.kept_url(context.output, position.epoch), content)
-        checkpoints.save(checkpoints.last_url(context.output), content)
+        if is_last or (ends_epoch and position.epoch % config.keep_every_epochs == 0):
+            checkpoints.save(checkpoints.kept_url(context.output, position), content)
+        checkpoints.save_last(context.output, content)
     context.wait()
 
 
-def _restore(stage: Stage[Any], scaler: torch.amp.GradScaler, context: TrainContext) -> Position:
-    """Put the last checkpoint's state into stage and scaler, if there is one; how far that is."""
+def _restore(
+    stage: Stage[Any], scaler: torch.amp.GradScaler, context: TrainContext
+) -> tuple[Position, Mapping[str, int]]:
+    """Put the last checkpoint's state into stage and scaler, if there is one; how far that is, and its counts.
+
+    Raises `UserError` where the ranks see different checkpoints: they would train different networks.
+    """
     try:
         found = checkpoints.load(checkpoints.last_url(context.output), stage.number, "output")
     except FileNotFoundError:
-        return Position()
+        found = None
+    seen = context.gather(None if found is None else found.position.step)
+    if len(set(seen)) > 1:
+        raise UserError(
+            f"output={context.output}: the workers see different checkpoints there (steps {seen}); expected a URL, or "
+            "a folder that every node sees"
+        )
+    if found is None:
+        return Position(), {}
     stage.model.load_state_dict(found.model, strict=True)
     stage.optimizer.load_state_dict(dict(found.optimizer))
     if found.scaler:
         scaler.load_state_dict(dict(found.scaler))
-    return found.position
+    return found.position, found.counts
 
 
 def _gpu_memory(device: torch.device) -> dict[str, float]:

@@ -1,11 +1,11 @@
 """`metrics.jsonl`, TensorBoard, and optionally Weights & Biases: what rank 0 writes down.
 
-Rows are kept in a local folder and published with each checkpoint, so a log never runs ahead of what a run resumes
-from; rows of steps that are done again are dropped.
+Rows are published just before each checkpoint; those of steps that are done again are dropped.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
@@ -75,4 +75,6 @@ def check_wandb() -> None:
 def _start_wandb(output: str, settings: Mapping[str, Any]) -> Any:
     import wandb  # pyright: ignore[reportMissingImports]
 
-    return wandb.init(project="pairvpr", name=output.rstrip("/").rsplit("/", 1)[-1], config=dict(settings))
+    run = hashlib.sha256(output.encode()).hexdigest()[:16]  # a resumed run is the same one
+    name = output.rstrip("/").rsplit("/", 1)[-1]
+    return wandb.init(project="pairvpr", id=run, resume="allow", name=name, config=dict(settings))

@@ -107,7 +107,8 @@ class StageOne(Stage[PairSample]):
     def backward(self, batch: PairBatch, scaler: torch.amp.GradScaler) -> StepResult:
         """As in `Stage`; in `accumulation_steps` parts, of which the last one exchanges gradients."""
         train, device = self.config.train, self.context.device
-        parts = torch.arange(len(batch.first)).chunk(train.accumulation_steps)
+        size = -(-len(batch.first) // train.accumulation_steps)
+        parts = [slice(first, first + size) for first in range(0, len(batch.first), size)]
         losses = []
         for number, part in enumerate(parts):
             waits = isinstance(self.step, DistributedDataParallel) and number < len(parts) - 1
@@ -142,8 +143,8 @@ class StageOne(Stage[PairSample]):
             for name, total, count in zip(self.names, by_set, counts, strict=True)
             if count
         }
-        metrics |= {"redrawn_photos": int(sums[-3]), "skipped_places": int(sums[-2])}
-        return StepResult(metrics, num_photos=2 * int(counts.sum()))
+        broken = {"redrawn_photos": int(sums[-3]), "skipped_places": int(sums[-2])}
+        return StepResult(metrics, num_photos=2 * int(counts.sum()), counts=broken)
 
 
 def make_stage(

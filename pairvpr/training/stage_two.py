@@ -97,11 +97,10 @@ class StageTwo(Stage[PlaceSample]):
             "loss_global": float(result.loss_global),
             "loss_pair": float(result.loss_pair),
             "batch_accuracy": result.batch_accuracy,
-            "redrawn_photos": int(counts[0]),
-            "skipped_places": int(counts[1]),
             "rows_sent": int(counts[2]),
         }
-        return StepResult(metrics, num_photos=sum(self.rows_per_rank))
+        broken = {"redrawn_photos": int(counts[0]), "skipped_places": int(counts[1])}
+        return StepResult(metrics, num_photos=sum(self.rows_per_rank), counts=broken)
 
 
 def make_stage(

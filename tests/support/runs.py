@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NUM_PLACES = 12
 SMALL_NETWORK = (
     "model=tiny",
+    "model.weights=null",
     "model.image_size_px=56",
     "model.encoder.pretrain_image_size_px=56",
     "model.encoder.depth=2",

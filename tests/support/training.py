@@ -43,6 +43,7 @@ def arguments(stage: int, root: Path, output: Path, *more: str) -> list[str]:
         f"train.root={root}",
         f"output={output}",
         "train.epochs=2",
+        "train.keep_every_epochs=1",
         "train.global_batch_size=4",
         "train.log_every_steps=1",
         "train.num_threads_per_worker=1",

@@ -10,9 +10,10 @@ import torch
 
 from pairvpr.config.compose import load
 from pairvpr.config.train_schema import TrainStageOneConfig, TrainStageTwoConfig
-from pairvpr.distributed.train import train_stage_one, train_stage_two
+from pairvpr.distributed.train import MAX_STARTS_WITHOUT_PROGRESS, _Board, train_stage_one, train_stage_two
 from pairvpr.errors import UserError
 from pairvpr.models.weights import untrained_state
+from pairvpr.training.checkpoint import steps_done
 from tests.support.training import arguments, draw_training_set
 
 
@@ -49,6 +50,7 @@ def _refusal(stage: int, root: Path, output: Path, *more: str) -> str:
         (1, "train.start=/nowhere.pth", "train.start=/nowhere.pth: no such file"),
         (2, "train.start=/nowhere.pth", "train.start=/nowhere.pth: no such file"),
         (2, "train.wandb=true", "package wandb is missing"),
+        (1, "train.warmup_epochs=2", "expected fewer than train.epochs=2"),
         (2, "model.weights=mine.pth", "training starts from train.start"),
     ],
 )
@@ -72,3 +74,34 @@ def test_a_csv_without_a_column_is_named(root: Path, tmp_path: Path) -> None:
     message = _refusal(2, tmp_path / "root", tmp_path / "out")
     assert "Boston.csv" in message
     assert "month" in message
+
+
+def test_a_log_ahead_of_its_checkpoint_is_not_the_end(root: Path, tmp_path: Path) -> None:
+    """Killed after the log of the last step, before its checkpoint: the run is not finished."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").write_text('{"step": 10, "loss": 1.0}\n')
+    assert steps_done(str(tmp_path / "out")) == 0
+
+
+def test_a_validation_without_ground_truth_is_refused(root: Path, tmp_path: Path) -> None:
+    photos = root / "gsv_cities" / "Images" / "Boston"
+    message = _refusal(
+        2,
+        root,
+        tmp_path / "out",
+        "train.validation=folders",
+        f"train.validation.database={photos}",
+        f"train.validation.queries={photos}",
+    )
+    assert "no ground truth" in message
+
+
+def test_a_board_gives_up_without_progress() -> None:
+    board = _Board()
+    assert all(board.may_start(3) for _ in range(MAX_STARTS_WITHOUT_PROGRESS))
+    assert board.may_start(4)  # progress: counted anew
+    board.record("RuntimeError: broken pipe")
+    assert [board.may_start(4) for _ in range(MAX_STARTS_WITHOUT_PROGRESS)][-1] is False
+    said, _ = board.outcome()
+    assert said is not None
+    assert "RuntimeError: broken pipe" in said

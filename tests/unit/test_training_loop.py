@@ -19,6 +19,7 @@ from pairvpr.training import checkpoint
 from pairvpr.training.export import export_weights
 from pairvpr.training.loop import NotFiniteError
 from pairvpr.training.metrics_log import read_metrics
+from tests.support.flaky import FlakyFileSystem
 from tests.support.training import STAGES, arguments, draw_training_set, losses, train_here, train_on_ranks
 
 NUM_STEPS = 10
@@ -64,7 +65,7 @@ def test_a_run_learns_and_leaves_its_files(undisturbed: Path, stage: int) -> Non
     assert [row["epoch"] for row in rows] == [0] * 5 + [1] * 5
     assert np.mean([row["loss"] for row in rows[-3:]]) < np.mean([row["loss"] for row in rows[:3]])
     names = sorted(file.name for file in (undisturbed / "checkpoints").iterdir())
-    assert names == ["epoch_0001.pt", "epoch_0002.pt", "last.pt"]
+    assert names == ["epoch_0001.pt", "epoch_0002.pt", "last.json", "last.pt"]
     assert list((undisturbed / "tensorboard").iterdir())
     position = checkpoint.load(str(undisturbed / "checkpoints" / "last.pt"), stage, "output").position
     assert position == checkpoint.Position(epoch=2, batch=0, step=NUM_STEPS)
@@ -155,9 +156,48 @@ def test_broken_photos_are_counted(root: Path, stage: int, tmp_path: Path) -> No
     for path in broken[::5]:  # one of five photos of each place
         path.write_bytes(path.read_bytes()[:200])
     rows = train_here(stage, arguments(stage, own, tmp_path / "out"))
-    assert sum(row["redrawn_photos"] for row in rows) > 0
-    assert sum(row["skipped_places"] for row in rows) == 0
+    redrawn = [row["redrawn_photos"] for row in rows]
+    assert redrawn == sorted(redrawn)  # the run's, so far
+    assert redrawn[-1] > redrawn[0]
+    assert rows[-1]["skipped_places"] == 0
     assert all(np.isfinite(row["loss"]) for row in rows)
+
+    line = arguments(stage, own, tmp_path / "seldom", "train.log_every_steps=4", "train.checkpoint_every_steps=3")
+    train_here(stage, [*line, "train.max_steps=3"])
+    seldom = {row["step"]: row for row in train_here(stage, line)}
+    assert sorted(seldom) == [3, 4, 8, 10]
+    assert all(row["redrawn_photos"] == redrawn[step - 1] for step, row in seldom.items())
+
+
+@pytest.mark.parametrize("num_processes", [0, 1])
+def test_a_set_without_readable_photos_is_one_line(root: Path, stage: int, tmp_path: Path, num_processes: int) -> None:
+    own = tmp_path / "root"
+    draw_training_set(own)
+    for path in (own / "gsv_cities" / "Images").rglob("*.jpg"):
+        path.write_bytes(b"")
+    line = arguments(stage, own, tmp_path / "out", f"train.loader_processes={num_processes}")
+    with pytest.raises(UserError, match="gsv_cities: none of 20 places") as stopped:
+        train_here(stage, line)
+    assert "\n" not in str(stopped.value)
+
+
+def test_a_run_on_a_store(undisturbed: Path, root: Path, stage: int) -> None:
+    """Output on a URL whose store answers 503 now and then."""
+    FlakyFileSystem.reset()
+    line = [word for word in arguments(stage, root, Path("unused")) if not word.startswith("output=")]
+    line.append("output=flaky://runs/out")
+    train_here(stage, [*line, "train.max_steps=3"])
+    FlakyFileSystem.failures_left.update({"pipe_file": 1, "put_file": 1, "open": 1, "cat_file": 1})
+    assert losses(train_here(stage, line)) == losses(read_metrics(str(undisturbed)))
+    FlakyFileSystem.reset()
+
+
+def test_the_last_checkpoint_is_kept_and_its_step_is_known(root: Path, stage: int, tmp_path: Path) -> None:
+    assert checkpoint.steps_done(str(tmp_path / "out")) == 0
+    train_here(stage, arguments(stage, root, tmp_path / "out", "train.max_steps=7", "train.keep_every_epochs=5"))
+    names = sorted(file.name for file in (tmp_path / "out" / "checkpoints").iterdir())
+    assert names == ["last.json", "last.pt", "step_00000007.pt"]
+    assert checkpoint.steps_done(str(tmp_path / "out")) == 7
 
 
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
