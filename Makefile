@@ -1,7 +1,7 @@
 # make demo   a recall table of a small city drawn by code, from a fresh clone
 # make test   all tests                make check  lint, types, import contracts
 # make soak   faults and properties at length, by hand
-# make tiny   train the small network of the demo from nothing
+# make tiny   train the small network of the demo from nothing (an experiment)
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check soak tiny lock clean
 
@@ -36,14 +36,14 @@ check: setup
 soak: setup
 	$(BIN)/python -m pytest tests -m soak
 
-# On two cores, from nothing to configs/model/tiny.safetensors; the same line again goes on where it was killed.
+# On two cores, from nothing to tiny/tiny.safetensors; the same line again goes on where it was killed.
 tiny: setup
 	$(BIN)/python -m pairvpr.data.toy_training_sets $(TINY)/photos
 	$(BIN)/python -m ray_jobs.train_stage_one train=tiny train.root=$(TINY)/photos output=$(TINY)/stage_one
 	$(BIN)/python -m ray_jobs.train_stage_two train=tiny train.root=$(TINY)/photos output=$(TINY)/stage_two \
 	    train.start=$(TINY)/stage_one/checkpoints/last.pt train.validation=toy_city train.validation.seed=500
 	$(BIN)/python -m ray_jobs.export_weights checkpoint=$(TINY)/stage_two/checkpoints/last.pt \
-	    output=configs/model/tiny.safetensors half=true
+	    output=$(TINY)/tiny.safetensors half=true
 
 # The exact packages of a cluster's nodes (Python 3.11, Linux, CUDA 12).
 lock: setup

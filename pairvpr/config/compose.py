@@ -130,7 +130,6 @@ def _hydra() -> initialize_config_dir:
         store.store(name=f"{name}_schema", node=job)
     for name, benchmark in BENCHMARKS.items():
         store.store(group="benchmark", name=f"{name}_schema", node=benchmark)
-    OmegaConf.register_new_resolver("configs", lambda name: str(_config_directory() / name), replace=True)
     return initialize_config_dir(str(_config_directory()), version_base="1.3", job_name="pairvpr")
 
 

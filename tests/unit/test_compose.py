@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import asdict, fields, is_dataclass
-from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
@@ -22,8 +21,6 @@ from pairvpr.config.train_schema import (
 )
 from pairvpr.errors import UserError
 from pairvpr.models.pair_vpr import PairVPR
-
-ROOT = Path(__file__).resolve().parents[2]
 
 TOY = ["benchmark=toy_city", "output=/out"]
 FOLDERS = ["benchmark.database=/d", "benchmark.queries=/q"]
@@ -53,8 +50,7 @@ def test_defaults_are_those_of_the_schema_and_the_tiny_model() -> None:
         schema.RerankConfig(),
         schema.ClusterConfig(),
     )
-    weights = str(ROOT / "configs" / "model" / "tiny.safetensors")
-    assert (config.model.name, config.model.weights, config.model.image_size_px) == ("tiny", weights, 84)
+    assert (config.model.name, config.model.weights, config.model.image_size_px) == ("tiny", None, 84)
     assert type(config.model.encoder.ffn) is schema.Ffn
     assert type(config.model.precision) is schema.Precision
 
