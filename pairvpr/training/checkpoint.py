@@ -15,6 +15,7 @@ from pairvpr.errors import UserError
 FORMAT_VERSION = 1
 FOLDER = "checkpoints"
 LAST_STEP = "last.json"
+KEYS = {"stage", "position", "counts", "settings", "model", "optimizer", "scaler"}
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,9 @@ def load(url: str, stage: int, key: str) -> Checkpoint:
         raise UserError(f"{key}={url}: not a checkpoint of this project (weights alone, perhaps)")
     if content["format_version"] != FORMAT_VERSION:
         raise UserError(f"{key}={url}: format version {content['format_version']}; expected {FORMAT_VERSION}")
+    missing = KEYS - content.keys()
+    if missing:
+        raise UserError(f"{key}={url}: not a whole checkpoint, it lacks {', '.join(sorted(missing))}")
     if content["stage"] != stage:
         raise UserError(f"{key}={url}: a checkpoint of stage {content['stage']}; expected one of stage {stage}")
     return Checkpoint(

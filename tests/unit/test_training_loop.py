@@ -223,6 +223,9 @@ def test_checkpoints_of_the_other_stage_are_refused(undisturbed: Path, stage: in
     (tmp_path / "last.pt").write_bytes(Path(url).read_bytes()[:1000])
     with pytest.raises(UserError, match="not a checkpoint"):
         checkpoint.load(str(tmp_path / "last.pt"), stage, "output")
+    torch.save({"format_version": checkpoint.FORMAT_VERSION, "stage": stage}, tmp_path / "last.pt")
+    with pytest.raises(UserError, match="it lacks counts, model, optimizer"):
+        checkpoint.load(str(tmp_path / "last.pt"), stage, "output")
     torch.save({"model": {}}, tmp_path / "weights.pt")
     with pytest.raises(UserError, match="weights alone"):
         checkpoint.load(str(tmp_path / "weights.pt"), stage, "output")
