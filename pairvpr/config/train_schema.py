@@ -171,41 +171,35 @@ class StageTwoConfig(TrainConfig):
         require(self.weight_decay >= 0, f"train.weight_decay={self.weight_decay}: expected 0 or more")
 
 
-def _require_no_weights(model: ModelConfig) -> None:
-    require(
-        model.weights is None,
-        f"model.weights={model.weights}: training starts from train.start; expected model.weights=null",
-    )
+@dataclass(kw_only=True, slots=True)
+class TrainJobConfig:
+    """What the jobs of both stages share."""
+
+    output: str = "???"
+    """Directory (path or URL) of checkpoints and metrics; the same line again resumes it."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def __post_init__(self) -> None:
+        require_text(self, "", "output")
+        require(
+            self.model.weights is None,
+            f"model.weights={self.model.weights}: training starts from train.start; expected model.weights=null",
+        )
 
 
 @dataclass(kw_only=True, slots=True)
-class TrainStageOneConfig:
+class TrainStageOneConfig(TrainJobConfig):
     """`python -m ray_jobs.train_stage_one`: place-aware pre-training of encoder and decoder."""
 
-    output: str = "???"
-    """Directory (path or URL) of checkpoints and metrics; the same line again resumes it."""
     train: StageOneConfig = field(default_factory=StageOneConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-
-    def __post_init__(self) -> None:
-        require_text(self, "", "output")
-        _require_no_weights(self.model)
 
 
 @dataclass(kw_only=True, slots=True)
-class TrainStageTwoConfig:
+class TrainStageTwoConfig(TrainJobConfig):
     """`python -m ray_jobs.train_stage_two`: global descriptor and pair classifier together."""
 
-    output: str = "???"
-    """Directory (path or URL) of checkpoints and metrics; the same line again resumes it."""
     train: StageTwoConfig = field(default_factory=StageTwoConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-
-    def __post_init__(self) -> None:
-        require_text(self, "", "output")
-        _require_no_weights(self.model)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -54,7 +54,10 @@ def rank_slice(batch: int, rank: int, world: int) -> range:
 def num_batches(num_places: int, batch: int) -> int:
     """Whole global batches in an epoch; the incomplete one at its end is left out."""
     if num_places < batch:
-        raise UserError(f"an epoch has {num_places} places, fewer than one global batch of {batch}")
+        raise UserError(
+            f"train.global_batch_size={batch}: the training sets have only {num_places:,} places; expected a "
+            "batch that fits into an epoch"
+        )
     return num_places // batch
 
 

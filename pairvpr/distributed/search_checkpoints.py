@@ -85,7 +85,9 @@ def _prepare(config: SearchCheckpointsConfig) -> Search:
     folder, output = storage.absolute(config.checkpoints), storage.absolute(config.output)
     check_writable(output, "output")
     names = [name for name in storage.list_files(folder) if name.endswith(SUFFIXES)]
-    kept = [name for name in names if name != ROLLING] or names  # the rolling one is a copy of the newest
+    kept = [
+        name for name in names if name != ROLLING
+    ] or names  # a finished run keeps its last one under a name of its own
     if not kept:
         raise UserError(f"checkpoints={config.checkpoints}: no checkpoint there; expected {', '.join(SUFFIXES)} files")
     search = Search(

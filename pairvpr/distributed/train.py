@@ -30,6 +30,7 @@ from pairvpr.data import storage
 from pairvpr.data.benchmarks import load_benchmark, prepare_benchmark
 from pairvpr.data.claim import check_claim, check_writable, claim
 from pairvpr.data.manifest import Benchmark
+from pairvpr.data.samples import num_batches
 from pairvpr.data.training_sets.base import TrainingSet
 from pairvpr.data.training_sets.read import read_training_sets
 from pairvpr.distributed.progress import say
@@ -92,7 +93,8 @@ class Job:
         train["start_sha256"] = self.start.sha256
         model = asdict(self.config.model)
         del model["weights"]
-        return {"stage": self.make_stage.__name__, "train": _plain(train), "model": _plain(model)}
+        stage = 1 if isinstance(self.config, TrainStageOneConfig) else 2
+        return {"stage": stage, "train": _plain(train), "model": _plain(model)}
 
 
 def train_stage_one(config: TrainStageOneConfig) -> None:
@@ -114,21 +116,17 @@ def _train(config: Any, datasets: list[str], make_stage: Any, start_weights: Cal
     validation = None if train.validation is None else load_benchmark(train.validation, output)
     if validation is not None and validation.positives is None:
         raise UserError(f"train.validation={validation.name}: it has no ground truth; expected positives")
+    start = start_weights(config)
     csv = getattr(train, "gldv2_csv", None)
     sets = read_training_sets(datasets, storage.absolute(train.root), storage.join(output, "cache"), csv)
     num_places = sum(len(training_set) for training_set in sets)
-    batches_per_epoch = num_places // train.global_batch_size
-    if not batches_per_epoch:
-        raise UserError(
-            f"train.global_batch_size={train.global_batch_size}: the training sets have only {num_places:,} places; "
-            "expected a batch that fits into an epoch"
-        )
+    batches_per_epoch = num_batches(num_places, train.global_batch_size)
     num_steps = min(train.epochs * batches_per_epoch, train.max_steps or train.epochs * batches_per_epoch)
     job = Job(
         config=config,
         output=output,
         sets=sets,
-        start=start_weights(config),
+        start=start,
         validation=validation,
         make_stage=make_stage,
         num_steps=num_steps,

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pairvpr.config.schema import Precision
 from pairvpr.config.train_schema import TrainConfig
-from pairvpr.data.samples import rank_slice
+from pairvpr.data.samples import num_batches, rank_slice
 from pairvpr.errors import UserError
 from pairvpr.models.pair_vpr import PairVPR
 from pairvpr.training import checkpoint as checkpoints
@@ -135,7 +135,7 @@ class _Window:
 
 def run(stage: Stage[Any], config: TrainConfig, context: TrainContext) -> None:
     """Train from the last checkpoint, or from the start, to the end."""
-    batches_per_epoch = len(stage.sampler) // config.global_batch_size
+    batches_per_epoch = num_batches(len(stage.sampler), config.global_batch_size)
     scaler = torch.amp.GradScaler(context.device.type, enabled=stage.model.config.precision is Precision.fp16)
     position, counts = _restore(stage, scaler, context)
     log = None

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pairvpr.config.train_schema import TrainStageOneConfig
-from pairvpr.data.samples import PairSample, PairSampler
+from pairvpr.data.samples import PairSample, PairSampler, num_batches
 from pairvpr.data.training_sets.base import TrainingSet
 from pairvpr.data.training_sets.read import load_view
 from pairvpr.models.pair_vpr import PairVPR, normalise
@@ -91,7 +91,7 @@ class StageOne(Stage[PairSample]):
     def set_schedule(self, step: int) -> dict[str, float]:
         """Method, section 4: warm-up and cosine of the learning rate, cosine of the weight decay."""
         train = self.config.train
-        batches_per_epoch = len(self.sampler) // train.global_batch_size
+        batches_per_epoch = num_batches(len(self.sampler), train.global_batch_size)
         total_steps = train.epochs * batches_per_epoch
         lr = warmup_cosine(
             step,

@@ -52,13 +52,15 @@ def arguments(stage: int, root: Path, output: Path, *more: str) -> list[str]:
     ]
 
 
-def train_here(stage: int, line: list[str], *, rank: int = 0, world_size: int = 1) -> list[dict[str, Any]]:
+def train_here(
+    stage: int, line: list[str], *, rank: int = 0, world_size: int = 1, context_type: type[TrainContext] = TrainContext
+) -> list[dict[str, Any]]:
     """A run in this process, as a worker of Ray Train would do it; the rows of its log."""
     config = load(CONFIGS[stage], line)
     torch.set_num_threads(config.train.num_threads_per_worker)
     group = dist.new_group() if world_size > 1 else None
     assert group is None or isinstance(group, dist.ProcessGroup)
-    context = TrainContext(
+    context = context_type(
         rank=rank,
         world_size=world_size,
         device=torch.device("cpu"),

@@ -88,7 +88,7 @@ def test_only_whole_batches_count(num_places: int, batch: int) -> None:
         num = samples.num_batches(num_places, batch)
         assert num * batch <= num_places < (num + 1) * batch
     else:
-        with pytest.raises(UserError, match=f"{num_places} places, fewer than one global batch of {batch}"):
+        with pytest.raises(UserError, match=f"^train.global_batch_size={batch}: .* only {num_places:,} places"):
             samples.num_batches(num_places, batch)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from pairvpr.data import storage
 from pairvpr.errors import UserError
 from pairvpr.models.weights import load_weights
 from pairvpr.training import checkpoint
+from pairvpr.training.context import TrainContext
 from pairvpr.training.export import export_weights
 from pairvpr.training.loop import NotFiniteError
 from pairvpr.training.metrics_log import read_metrics
@@ -237,6 +239,19 @@ def test_stage_two_goes_on_from_stage_one(root: Path, tmp_path: Path) -> None:
     rows = train_here(2, arguments(2, root, tmp_path / "two", f"train.start={start}", "train.max_steps=1"))
     fresh = train_here(2, arguments(2, root, tmp_path / "fresh", "train.max_steps=1"))
     assert rows[0]["loss"] != fresh[0]["loss"]
+
+
+class _OneOfTwo(TrainContext):
+    """A rank whose neighbour sees the checkpoint of step 3."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, 3]
+
+
+def test_ranks_that_see_different_checkpoints_do_not_train(root: Path, tmp_path: Path) -> None:
+    line = arguments(2, root, tmp_path / "out")
+    with pytest.raises(UserError, match=r"workers see different checkpoints there \(steps \[None, 3\]\)"):
+        train_here(2, line, context_type=_OneOfTwo)
 
 
 def test_schedules_reach_their_ends(root: Path, tmp_path: Path) -> None:
