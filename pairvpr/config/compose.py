@@ -22,7 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pairvpr.config import schema, train_schema
+from pairvpr.config import benchmark_schema, schema, train_schema
 from pairvpr.errors import UserError
 
 T = TypeVar("T")
@@ -42,9 +42,9 @@ DIRECTORIES: dict[type, dict[str, str]] = {
     train_schema.TrainStageTwoConfig: {"train": "train/stage_two", "train.validation": "benchmark"},
 }
 """Groups of a job that are not simply a directory and a section of one name."""
-BENCHMARKS: dict[str, type[schema.BenchmarkConfig]] = {
-    "folders": schema.FoldersConfig,
-    "toy_city": schema.ToyCityConfig,
+BENCHMARKS: dict[str, type[benchmark_schema.BenchmarkConfig]] = {
+    "folders": benchmark_schema.FoldersConfig,
+    "toy_city": benchmark_schema.ToyCityConfig,
 }
 
 
@@ -249,7 +249,7 @@ def _documented_keys(config: type, prefix: str) -> Iterator[tuple[str, object, s
     for item in fields(config):
         nested = hints[item.name]
         if is_dataclass(nested):
-            if nested is not schema.BenchmarkConfig:
+            if nested is not benchmark_schema.BenchmarkConfig:
                 yield from _documented_keys(cast(type, nested), f"{prefix}{item.name}.")
         else:
             yield f"{prefix}{item.name}", _default_text(item), docs.get(item.name, "")

@@ -1,4 +1,4 @@
-"""Every setting there is, as dataclasses: the only schema. YAML and the command line fill it in.
+"""The settings of the inference jobs, as dataclasses; YAML and the command line fill them in.
 
 Units are in the names (`_m`, `_px`, `_gib`), `num_` counts things. A field's doc line is what `--help` prints.
 Settings marked *scheduling* decide where and when work runs and never change a result.
@@ -10,7 +10,8 @@ import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from pairvpr.errors import UserError
+from pairvpr.config.benchmark_schema import BenchmarkConfig
+from pairvpr.config.checks import require, require_positive, require_text
 
 
 class Ffn(StrEnum):
@@ -28,31 +29,12 @@ class Precision(StrEnum):
     fp16 = "fp16"
 
 
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
-def require_positive(config: object, prefix: str, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        require(
-            value is None or 0 < value < math.inf, f"{prefix}.{name}={value}: expected a number above 0, and finite"
-        )
-
-
 def require_gpus(config: DescribeConfig | RerankConfig, prefix: str) -> None:
     number = config.num_gpus_per_actor
     require(
         number is None or 0 <= number <= 1 or (1 < number < math.inf and number == int(number)),
         f"{prefix}.num_gpus_per_actor={number}: expected 0 or more, above 1 a whole number",
     )
-
-
-def require_text(config: object, prefix: str, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        require(value is None or value.strip() != "", f"{prefix}{name} is empty: expected a text")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -149,65 +131,6 @@ class ModelConfig:
     def num_patches(self) -> int:
         """L, the number of patches of an image."""
         return (self.image_size_px // self.patch_size_px) ** 2
-
-
-@dataclass(kw_only=True, slots=True)
-class BenchmarkConfig:
-    """What every benchmark layout has."""
-
-    name: str = "???"
-    """What reports call the benchmark; with several benchmarks also the name of its output folder."""
-
-    def __post_init__(self) -> None:
-        require_text(self, "benchmark.", "name")
-        require(
-            "/" not in self.name and not self.name.startswith("."),
-            f"benchmark.name={self.name}: expected a plain name, without '/' and no '.' in front",
-        )
-
-
-@dataclass(kw_only=True, slots=True)
-class FoldersConfig(BenchmarkConfig):
-    """Two folders of photos. Positives from a CSV, from `@utm_east@utm_north@` names and a radius, or none."""
-
-    database: str = "???"
-    """Folder of database photos (path or URL), searched recursively."""
-    queries: str = "???"
-    """Folder of query photos (path or URL), searched recursively."""
-    positives: str | None = None
-    """CSV with the columns query,database (paths relative to the two folders): who shows the same place."""
-    radius_m: float | None = None
-    """Photos at most this far apart show the same place; needs names with coordinates."""
-
-    def __post_init__(self) -> None:
-        BenchmarkConfig.__post_init__(self)
-        require_text(self, "benchmark.", "database", "queries", "positives")
-        require_positive(self, "benchmark", "radius_m")
-        require(
-            self.positives is None or self.radius_m is None,
-            "benchmark.positives and benchmark.radius_m are both set: expected one source of positives",
-        )
-
-
-@dataclass(kw_only=True, slots=True)
-class ToyCityConfig(BenchmarkConfig):
-    """A small city drawn by code: no download, deterministic by seed."""
-
-    seed: int = 0
-    """Another seed is another city."""
-    num_places: int = 60
-    """Places along the streets of the city."""
-    photos_per_place: int = 3
-    """Database photos of each place."""
-    queries_per_place: int = 1
-    """Query photos of each place, taken on another day."""
-    radius_m: float = 25.0
-    """Photos at most this far apart show the same place."""
-
-    def __post_init__(self) -> None:
-        BenchmarkConfig.__post_init__(self)
-        require_positive(self, "benchmark", "num_places", "photos_per_place", "queries_per_place", "radius_m")
-        require(self.seed >= 0, f"benchmark.seed={self.seed}: expected 0 or more")
 
 
 @dataclass(kw_only=True, slots=True)

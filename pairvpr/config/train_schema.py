@@ -5,17 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from pairvpr.config.schema import (
-    BenchmarkConfig,
-    ClusterConfig,
-    DescribeConfig,
-    IndexConfig,
-    ModelConfig,
-    RerankConfig,
-    require,
-    require_positive,
-    require_text,
-)
+from pairvpr.config.benchmark_schema import BenchmarkConfig
+from pairvpr.config.checks import require, require_positive, require_text
+from pairvpr.config.schema import ClusterConfig, DescribeConfig, IndexConfig, ModelConfig, RerankConfig
 
 
 class TrainingSetName(StrEnum):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from pairvpr.config.benchmark_schema import ToyCityConfig
 from pairvpr.config.schema import (
     DecoderConfig,
     DescribeConfig,
@@ -12,7 +13,6 @@ from pairvpr.config.schema import (
     IndexConfig,
     ModelConfig,
     RerankConfig,
-    ToyCityConfig,
 )
 from pairvpr.models.pair_vpr import PairVPR
 from pairvpr.models.weights import build_model, load_weights

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from pairvpr.config import schema
+from pairvpr.config.benchmark_schema import BenchmarkConfig, FoldersConfig, ToyCityConfig
 from pairvpr.config.compose import JOBS, help_text, load, load_evaluations
-from pairvpr.config.schema import BuildIndexConfig, EvaluateConfig, FoldersConfig, QueryConfig, ToyCityConfig
+from pairvpr.config.schema import BuildIndexConfig, EvaluateConfig, QueryConfig
 from pairvpr.config.train_schema import (
     ExportWeightsConfig,
     SearchCheckpointsConfig,
@@ -233,7 +234,7 @@ def _leaves(config: type, prefix: str = "") -> list[str]:
         kind: Any = hints[item.name]
         if not is_dataclass(kind):
             names.append(prefix + item.name)
-        elif kind is not schema.BenchmarkConfig:
+        elif kind is not BenchmarkConfig:
             names += _leaves(kind, f"{prefix}{item.name}.")  # type: ignore[arg-type]
     return names
 

@@ -16,10 +16,10 @@ import ray
 from PIL import Image
 from ray.exceptions import RayTaskError
 
+from pairvpr.config.benchmark_schema import FoldersConfig
 from pairvpr.config.schema import (
     BuildIndexConfig,
     EvaluateConfig,
-    FoldersConfig,
     IndexConfig,
     OpenIndexConfig,
     QueryConfig,

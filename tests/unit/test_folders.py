@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pairvpr.config.schema import FoldersConfig, ToyCityConfig
+from pairvpr.config.benchmark_schema import FoldersConfig, ToyCityConfig
 from pairvpr.data.benchmarks import load_benchmark, prepare_benchmark
 from pairvpr.data.manifest import Benchmark
 from pairvpr.errors import UserError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pairvpr.config.schema import BenchmarkConfig, FoldersConfig, ToyCityConfig
+from pairvpr.config.benchmark_schema import BenchmarkConfig, FoldersConfig, ToyCityConfig
 from pairvpr.data.benchmarks import folders, toy_city
 from pairvpr.data.manifest import Benchmark
 

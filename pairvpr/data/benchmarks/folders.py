@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from pairvpr.config.schema import FoldersConfig
+from pairvpr.config.benchmark_schema import FoldersConfig
 from pairvpr.data import storage
 from pairvpr.data.manifest import Benchmark, Manifest, folder_manifest, positions_from_names
 from pairvpr.data.positives import within_radius

@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 
-from pairvpr.config.schema import ToyCityConfig
+from pairvpr.config.benchmark_schema import ToyCityConfig
 from pairvpr.data import storage, toy_city
 from pairvpr.data.manifest import Benchmark, Manifest
 from pairvpr.data.positives import within_radius
