@@ -34,13 +34,13 @@ from pairvpr.config.schema import EvaluateConfig
 from pairvpr.data.benchmarks import load_benchmark, prepare_benchmark
 from pairvpr.data.manifest import Benchmark, Manifest
 from pairvpr.distributed.progress import say
+from pairvpr.evaluation.bootstrap import bootstrap_interval
 from pairvpr.index.search import Shard, flat_index, search
 from pairvpr.models.weights import build_model, load_weights
 from pairvpr.retrieval import pipeline
 
 WHAT = "tiny_model"
 THUMBNAIL_PX = 16
-NUM_RESAMPLES = 10_000
 WAYS = ("thumbnails", "untrained", "global", "re-ranked")
 DIFFERENCES = (("global", "untrained"), ("re-ranked", "global"), ("global", "thumbnails"))
 
@@ -103,25 +103,17 @@ def _thumbnails(photos: Manifest) -> NDArray[np.float32]:
     return np.stack(rows)
 
 
-def interval(values: NDArray[np.float64]) -> str:
-    """Mean of (Q,) in percent and its 95 % bootstrap interval."""
-    rng = np.random.default_rng(0)
-    means = np.array([values[rng.integers(len(values), size=len(values))].mean() for _ in range(NUM_RESAMPLES)])
-    low, high = np.percentile(means, [2.5, 97.5])
-    return f"{100 * values.mean():.1f} ({100 * low:.1f} to {100 * high:.1f})"
-
-
 def report(tests: Sequence[Test], num_candidates: int, load_at_start: float) -> str:
     """All tables as Markdown."""
     rows = [
         [test.name, f"{test.num_queries:,}", f"{test.num_database:,}"]
-        + [interval(test.hits[way].astype(np.float64)) for way in WAYS]
+        + [bootstrap_interval(test.hits[way].astype(np.float64)).percent() for way in WAYS]
         for test in tests
     ]
     differences = [
         [test.name]
         + [
-            interval(test.hits[way].astype(np.float64) - test.hits[other].astype(np.float64))
+            bootstrap_interval(test.hits[way].astype(np.float64) - test.hits[other].astype(np.float64)).percent()
             for way, other in DIFFERENCES
         ]
         for test in tests

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import StrEnum
 
 from pairvpr.config.checks import require, require_positive, require_text
+
+
+@dataclass(kw_only=True, slots=True)
+class BenchmarkJobConfig:
+    """What all jobs share that have a benchmark."""
+
+    datasets_root: str | None = None
+    """Folder (path or URL) of the data sets as downloaded; all benchmarks but folders and toy_city lie below it."""
+
+    def __post_init__(self) -> None:
+        require_text(self, "", "datasets_root")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -22,27 +34,76 @@ class BenchmarkConfig:
         )
 
 
+class PositionSource(StrEnum):
+    """What says where photos were taken."""
+
+    names = "names"
+    table = "table"
+    exif = "exif"
+
+
+@dataclass(kw_only=True, slots=True)
+class PositionColumns:
+    """What the columns of a table of positions are called."""
+
+    path: str = "path"
+    """Paths of photos, relative to their folder."""
+    utm_east: str = "utm_east"
+    """Metres, all of one UTM zone."""
+    utm_north: str = "utm_north"
+    """Metres, all of one UTM zone."""
+    latitude: str = "latitude"
+    """Degrees of WGS84; used where a table has no UTM columns."""
+    longitude: str = "longitude"
+    """Degrees of WGS84; used where a table has no UTM columns."""
+    heading: str = "heading"
+    """Degrees clockwise from north; the column and each of its cells may be missing."""
+
+    def __post_init__(self) -> None:
+        names = ("path", "utm_east", "utm_north", "latitude", "longitude", "heading")
+        require_text(self, "benchmark.columns.", *names)
+        values = [getattr(self, name) for name in names]
+        twice = [value for value in values if values.count(value) > 1]
+        require(
+            not twice, f"benchmark.columns: {''.join(twice[:1])} stands for two columns; expected one name for each"
+        )
+
+
 @dataclass(kw_only=True, slots=True)
 class FoldersConfig(BenchmarkConfig):
-    """Two folders of photos. Positives from a CSV, from `@utm_east@utm_north@` names and a radius, or none."""
+    """Two folders of photos. Positives from a CSV, from positions and a radius, or none."""
 
     database: str = "???"
     """Folder of database photos (path or URL), searched recursively."""
     queries: str = "???"
     """Folder of query photos (path or URL), searched recursively."""
     positives: str | None = None
-    """CSV with the columns query,database (paths relative to the two folders): who shows the same place."""
+    """CSV or Parquet with the columns query,database (relative paths, a pair a row): who shows the same place."""
     radius_m: float | None = None
-    """Photos at most this far apart show the same place; needs names with coordinates."""
+    """Photos at most this far apart show the same place; needs positions."""
+    positions: PositionSource = PositionSource.names
+    """Names `@utm_east@utm_north@...` (read for a radius only), tables, or the GPS entries of each photo's EXIF."""
+    database_table: str | None = None
+    """CSV or Parquet (path or URL): the database photos and where each was taken; others take no part."""
+    queries_table: str | None = None
+    """The same for the query photos; without a radius it may be missing."""
+    columns: PositionColumns = field(default_factory=PositionColumns)
 
     def __post_init__(self) -> None:
         BenchmarkConfig.__post_init__(self)
-        require_text(self, "benchmark.", "database", "queries", "positives")
+        require_text(self, "benchmark.", "database", "queries", "positives", "database_table", "queries_table")
         require_positive(self, "benchmark", "radius_m")
         require(
             self.positives is None or self.radius_m is None,
             "benchmark.positives and benchmark.radius_m are both set: expected one source of positives",
         )
+        for key, is_needed in (("database_table", True), ("queries_table", self.radius_m is not None)):
+            has_table, reads_tables = getattr(self, key) is not None, self.positions is PositionSource.table
+            require(reads_tables or not has_table, f"benchmark.{key} is set: expected benchmark.positions=table, too")
+            require(
+                has_table or not (reads_tables and is_needed),
+                f"benchmark.positions=table: expected benchmark.{key}=FILE, too, a CSV or Parquet file",
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -64,3 +125,83 @@ class ToyCityConfig(BenchmarkConfig):
         BenchmarkConfig.__post_init__(self)
         require_positive(self, "benchmark", "num_places", "photos_per_place", "queries_per_place", "radius_m")
         require(self.seed >= 0, f"benchmark.seed={self.seed}: expected 0 or more")
+
+
+class MslsSplit(StrEnum):
+    """The two halves of the download of Mapillary Street-Level Sequences."""
+
+    train_val = "train_val"
+    test = "test"
+
+
+class MslsSubtask(StrEnum):
+    """Columns of subtask_index.csv: summer/winter, old/new, day/night, and all."""
+
+    all = "all"
+    s2w = "s2w"
+    w2s = "w2s"
+    o2n = "o2n"
+    n2o = "n2o"
+    d2n = "d2n"
+    n2d = "n2d"
+
+
+@dataclass(kw_only=True, slots=True)
+class MslsConfig(BenchmarkConfig):
+    """Mapillary Street-Level Sequences from its CSV files: several cities in one index."""
+
+    root: str = "???"
+    """Folder (path or URL) that holds train_val/ and test/."""
+    split: MslsSplit = MslsSplit.train_val
+    """train_val or test; test has neither positions nor ground truth."""
+    cities: list[str] = field(default_factory=list)
+    """Folders below the split, in the order of ids."""
+    subtask: MslsSubtask = MslsSubtask.all
+    """Which rows of the CSV files take part: all, s2w, w2s, o2n, n2o, d2n or n2d."""
+    radius_m: float = 25.0
+    """Photos of one city at most this far apart show the same place (train_val)."""
+
+    def __post_init__(self) -> None:
+        BenchmarkConfig.__post_init__(self)
+        require_text(self, "benchmark.", "root")
+        require_positive(self, "benchmark", "radius_m")
+        cities = f"benchmark.cities=[{','.join(self.cities)}]"
+        require(len(self.cities) > 0, f"{cities}: expected one or more cities, such as [cph,sf]")
+        require(len(set(self.cities)) == len(self.cities), f"{cities}: the same city is given twice")
+
+
+@dataclass(kw_only=True, slots=True)
+class NordlandConfig(BenchmarkConfig):
+    """Nordland: frames of one railway journey in two seasons, numbered from 0."""
+
+    database: str = "???"
+    """Folder (path or URL) of the reference frames."""
+    queries: str = "???"
+    """Folder (path or URL) of the query frames."""
+    frames_per_query: int = 1
+    """Query i shows reference frame i times this."""
+    tolerance_frames: int = 1
+    """Reference frames at most this far from the query's show the same place."""
+
+    def __post_init__(self) -> None:
+        BenchmarkConfig.__post_init__(self)
+        require_text(self, "benchmark.", "database", "queries")
+        require_positive(self, "benchmark", "frames_per_query")
+        require(self.tolerance_frames >= 0, f"benchmark.tolerance_frames={self.tolerance_frames}: expected 0 or more")
+
+
+@dataclass(kw_only=True, slots=True)
+class PittsburghConfig(BenchmarkConfig):
+    """Pittsburgh: photos and positions as a MATLAB file lists them."""
+
+    root: str = "???"
+    """Folder (path or URL) of the database photos (000/, 001/, ...) and of queries_real/."""
+    db_struct: str = "???"
+    """MATLAB file (path or URL) with dbStruct: names and UTM of database and queries."""
+    radius_m: float = 25.0
+    """Photos at most this far apart show the same place."""
+
+    def __post_init__(self) -> None:
+        BenchmarkConfig.__post_init__(self)
+        require_text(self, "benchmark.", "root", "db_struct")
+        require_positive(self, "benchmark", "radius_m")

@@ -11,6 +11,7 @@ import inspect
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
@@ -35,6 +36,7 @@ JOBS: dict[type, str] = {
     train_schema.TrainStageTwoConfig: "train_stage_two",
     train_schema.SearchCheckpointsConfig: "search_checkpoints",
     train_schema.ExportWeightsConfig: "export_weights",
+    schema.CheckBenchmarkConfig: "check_benchmark",
 }
 DIRECTORIES: dict[type, dict[str, str]] = {
     schema.EvaluateConfig: {"experiment": "experiment"},
@@ -42,10 +44,14 @@ DIRECTORIES: dict[type, dict[str, str]] = {
     train_schema.TrainStageTwoConfig: {"train": "train/stage_two", "train.validation": "benchmark"},
 }
 """Groups of a job that are not simply a directory and a section of one name."""
-BENCHMARKS: dict[str, type[benchmark_schema.BenchmarkConfig]] = {
+LAYOUTS: dict[str, type[benchmark_schema.BenchmarkConfig]] = {
     "folders": benchmark_schema.FoldersConfig,
+    "msls": benchmark_schema.MslsConfig,
+    "nordland": benchmark_schema.NordlandConfig,
+    "pittsburgh": benchmark_schema.PittsburghConfig,
     "toy_city": benchmark_schema.ToyCityConfig,
 }
+"""The schemas of benchmarks. The file of each one in `configs/benchmark/` names its schema: `<layout>_schema`."""
 
 
 def load(job: type[T], arguments: Sequence[str]) -> T:
@@ -59,9 +65,7 @@ def load(job: type[T], arguments: Sequence[str]) -> T:
         try:
             _check_keys(job, overrides)
             config = compose(JOBS[job], [_for_hydra(job, override) for override in overrides])
-            missing = sorted(OmegaConf.missing_keys(config))
-            if missing:
-                raise UserError(f"missing: {', '.join(f'{key}=...' for key in missing)} (--help explains each key)")
+            _check_missing(config)
             return cast(T, OmegaConf.to_object(config))
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(_one_line(error)) from error
@@ -70,20 +74,16 @@ def load(job: type[T], arguments: Sequence[str]) -> T:
 def load_evaluations(arguments: Sequence[str]) -> list[schema.EvaluateConfig]:
     """One configuration for each benchmark of `benchmarks=[a,b]`, or the one of `benchmark=a`.
 
-    With several, a `benchmark.key=value` goes to those benchmarks that have this key.
+    Where the command line names none, an experiment's `benchmarks` count. With several, a `benchmark.key=value` goes
+    to those benchmarks that have this key.
     """
     with _hydra():
         overrides = _parse(arguments)
-    several = [override for override in overrides if override.key_or_group == "benchmarks"]
-    if not several:
+        names = _several_benchmarks(overrides)
+    if names is None:
         return [load(schema.EvaluateConfig, arguments)]
-    names = several[-1].value()
-    if any(override.key_or_group == "benchmark" for override in overrides):
-        raise UserError("benchmark=... and benchmarks=[...] are both given: expected one of them")
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise UserError(f"benchmarks={names}: expected a list of names such as [toy_city,folders]")
     for name in names:
-        _check_choice("benchmark", name, sorted(BENCHMARKS))
+        _check_choice("benchmark", name, sorted(_benchmarks()))
     configs = []
     for name in names:
         kept = [
@@ -98,12 +98,28 @@ def load_evaluations(arguments: Sequence[str]) -> list[schema.EvaluateConfig]:
     return configs
 
 
+def _several_benchmarks(overrides: Sequence[Override]) -> list[str] | None:
+    """What `benchmarks=` says, or else the experiment; None where it is one benchmark."""
+    given = {override.key_or_group: override.value() for override in overrides}
+    if "benchmarks" in given:
+        if "benchmark" in given:
+            raise UserError("benchmark=... and benchmarks=[...] are both given: expected one of them")
+        names = given["benchmarks"]
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise UserError(f"benchmarks={names}: expected a list of names such as [toy_city,folders]")
+        return cast(list[str], names)
+    if "benchmark" in given or "experiment" not in given:
+        return None
+    _check_choice("experiment", given["experiment"], _choices("experiment"))
+    return list(compose(JOBS[schema.EvaluateConfig], [f"experiment={given['experiment']}"]).benchmarks) or None
+
+
 def _belongs_to_another(key: str, benchmark: str, benchmarks: Sequence[str]) -> bool:
     """Whether `benchmark.key` is a key of another of these benchmarks and not of this one."""
     if not key.startswith("benchmark."):
         return False
     name = key.removeprefix("benchmark.").split(".")[0]
-    holders = [other for other in benchmarks if name in {field.name for field in fields(BENCHMARKS[other])}]
+    holders = [other for other in benchmarks if name in {field.name for field in fields(_benchmarks()[other])}]
     return bool(holders) and benchmark not in holders
 
 
@@ -117,9 +133,10 @@ def help_text(job: type) -> str:
     for key, default, doc in _documented_keys(job, ""):
         lines += [f"  {key} = {default}", f"      {doc}"]
     sections = [group for group, directory in _groups(job).items() if directory == "benchmark"]
-    for section, (name, benchmark) in itertools.product(sections, BENCHMARKS.items()):
-        lines.append(f"\nwith {section}={name}:")
-        for key, default, doc in _documented_keys(benchmark, f"{section}."):
+    for section, layout in itertools.product(sections, LAYOUTS.values()):
+        names = [name for name, its_layout in _benchmarks().items() if its_layout is layout]
+        lines.append(f"\nwith {section}= {', '.join(names)}:")
+        for key, default, doc in _documented_keys(layout, f"{section}."):
             lines += [f"  {key} = {default}", f"      {doc}"]
     return "\n".join(lines)
 
@@ -128,8 +145,8 @@ def _hydra() -> initialize_config_dir:
     store = ConfigStore.instance()
     for job, name in JOBS.items():
         store.store(name=f"{name}_schema", node=job)
-    for name, benchmark in BENCHMARKS.items():
-        store.store(group="benchmark", name=f"{name}_schema", node=benchmark)
+    for name, layout in LAYOUTS.items():
+        store.store(group="benchmark", name=f"{name}_schema", node=layout)
     return initialize_config_dir(str(_config_directory()), version_base="1.3", job_name="pairvpr")
 
 
@@ -138,6 +155,14 @@ def _config_directory() -> Path:
     package = Path(__file__).resolve().parents[1]
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
+
+
+@cache
+def _benchmarks() -> dict[str, type[benchmark_schema.BenchmarkConfig]]:
+    """Every benchmark by name, and the schema that its file names."""
+    files = sorted((_config_directory() / "benchmark").glob("*.yaml"))
+    schemas = {path.stem: cast(Any, OmegaConf.load(path)).defaults[0] for path in files}
+    return {name: LAYOUTS[its_schema.removesuffix("_schema")] for name, its_schema in schemas.items()}
 
 
 def _parse(arguments: Sequence[str]) -> list[Override]:
@@ -227,6 +252,31 @@ def _check_keys(job: type, overrides: Sequence[Override]) -> None:
                 f"{override.key_or_group} is a section: expected one of its keys, such as "
                 f"{override.key_or_group}.{next(iter(node))}=..."
             )
+
+
+def _check_missing(config: DictConfig) -> None:
+    """Raise `UserError` that names every key without a value, `datasets_root` where the benchmark lies below it."""
+    plain = OmegaConf.to_container(config, resolve=False)
+    root = config.get("datasets_root")
+    if root is None:
+        used = "${datasets_root}" in str(plain)
+    else:
+        used = False
+        config.datasets_root = root if root.endswith("://") else root.rstrip("/") or root
+    missing = sorted({*_missing_keys(plain), *(["datasets_root"] if used else [])})
+    if missing:
+        about = "datasets_root: the folder or URL below which the data sets lie; " if used else ""
+        keys = ", ".join(f"{key}=..." for key in missing)
+        raise UserError(f"missing: {keys} ({about}--help explains each key)")
+
+
+def _missing_keys(node: object, prefix: str = "") -> Iterator[str]:
+    """Dotted names of the values `???`. OmegaConf's own function fails where a `${...}` names one of them."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _missing_keys(value, f"{prefix}.{key}" if prefix else str(key))
+    elif node == "???":
+        yield prefix
 
 
 def _suggest(word: str, valid: Sequence[str], prefix: str = "") -> str:

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from pairvpr.config.benchmark_schema import BenchmarkConfig
+from pairvpr.config.benchmark_schema import BenchmarkConfig, BenchmarkJobConfig
 from pairvpr.config.checks import require, require_positive, require_text
 
 
@@ -224,6 +224,8 @@ class RerankConfig:
     """GPUs of one actor, 0 = its CPU threads; null = 1 where the cluster has GPUs. A GPU rounds unlike a CPU."""
     cache_gib: float = 0.5
     """Scheduling: dense features that an actor keeps from unit to unit, 0 = none."""
+    report_candidates: list[int] | None = None
+    """Numbers of candidates, ascending, that the audit of a run reports on; null = those of 10, 20, 50, ... and K."""
 
     def __post_init__(self) -> None:
         require_positive(
@@ -236,6 +238,13 @@ class RerankConfig:
             "num_actors",
         )
         require(0 <= self.cache_gib < math.inf, f"rerank.cache_gib={self.cache_gib}: expected 0 or more, and finite")
+        numbers = self.report_candidates
+        require(
+            numbers is None
+            or (len(numbers) > 0 and numbers == sorted({n for n in numbers if 0 < n <= self.num_candidates})),
+            f"rerank.report_candidates={numbers}: expected different numbers in ascending order, "
+            f"from 1 to rerank.num_candidates={self.num_candidates}",
+        )
         require_gpus(self, "rerank")
 
 
@@ -253,7 +262,7 @@ class ClusterConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class EvaluateConfig:
+class EvaluateConfig(BenchmarkJobConfig):
     """`python -m ray_jobs.evaluate`: describe, index, retrieve, re-rank, report."""
 
     output: str = "???"
@@ -268,7 +277,21 @@ class EvaluateConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
+        BenchmarkJobConfig.__post_init__(self)
         require_text(self, "", "output")
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckBenchmarkConfig(BenchmarkJobConfig):
+    """`python -m ray_jobs.check_benchmark`: is a download whole? Counts, and one line for each problem."""
+
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    num_opened: int = 100
+    """Database photos, and as many query photos, that are opened: a sample, the same one each time."""
+
+    def __post_init__(self) -> None:
+        BenchmarkJobConfig.__post_init__(self)
+        require(self.num_opened >= 0, f"num_opened={self.num_opened}: expected 0 or more")
 
 
 @dataclass(kw_only=True, slots=True)

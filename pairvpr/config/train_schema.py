@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from pairvpr.config.benchmark_schema import BenchmarkConfig
+from pairvpr.config.benchmark_schema import BenchmarkConfig, BenchmarkJobConfig
 from pairvpr.config.checks import require, require_positive, require_text
 from pairvpr.config.schema import ClusterConfig, DescribeConfig, IndexConfig, ModelConfig, RerankConfig
 
@@ -155,16 +155,22 @@ class StageTwoConfig(TrainConfig):
     """On every parameter."""
     pair_loss_weight: float = 2.0
     """Weight of the pair classifier's loss beside the descriptor's."""
+    num_augment_operations: int = 3
+    """Operations of RandAugment on each photo; 0 = none."""
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
         require_positive(self, "train", "lr", "decay_steps", "pair_loss_weight")
         require(0 <= self.lr_end_factor <= 1, f"train.lr_end_factor={self.lr_end_factor}: expected 0 to 1")
         require(self.weight_decay >= 0, f"train.weight_decay={self.weight_decay}: expected 0 or more")
+        require(
+            self.num_augment_operations >= 0,
+            f"train.num_augment_operations={self.num_augment_operations}: expected 0 or more",
+        )
 
 
 @dataclass(kw_only=True, slots=True)
-class TrainJobConfig:
+class TrainJobConfig(BenchmarkJobConfig):
     """What the jobs of both stages share."""
 
     output: str = "???"
@@ -173,6 +179,7 @@ class TrainJobConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
+        BenchmarkJobConfig.__post_init__(self)
         require_text(self, "", "output")
         require(
             self.model.weights is None,
@@ -195,7 +202,7 @@ class TrainStageTwoConfig(TrainJobConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class SearchCheckpointsConfig:
+class SearchCheckpointsConfig(BenchmarkJobConfig):
     """`python -m ray_jobs.search_checkpoints`: the two-stage evaluation of every stage-two checkpoint."""
 
     checkpoints: str = "???"
@@ -210,10 +217,15 @@ class SearchCheckpointsConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
+        BenchmarkJobConfig.__post_init__(self)
         require_text(self, "", "checkpoints", "output")
         require(
             self.model.weights is None,
             f"model.weights={self.model.weights}: the checkpoints are the weights; expected model.weights=null",
+        )
+        require(
+            self.rerank.report_candidates is None,
+            f"rerank.report_candidates={self.rerank.report_candidates}: checkpoints are not audited; expected null",
         )
 
 

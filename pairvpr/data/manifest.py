@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pyarrow import compute
 
 from pairvpr.data import storage
 from pairvpr.errors import UserError
+
+pc: Any = compute  # its functions are made at run time, so their types are not known
 
 SCHEMA = pa.schema(
     [
@@ -31,6 +34,7 @@ SCHEMA = pa.schema(
     ]
 )
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+_PATHS_AT_A_TIME = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,24 +48,35 @@ class Manifest:
     def of(
         cls,
         root: str,
-        paths: Sequence[str],
+        paths: Sequence[str] | pa.ChunkedArray,
         utm_m: NDArray[np.float64] | None = None,
         heading_deg: NDArray[np.float64] | None = None,
     ) -> Manifest:
-        """Photos at `paths` (relative to `root`, in the order of their ids); `utm_m` (n, 2) is east, north."""
+        """Photos at `paths` (relative to `root`, in the order of their ids); `utm_m` (n, 2) is east, north.
+
+        NaN = not known.
+        """
         num_images = len(paths)
         nulls = pa.nulls(num_images, pa.float64())
         table = pa.table(
             [
                 pa.array(np.arange(num_images)),
-                pa.array(paths, pa.string()),
-                nulls if utm_m is None else pa.array(utm_m[:, 0]),
-                nulls if utm_m is None else pa.array(utm_m[:, 1]),
-                nulls if heading_deg is None else pa.array(heading_deg),
+                paths if isinstance(paths, pa.ChunkedArray) else pa.array(paths, pa.string()),
+                nulls if utm_m is None else pa.array(utm_m[:, 0], from_pandas=True),
+                nulls if utm_m is None else pa.array(utm_m[:, 1], from_pandas=True),
+                nulls if heading_deg is None else pa.array(heading_deg, from_pandas=True),
             ],
             schema=SCHEMA,
         )
         return cls(root, table)
+
+    def only(self, image_ids: NDArray[np.int64]) -> Manifest:
+        """Some of the photos, without positions; their ids are new ones."""
+        return Manifest.of(self.root, self.path_column.take(pa.array(image_ids, pa.int64())))
+
+    def with_positions(self, utm_m: NDArray[np.float64], heading_deg: NDArray[np.float64] | None = None) -> Manifest:
+        """The same photos at `utm_m` (n, 2), looking towards `heading_deg` (n,), clockwise from north."""
+        return Manifest.of(self.root, self.path_column, utm_m, heading_deg)
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -75,9 +90,19 @@ class Manifest:
         return storage.join(self.root, self.path(image_id))
 
     @property
+    def path_column(self) -> pa.ChunkedArray:
+        """All relative paths, in the order of ids, without a Python text for each."""
+        return self.table.column("path")
+
+    @property
     def paths(self) -> list[str]:
         """All relative paths, in the order of ids."""
-        return self.table.column("path").to_pylist()
+        return self.path_column.to_pylist()
+
+    def ids_of(self, paths: pa.ChunkedArray) -> NDArray[np.int64]:
+        """(n,) ids of the photos at relative `paths` (n,), -1 where there is no such photo."""
+        found = pc.index_in(paths, value_set=self.path_column)
+        return pc.fill_null(found, -1).to_numpy().astype(np.int64)
 
     @property
     def utm_m(self) -> NDArray[np.float64]:
@@ -89,8 +114,9 @@ class Manifest:
     def paths_sha256(self) -> str:
         """Digest of the list of paths, each ended by a newline: which photos, in which order."""
         digest = hashlib.sha256()
-        for path in self.paths:
-            digest.update(path.encode() + b"\n")
+        for first in range(0, len(self), _PATHS_AT_A_TIME):
+            for path in self.path_column.slice(first, _PATHS_AT_A_TIME).to_pylist():
+                digest.update(path.encode() + b"\n")
         return digest.hexdigest()
 
     def write(self, url: str) -> None:
@@ -122,19 +148,36 @@ class Benchmark:
     queries: Manifest
     positives: list[NDArray[np.int64]] | None
     protocol: dict[str, object]
+    query_groups: Sequence[str] | None = None
+    """City or sequence of each query, where the benchmark has them."""
+    has_submission: bool = False
+    """Whether its owners evaluate a file of predictions, in which a photo is named by the stem of its path."""
 
     def stamp(self) -> dict[str, object]:
-        """What identifies the test: counts, the rule of positives and digests of both path lists."""
+        """What identifies the test: counts, the rule of positives, how queries and photos are treated, digests."""
         with_positives = None if self.positives is None else sum(len(ids) > 0 for ids in self.positives)
         return {
             "num_queries": len(self.queries),
             "num_queries_with_positives": with_positives,
             "num_queries_without_positives": (None if with_positives is None else len(self.queries) - with_positives),
             "num_database": len(self.database),
+            "queries_without_positives": None if self.positives is None else "count as a miss",
+            "exif_rotation": "applied",
             **self.protocol,
             "database_paths_sha256": self.database.paths_sha256,
             "queries_paths_sha256": self.queries.paths_sha256,
+            "positives_sha256": self._positives_sha256,
         }
+
+    @cached_property
+    def _positives_sha256(self) -> str | None:
+        """Digest of who matches whom: for each query a line with the ids of its positives, by spaces."""
+        if self.positives is None:
+            return None
+        digest = hashlib.sha256()
+        for ids in self.positives:
+            digest.update(" ".join(map(str, ids.tolist())).encode() + b"\n")
+        return digest.hexdigest()
 
 
 def folder_manifest(folder: str, key: str) -> Manifest:
@@ -158,22 +201,3 @@ def folder_manifest(folder: str, key: str) -> Manifest:
             escaped = path.encode(errors="surrogateescape").decode(errors="backslashreplace")
             raise UserError(f"{key}={folder}: the name {escaped} is not UTF-8; expected UTF-8 names") from error
     return Manifest.of(root, paths)
-
-
-_COORDINATES = re.compile(r"(?:^|/)@(-?\d+(?:\.\d+)?)@(-?\d+(?:\.\d+)?)@[^/]*$")
-
-
-def positions_from_names(manifest: Manifest, key: str) -> NDArray[np.float64]:
-    """(n, 2) UTM east and north in metres from the names `@utm_east@utm_north@...`.
-
-    Raises `UserError`, naming the setting `key` and the first such photo, where a name has no coordinates.
-    """
-    positions = np.empty((len(manifest), 2))
-    for image_id, path in enumerate(manifest.paths):
-        match = _COORDINATES.search(path)
-        if match is None:
-            raise UserError(
-                f"{key}: {path} has no coordinates in its name; expected @utm_east@utm_north@... for a radius"
-            )
-        positions[image_id] = float(match[1]), float(match[2])
-    return positions

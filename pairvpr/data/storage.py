@@ -79,6 +79,15 @@ def read_bytes(url: str) -> bytes:
     return cast(bytes, _retried(lambda: filesystem.cat_file(path), url))
 
 
+def read_head(url: str, num_bytes: int) -> bytes:
+    """The first bytes of a file, or all of a shorter one. Raises `FileNotFoundError`."""
+    if is_local(url):
+        with local_path(url).open("rb") as file:
+            return file.read(num_bytes)
+    filesystem, path = _remote(url)
+    return cast(bytes, _retried(lambda: filesystem.cat_file(path, start=0, end=num_bytes), url))
+
+
 def read_json(url: str) -> Any:
     """The value of a JSON file. Raises `FileNotFoundError`."""
     return json.loads(read_bytes(url))

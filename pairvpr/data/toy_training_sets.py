@@ -64,8 +64,8 @@ def write_gsv_cities(
             row = _gsv_row(photo)
             lines.append(",".join(map(str, [*row.values(), city])))
             path = gsv_cities.photo_path(city, **row)
-            _write_jpeg(storage.join(root, path), toy_city.draw(photo, width_px=width_px, height_px=height_px))
-        _write_lines(storage.join(root, "Dataframes", f"{city}.csv"), lines)
+            write_jpeg(storage.join(root, path), toy_city.draw(photo, width_px=width_px, height_px=height_px))
+        write_lines(storage.join(root, "Dataframes", f"{city}.csv"), lines)
 
 
 def write_landmarks(
@@ -83,9 +83,9 @@ def write_landmarks(
         image_id = hashlib.sha256(photo.path.encode()).hexdigest()[:16]
         ids_of_place[photo.place].append(image_id)
         image = toy_city.draw(photo, width_px=width_px, height_px=height_px)
-        _write_jpeg(storage.join(root, landmarks.photo_path(image_id)), image)
+        write_jpeg(storage.join(root, landmarks.photo_path(image_id)), image)
     rows = [f"{place},{' '.join(ids)}" for place, ids in enumerate(ids_of_place)]
-    _write_lines(storage.join(root, landmarks.CSV_NAME), [",".join(landmarks.COLUMNS), *rows])
+    write_lines(storage.join(root, landmarks.CSV_NAME), [",".join(landmarks.COLUMNS), *rows])
 
 
 def write_sfxl(root: str, seed: int = 2000, num_places: int = 8, panoramas_per_place: int = 5) -> None:
@@ -97,7 +97,7 @@ def write_sfxl(root: str, seed: int = 2000, num_places: int = 8, panoramas_per_p
             east_m, north_m = rng.uniform(-_MAX_OFFSET_M, _MAX_OFFSET_M, 2).round(2).tolist()
             yaw_deg = int(rng.integers(360))
             path = _panorama_path(photo, index, east_m, north_m, yaw_deg)
-            _write_jpeg(storage.join(root, path), _draw_panorama(photo, index, east_m, north_m, yaw_deg))
+            write_jpeg(storage.join(root, path), _draw_panorama(photo, index, east_m, north_m, yaw_deg))
 
 
 def _check_seed(seed: int) -> None:
@@ -115,15 +115,23 @@ def _photos(seed: int, num_places: int, photos_per_place: int) -> list[Photo]:
 
 def _gsv_row(photo: Photo) -> dict[str, Any]:
     """The columns of `gsv_cities.COLUMNS`."""
+    lat_deg, lon_deg = lat_lon_deg(photo)
     return {
         "place_id": photo.place,
         "year": _FIRST_YEAR + photo.day // _MONTHS,
         "month": 1 + photo.day % _MONTHS,
         "northdeg": round(photo.heading_deg) % 360,
-        "lat": round(_LAT_DEG + photo.utm_north_m % 10_000 / _M_PER_LAT_DEG, 7),
-        "lon": round(_LON_DEG + photo.utm_east_m % 10_000 / _M_PER_LON_DEG, 7),
+        "lat": lat_deg,
+        "lon": lon_deg,
         "panoid": f"toy-{photo.seed}_{photo.place}_{photo.index}",
     }
+
+
+def lat_lon_deg(photo: Photo) -> tuple[float, float]:
+    """Made-up degrees, different for every place."""
+    lat_deg = _LAT_DEG + photo.utm_north_m % 10_000 / _M_PER_LAT_DEG
+    lon_deg = _LON_DEG + photo.utm_east_m % 10_000 / _M_PER_LON_DEG
+    return round(lat_deg, 7), round(lon_deg, 7)
 
 
 def _panorama_path(photo: Photo, index: int, east_m: float, north_m: float, yaw_deg: int) -> str:
@@ -162,13 +170,15 @@ def _draw_panorama(photo: Photo, index: int, east_m: float, north_m: float, yaw_
     return Image.fromarray(turned).resize((panoramas.WIDTH_PX, panoramas.HEIGHT_PX), Image.Resampling.BILINEAR)
 
 
-def _write_jpeg(url: str, image: Image.Image) -> None:
+def write_jpeg(url: str, image: Image.Image) -> None:
+    """Publish a drawn photo."""
     sink = io.BytesIO()
     image.save(sink, "JPEG", quality=JPEG_QUALITY)
     storage.write_bytes(url, sink.getvalue())
 
 
-def _write_lines(url: str, lines: Sequence[str]) -> None:
+def write_lines(url: str, lines: Sequence[str]) -> None:
+    """Publish a table as text."""
     storage.write_bytes(url, "".join(f"{line}\n" for line in lines).encode())
 
 
@@ -180,7 +190,7 @@ def main() -> None:
     """Draw GSV-Cities in miniature, all of its cities, on every core."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("root", help="folder to write gsv_cities/ into")
-    parser.add_argument("--places", type=int, default=60, help="places of each city (60)")
+    parser.add_argument("--places", type=int, default=120, help="places of each city (120)")
     parser.add_argument("--photos", type=int, default=6, help="photos of each place (6)")
     options = parser.parse_args()
     root = storage.join(options.root, "gsv_cities")

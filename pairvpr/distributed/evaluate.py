@@ -32,6 +32,7 @@ from pairvpr.distributed.runtime import ModelSource, ray_session
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.evaluation.predictions import predictions_table, write_predictions
 from pairvpr.evaluation.report import RunFacts, metrics, summary
+from pairvpr.evaluation.submission import write_submission
 from pairvpr.index import store
 from pairvpr.models.weights import Weights, announce, load_weights
 from pairvpr.retrieval.pipeline import answers
@@ -118,9 +119,8 @@ def prepare(configs: Sequence[EvaluateConfig]) -> list[Run]:
             check_writable(index, "index.path")
         if index in (output, storage.join(output, "queries")):
             raise UserError(f"index.path={index}: the run writes other files there; expected a directory of its own")
-    benchmarks = [load_benchmark(config.benchmark, output) for config, output in zip(configs, outputs, strict=True)]
     runs: list[Run] = []
-    for config, benchmark, output, index in zip(configs, benchmarks, outputs, indices, strict=True):
+    for config, benchmark, output, index in zip(configs, _load(configs, outputs), outputs, indices, strict=True):
         run = Run(config=config, benchmark=benchmark, weights=NOT_LOADED, index=index, output=output)
         _check_claims(run, OF_THE_WEIGHTS)
         _check_photos(run)
@@ -135,6 +135,19 @@ def prepare(configs: Sequence[EvaluateConfig]) -> list[Run]:
         _check_claims(run)
         _check_model(run)
     return runs
+
+
+def _load(configs: Sequence[EvaluateConfig], outputs: Sequence[str]) -> list[Benchmark]:
+    """The benchmarks. Equal databases become one object: each may list millions of photos."""
+    found: list[Benchmark] = []
+    for config, output in zip(configs, outputs, strict=True):
+        benchmark = load_benchmark(config.benchmark, output)
+        database = benchmark.database
+        for other in found:
+            if other.database.root == database.root and other.database.table.equals(database.table):
+                database = other.database
+        found.append(replace(benchmark, database=database))
+    return found
 
 
 def _check_claims(run: Run, ignored: Sequence[str] = ()) -> None:
@@ -230,7 +243,7 @@ def make_index(
 
 
 def answer(run: Run, source: ModelSource) -> dict[str, Any]:
-    """Describe the queries, retrieve, re-rank, and write predictions.parquet and metrics.json."""
+    """Describe the queries, retrieve, re-rank, and write the predictions, a challenge's submission, metrics.json."""
     config, benchmark = run.config, run.benchmark
     queries = storage.join(run.output, "queries")
     describe(
@@ -253,6 +266,7 @@ def answer(run: Run, source: ModelSource) -> dict[str, Any]:
 
     final = answers(len(benchmark.queries), found.query_ids, found.squared_distances, found.ids, scored.by_query)
     write_predictions(storage.join(run.output, "predictions.parquet"), predictions_table(benchmark, final))
+    submission = write_submission(run.output, benchmark, final) if benchmark.has_submission else []
     facts = RunFacts(
         weights_sha256=run.weights.sha256,
         untrained=run.weights.untrained,
@@ -262,10 +276,12 @@ def answer(run: Run, source: ModelSource) -> dict[str, Any]:
         seconds_rerank=scored.seconds,
         num_rejected_database=index_about["num_rejected"],
         num_rejected_queries=queries_about["num_rejected"],
+        report_candidates=config.rerank.report_candidates,
     )
     content = metrics(benchmark, final, config.model, facts)
     storage.write_json(storage.join(run.output, "metrics.json"), content)
-    print(f"\n{summary(content)}\n\n{run.output}: predictions.parquet, metrics.json", flush=True)
+    files = ", ".join(["predictions.parquet", *submission, "metrics.json"])
+    print(f"\n{summary(content)}\n\n{run.output}: {files}", flush=True)
     return content
 
 

@@ -22,19 +22,26 @@ def recall_at(
     `ranked[q]` are database ids, best first; `positives[q]` those at the place of query q. A query without a
     positive is a miss (the field's convention), or left out with `only_with_positives`. NaN without queries.
     """
-    first_hits = np.array(
-        [
-            _first_hit(answers, matches)
-            for answers, matches in zip(ranked, positives, strict=True)
-            if len(matches) or not only_with_positives
-        ]
-    )
-    if not len(first_hits):
+    found = first_hits(ranked, positives)
+    if only_with_positives:
+        found = found[[len(matches) > 0 for matches in positives]]
+    return recall_of(found, ns)
+
+
+def recall_of(hits: NDArray[np.float64], ns: Sequence[int]) -> dict[int, float]:
+    """recall@N in percent of queries whose first hits stand at `hits` (Q,), as `first_hits` gives them."""
+    if not len(hits):
         return dict.fromkeys(ns, float("nan"))
-    return {n: 100.0 * float((first_hits < n).mean()) for n in ns}
+    return {n: 100.0 * float((hits < n).mean()) for n in ns}
+
+
+def first_hits(ranked: Sequence[NDArray[np.int64]], positives: Sequence[NDArray[np.int64]]) -> NDArray[np.float64]:
+    """(Q,) for each query the position of its first answer that is a positive, from 0; infinite if there is none."""
+    return np.array(
+        [_first_hit(answers, matches) for answers, matches in zip(ranked, positives, strict=True)], np.float64
+    )
 
 
 def _first_hit(answers: NDArray[np.int64], matches: NDArray[np.int64]) -> float:
-    """Position of the first answer that is a match; infinite if there is none."""
     hits = np.flatnonzero(np.isin(answers, matches))
     return float(hits[0]) if len(hits) else float("inf")

@@ -10,6 +10,7 @@ from typing import Any
 
 from pairvpr.config.schema import ModelConfig
 from pairvpr.data.manifest import Benchmark
+from pairvpr.evaluation.audit import audit, audit_table, audited_candidates
 from pairvpr.evaluation.recall import REPORTED_N, recall_at
 from pairvpr.retrieval.pipeline import Answer
 
@@ -29,6 +30,8 @@ class RunFacts:
     seconds_rerank: float
     num_rejected_database: int
     num_rejected_queries: int
+    report_candidates: Sequence[int] | None = None
+    """What `audited_candidates` gets."""
 
 
 def metrics(benchmark: Benchmark, answers: Sequence[Answer], model: ModelConfig, facts: RunFacts) -> dict[str, Any]:
@@ -36,7 +39,7 @@ def metrics(benchmark: Benchmark, answers: Sequence[Answer], model: ModelConfig,
     num_queries = max(1, len(benchmark.queries))
     return {
         "benchmark": benchmark.name,
-        "protocol": benchmark.stamp() | {"queries_without_positives": "count as a miss"},
+        "protocol": benchmark.stamp(),
         "model": {
             "name": model.name,
             "weights_sha256": facts.weights_sha256,
@@ -45,6 +48,7 @@ def metrics(benchmark: Benchmark, answers: Sequence[Answer], model: ModelConfig,
         },
         **_recalls(benchmark, answers, facts.num_candidates),
         "num_candidates": facts.num_candidates,
+        "audit": audit(benchmark, answers, audited_candidates(facts.report_candidates, facts.num_candidates)),
         "seconds_per_query": {
             "describe": facts.seconds_describe / num_queries,
             "retrieve": facts.seconds_retrieve / num_queries,
@@ -111,6 +115,8 @@ def summary(content: dict[str, Any]) -> str:
         "",
         *(_recall_table(content) if content["recall"] else ["no ground truth: predictions without recall"]),
     ]
+    if content["audit"]:
+        lines += ["", *audit_table(content["audit"])]
     seconds, kib = content["seconds_per_query"], content["kib_per_image"]
     lines += [
         "",
@@ -140,4 +146,7 @@ def _recall_table(content: dict[str, Any]) -> list[str]:
     without = content["protocol"]["num_queries_without_positives"]
     if without:
         lines.append(f"{without} queries without a positive count as misses")
+    dropped = content["protocol"].get("num_queries_dropped")
+    if dropped:
+        lines.append(f"{dropped} further queries without a positive are dropped, as the benchmark's rule has it")
     return lines

@@ -17,6 +17,12 @@ from pairvpr.config.schema import (
 from pairvpr.models.pair_vpr import PairVPR
 from pairvpr.models.weights import build_model, load_weights
 
+PUBLIC = (
+    *("msls_val", "msls_test", "nordland_2760", "nordland_27592", "pitts30k_val", "pitts30k_test", "pitts250k_test"),
+    *("tokyo247", "sfxl_v1", "sfxl_v2", "sfxl_night", "sfxl_occlusion", "st_lucia", "svox", "svox_night"),
+    *("svox_overcast", "svox_rain", "svox_snow", "svox_sun", "amstertime", "eynsham", "sped"),
+)
+"""Every benchmark that is downloaded."""
 SMALL_CITY = ToyCityConfig(name="toy_city", num_places=6, photos_per_place=3, queries_per_place=1)
 
 

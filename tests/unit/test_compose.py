@@ -5,15 +5,25 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import asdict, fields, is_dataclass
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import pytest
 import torch
 
 from pairvpr.config import schema
-from pairvpr.config.benchmark_schema import BenchmarkConfig, FoldersConfig, ToyCityConfig
+from pairvpr.config.benchmark_schema import (
+    BenchmarkConfig,
+    BenchmarkJobConfig,
+    FoldersConfig,
+    MslsConfig,
+    MslsSplit,
+    MslsSubtask,
+    NordlandConfig,
+    PittsburghConfig,
+    ToyCityConfig,
+)
 from pairvpr.config.compose import JOBS, help_text, load, load_evaluations
-from pairvpr.config.schema import BuildIndexConfig, EvaluateConfig, QueryConfig
+from pairvpr.config.schema import BuildIndexConfig, CheckBenchmarkConfig, EvaluateConfig, QueryConfig
 from pairvpr.config.train_schema import (
     ExportWeightsConfig,
     SearchCheckpointsConfig,
@@ -22,6 +32,7 @@ from pairvpr.config.train_schema import (
 )
 from pairvpr.errors import UserError
 from pairvpr.models.pair_vpr import PairVPR
+from tests.support.small import PUBLIC
 
 TOY = ["benchmark=toy_city", "output=/out"]
 FOLDERS = ["benchmark.database=/d", "benchmark.queries=/q"]
@@ -85,9 +96,12 @@ def test_the_last_of_two_equal_keys_wins() -> None:
 @pytest.mark.parametrize(
     ("argument", "parts"),
     [
-        ("benchmark=toycity", ["benchmark=toycity: unknown", "did you mean toy_city?", "folders, toy_city"]),
+        ("benchmark=toycity", ["benchmark=toycity: unknown", "did you mean toy_city?", "eynsham, folders, msls_test"]),
         ("model=vitx", ["model=vitx: unknown", "tiny, vitb, vitg, vitl, vits"]),
-        ("experiment=spede", ["experiment=spede: unknown", "did you mean speed?", "performance, speed"]),
+        (
+            "experiment=spede",
+            ["experiment=spede: unknown", "did you mean speed?", "performance, sfxl_performance, sfxl_speed, speed"],
+        ),
         ("model=null", ["model=", "tiny, vitb, vitg, vitl, vits"]),
         ("~model", ["tiny, vitb, vitg, vitl, vits"]),
         ("model={a:1}", ["tiny, vitb, vitg, vitl, vits"]),
@@ -145,7 +159,7 @@ def test_a_mistake_is_one_line_that_names_the_choices(argument: str, parts: list
 
 
 def test_what_is_missing_is_named() -> None:
-    assert mistake("output=/out") == "missing: benchmark=... (one of folders, toy_city)"
+    assert mistake("output=/out").startswith("missing: benchmark=... (one of amstertime, eynsham, folders, msls_test, ")
     assert mistake("benchmark=toy_city") == "missing: output=... (--help explains each key)"
     assert "benchmark.database=..., benchmark.queries=..." in mistake("benchmark=folders", "output=/out")
     with pytest.raises(UserError, match=r"missing: index\.path=\.\.\., output=\.\.\., queries=\.\.\."):
@@ -179,6 +193,39 @@ def test_experiments_set_what_they_say(experiment: str, model: str, num_candidat
 def test_the_command_line_beats_an_experiment() -> None:
     config = evaluation("experiment=performance", "rerank.num_candidates=7", "model=tiny")
     assert (config.rerank.num_candidates, config.model.name) == (7, "tiny")
+
+
+SFXL = ["sfxl_v1", "sfxl_v2", "sfxl_night", "sfxl_occlusion"]
+
+
+@pytest.mark.parametrize("mode", ["speed", "performance"])
+def test_an_sfxl_experiment_is_four_benchmarks_over_one_index(mode: str) -> None:
+    configs = load_evaluations([f"experiment=sfxl_{mode}", "datasets_root=/data", "output=/o"])
+    assert [config.benchmark.name for config in configs] == SFXL
+    folders = [cast(FoldersConfig, config.benchmark) for config in configs]
+    assert {folder.database for folder in folders} == {"/data/sf_xl/test/database"}
+    assert len({folder.queries for folder in folders}) == 4
+    assert {config.index.path for config in configs} == {"/o/index"}
+    plain = evaluation(f"experiment={mode}")
+    assert [(config.model, config.rerank) for config in configs] == [(plain.model, plain.rerank)] * 4
+
+
+def test_the_command_line_beats_the_benchmarks_of_an_experiment() -> None:
+    line = ["experiment=sfxl_speed", "output=/o", "datasets_root=/data"]
+    (config,) = load_evaluations([*line, "benchmark=toy_city", "index.path=/elsewhere", "rerank.num_candidates=7"])
+    assert (config.benchmark.name, config.index.path, config.rerank.num_candidates) == ("toy_city", "/elsewhere", 7)
+    assert config.model.name == "vitb"
+    configs = load_evaluations([*line, "benchmarks=[sfxl_night,sfxl_v1]"])
+    assert [config.benchmark.name for config in configs] == ["sfxl_night", "sfxl_v1"]
+    configs = load_evaluations([*line, "benchmark.radius_m=10"])
+    assert {cast(FoldersConfig, config.benchmark).radius_m for config in configs} == {10.0}
+
+
+def test_an_experiment_without_benchmarks_names_none() -> None:
+    assert mistake("experiment=speed", "output=/o").startswith("missing: benchmark=... (one of ")
+    assert "did you mean sfxl_speed?" in mistake("experiment=sfxl_sped", "output=/o")
+    assert "missing: datasets_root=..." in mistake("experiment=sfxl_speed", "output=/o")
+    assert "missing: output=..." in mistake("experiment=sfxl_speed", "datasets_root=/data")
 
 
 def test_several_benchmarks_share_everything_but_their_own_keys() -> None:
@@ -215,15 +262,102 @@ def test_one_benchmark_in_the_list_is_that_benchmark() -> None:
         (["benchmarks=null"], ["expected a list of names"]),
         (["benchmarks=[toy_city,toy_city]"], ["two have the same name"]),
         (["benchmarks=[toy_city,folders]", *FOLDERS, "benchmark.name=x"], ["two have the same name"]),
-        (["benchmarks=[toy_city,nope]"], ["benchmark=nope: unknown", "folders, toy_city"]),
-        (["benchmarks=[nope,toy_city]", "benchmark.seed=1"], ["benchmark=nope: unknown", "folders, toy_city"]),
-        (["benchmarks=[toy_city,nope]", "benchmark.seed=1"], ["benchmark=nope: unknown", "folders, toy_city"]),
+        (["benchmarks=[toy_city,nope]"], ["benchmark=nope: unknown", "tokyo247, toy_city"]),
+        (["benchmarks=[nope,toy_city]", "benchmark.seed=1"], ["benchmark=nope: unknown", "tokyo247, toy_city"]),
+        (["benchmarks=[toy_city,nope]", "benchmark.seed=1"], ["benchmark=nope: unknown", "tokyo247, toy_city"]),
         (["benchmarks=[toy_city,folders]", "benchmark.sed=1"], ["did you mean benchmark.seed?"]),
         (["benchmarks=[toy_city,folders]"], ["missing: benchmark.database=..., benchmark.queries=..."]),
     ],
 )
 def test_mistakes_with_several_benchmarks(arguments: list[str], parts: list[str]) -> None:
     message = mistake("output=/o", *arguments)
+    assert [part for part in parts if part not in message] == [], message
+
+
+TRAINING = ["output=/out", "train.root=/t", "train.validation=msls_val"]
+
+
+@pytest.mark.parametrize(
+    ("job", "arguments"),
+    [
+        (EvaluateConfig, ["benchmark=msls_val", "output=/out"]),
+        (CheckBenchmarkConfig, ["benchmark=sfxl_v1"]),
+        (SearchCheckpointsConfig, ["benchmark=pitts30k_val", "checkpoints=/c", "output=/out"]),
+        (TrainStageOneConfig, TRAINING),
+        (TrainStageTwoConfig, TRAINING),
+    ],
+)
+def test_datasets_root_is_missing_only_where_the_benchmark_lies_below_it(job: type, arguments: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        load(job, arguments)
+    assert str(caught.value) == (
+        "missing: datasets_root=... (datasets_root: the folder or URL below which the data sets lie; "
+        "--help explains each key)"
+    )
+    load(job, [*arguments, "datasets_root=/data"])
+    section = "train.validation" if "train.root=/t" in arguments else "benchmark"
+    drawn = load(job, [*arguments, f"{section}=toy_city"])
+    assert drawn.datasets_root is None
+
+
+def test_benchmarks_lie_below_datasets_root() -> None:
+    config = load(CheckBenchmarkConfig, ["benchmark=msls_val", "datasets_root=s3://bucket/data/"])
+    assert config.benchmark == MslsConfig(
+        name="msls_val",
+        root="s3://bucket/data/msls",
+        split=MslsSplit.train_val,
+        cities=["cph", "sf"],
+        subtask=MslsSubtask.all,
+        radius_m=25.0,
+    )
+    validation = load(TrainStageTwoConfig, [*TRAINING, "datasets_root=here"]).train.validation
+    assert isinstance(validation, MslsConfig)
+    assert validation.root == "here/msls"
+
+
+def test_a_benchmark_with_paths_of_its_own_needs_no_datasets_root() -> None:
+    folders = ["benchmark.database=/d", "benchmark.queries=/q"]
+    benchmark = load(CheckBenchmarkConfig, ["benchmark=nordland_2760", *folders]).benchmark
+    assert isinstance(benchmark, NordlandConfig)
+    assert (benchmark.database, benchmark.frames_per_query, benchmark.tolerance_frames) == ("/d", 10, 1)
+    message = mistake("benchmark=nordland_2760", "benchmark.database=/d", "output=/o")
+    assert message.startswith("missing: datasets_root=... (")
+
+
+def test_datasets_root_with_several_benchmarks() -> None:
+    several = ["benchmarks=[toy_city,sfxl_v1,sfxl_v2]"]
+    assert mistake("output=/o", *several).startswith("missing: datasets_root=... (datasets_root: ")
+    assert mistake(*several).startswith("missing: output=... (--help")  # toy_city alone is looked at
+    _, v1, v2 = (config.benchmark for config in load_evaluations([*several, "output=/o", "datasets_root=/data"]))
+    assert isinstance(v1, FoldersConfig)
+    assert isinstance(v2, FoldersConfig)
+    assert v1.database == v2.database == "/data/sf_xl/test/database"
+    assert (v1.queries, v2.queries) == ("/data/sf_xl/test/queries_v1", "/data/sf_xl/test/queries_v2")
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_benchmark_has_its_own_name_and_is_complete(name: str) -> None:
+    benchmark = load(CheckBenchmarkConfig, [f"benchmark={name}", "datasets_root=/data"]).benchmark
+    assert benchmark.name == name
+    assert [value for value in asdict(benchmark).values() if value == "???"] == []
+    assert getattr(benchmark, "radius_m", 25.0) == 25.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["benchmark=msls_val", "benchmark.subtask=dusk"], ["benchmark.subtask", "all, s2w, w2s, o2n, n2o, d2n, n2d"]),
+        (["benchmark=msls_val", "benchmark.cities=[]"], ["benchmark.cities=[]: expected one or more cities"]),
+        (["benchmark=msls_val", "benchmark.cities=[sf,sf]"], ["benchmark.cities=[sf,sf]: the same city is given"]),
+        (["benchmark=nordland_2760", "benchmark.tolerance_frames=-1"], ["benchmark.tolerance_frames=-1: expected 0"]),
+        (["benchmark=nordland_2760", "benchmark.frames_per_query=0"], ["benchmark.frames_per_query=0: expected"]),
+        (["benchmark=pitts30k_val", "benchmark.radius_m=-1"], ["benchmark.radius_m=-1.0: expected"]),
+        (["benchmark=toy_city", "datasets_root=''"], ["datasets_root is empty: expected a text"]),
+    ],
+)
+def test_mistakes_in_public_benchmarks(arguments: list[str], parts: list[str]) -> None:
+    root = [] if arguments[-1].startswith("datasets_root") else ["datasets_root=/data"]
+    message = mistake("output=/o", *arguments, *root)
     assert [part for part in parts if part not in message] == [], message
 
 
@@ -248,15 +382,20 @@ def test_help_explains_every_key(job: type) -> None:
         if re.match(r"  \S+ = ", line)
     }
     expected = set(_leaves(job))
-    section = "benchmark" if job in (EvaluateConfig, SearchCheckpointsConfig) else "train.validation"
-    if job in (EvaluateConfig, SearchCheckpointsConfig, TrainStageOneConfig, TrainStageTwoConfig):
-        expected |= set(_leaves(FoldersConfig, f"{section}.")) | set(_leaves(ToyCityConfig, f"{section}."))
+    section = "train.validation" if job in (TrainStageOneConfig, TrainStageTwoConfig) else "benchmark"
+    has_benchmark = issubclass(job, BenchmarkJobConfig)
+    if has_benchmark:
+        layouts = FoldersConfig, ToyCityConfig, MslsConfig, NordlandConfig, PittsburghConfig
+        expected |= {key for layout in layouts for key in _leaves(layout, f"{section}.")}
     assert set(explained) == expected
     assert [key for key, doc in explained.items() if not doc or " = " in doc.split(" ")[0]] == []
     assert f"usage: python -m ray_jobs.{JOBS[job]} " in lines[0]
-    assert ("  model=  one of tiny, vitb, vitg, vitl, vits" in lines) == (job is not ExportWeightsConfig)
-    assert (f"  {section}=  one of folders, toy_city" in lines) == (len(expected) > len(set(_leaves(job))))
-    assert "  output = (required)" in lines
+    has_model = job not in (ExportWeightsConfig, CheckBenchmarkConfig)
+    assert ("  model=  one of tiny, vitb, vitg, vitl, vits" in lines) == has_model
+    assert any(line.startswith(f"  {section}=  one of amstertime, ") for line in lines) == has_benchmark
+    assert (f"with {section}= pitts250k_test, pitts30k_test, pitts30k_val:" in lines) == has_benchmark
+    assert ("  datasets_root = null" in lines) == has_benchmark
+    assert ("  output = (required)" in lines) == (job is not CheckBenchmarkConfig)
 
 
 # Method, section 2: width, blocks, heads, SwiGLU, millions of parameters in all.

@@ -17,6 +17,7 @@ from PIL import Image
 from ray.exceptions import RayTaskError
 
 from pairvpr.config.benchmark_schema import FoldersConfig
+from pairvpr.config.compose import load_evaluations
 from pairvpr.config.schema import (
     BuildIndexConfig,
     EvaluateConfig,
@@ -27,6 +28,7 @@ from pairvpr.config.schema import (
 from pairvpr.data import storage
 from pairvpr.data.claim import claim
 from pairvpr.data.manifest import folder_manifest
+from pairvpr.data.toy_benchmarks import write_sfxl_test
 from pairvpr.distributed import evaluate as steps
 from pairvpr.distributed.evaluate import Run, build, evaluate, prepare, query
 from pairvpr.errors import IncompleteRunError, UserError
@@ -128,6 +130,46 @@ def test_a_finished_index_of_photos_with_other_names_is_refused(config: Evaluate
     storage.remove_file(storage.join(run.index, "settings.json"))
     (tmp_path / "database" / "c.png").rename(tmp_path / "database" / "d.png")
     assert "paths_sha256" in mistake(lambda: prepare([config]))
+
+
+def test_what_is_reported_does_not_keep_a_run_from_being_resumed(config: EvaluateConfig) -> None:
+    (run,) = prepare([config])
+    claim(run.output, run.settings(), "output")
+    (again,) = prepare([replace(config, rerank=replace(config.rerank, report_candidates=[1, 3]))])
+    assert again.settings() == run.settings()
+
+
+def test_another_ground_truth_is_another_run(config: EvaluateConfig, tmp_path: Path) -> None:
+    def run_with(row: str) -> EvaluateConfig:
+        (tmp_path / "positives.csv").write_text(f"query,database\n{row}\n")
+        return replace(config, benchmark=replace(config.benchmark, positives=f"{tmp_path}/positives.csv"))
+
+    (run,) = prepare([run_with("q.png,a.png")])
+    claim(run.output, run.settings(), "output")
+    assert "benchmark.positives_sha256 " in mistake(lambda: prepare([run_with("q.png,b.png")]))
+    prepare([run_with("q.png,a.png")])
+
+
+def test_benchmarks_of_one_database_share_its_list_and_its_index(tmp_path: Path) -> None:
+    write_sfxl_test(f"{tmp_path}/sf_xl", num_places=2)
+    runs = prepare(
+        load_evaluations(
+            [
+                "experiment=sfxl_speed",
+                "model=tiny",
+                "model.weights=null",
+                f"datasets_root={tmp_path}",
+                f"output={tmp_path}/out",
+            ]
+        )
+    )
+    assert [run.output for run in runs] == [
+        f"{tmp_path}/out/sfxl_{name}" for name in ("v1", "v2", "night", "occlusion")
+    ]
+    assert {run.index for run in runs} == {f"{tmp_path}/out/index"}
+    assert len({id(run.benchmark.database) for run in runs}) == 1
+    assert len({run.benchmark.queries.paths_sha256 for run in runs}) == 4
+    assert all(run.index_settings() == runs[0].index_settings() for run in runs)
 
 
 def test_other_settings_are_found_before_weights_are_loaded(

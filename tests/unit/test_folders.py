@@ -114,7 +114,7 @@ def test_csv_rows_are_counted_with_blank_lines(root: Path) -> None:
         ("query;database\nx.jpg;a.jpg\n", "no column database, query"),
         ("", "not a CSV file"),
         ("\n", ""),
-        ("query,database\nx.jpg\n", "not a CSV file"),
+        ("query,database\nx.jpg\n", "row 2: 1 cells, expected 2"),
         (b"query,database\nna\xefve.jpg,a.jpg\n", "not a CSV file"),
         (bytes(range(256)), "not a CSV file"),
         ("query,query,database\nx.jpg,y.jpg,a.jpg\n", "query"),

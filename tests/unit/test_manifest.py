@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pairvpr.data.manifest import SCHEMA, Benchmark, Manifest, folder_manifest, positions_from_names
+from pairvpr.data.manifest import SCHEMA, Benchmark, Manifest, folder_manifest
 from pairvpr.errors import UserError
 
 ANY_NAME = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
@@ -95,34 +95,30 @@ def test_unknown_positions_survive_the_round_trip(tmp_path: Path) -> None:
     assert np.isnan(read.utm_m).all()
 
 
+def test_photos_are_found_by_path_and_taken_by_id() -> None:
+    manifest = Manifest.of("root", ["a.jpg", "b.jpg", "c/d.jpg"])
+    assert manifest.ids_of(pa.chunked_array([["c/d.jpg", "B.jpg"], [None, "a.jpg", "a.jpg"]])).tolist() == [
+        2,
+        -1,
+        -1,
+        0,
+        0,
+    ]
+    taken = manifest.only(np.array([2, 0])).with_positions(
+        np.array([[1.0, 2.0], [3.0, np.nan]]), np.array([np.nan, 9.0])
+    )
+    assert taken.table.to_pylist() == [
+        {"image_id": 0, "path": "c/d.jpg", "utm_east_m": 1.0, "utm_north_m": 2.0, "heading_deg": None},
+        {"image_id": 1, "path": "a.jpg", "utm_east_m": 3.0, "utm_north_m": None, "heading_deg": 9.0},
+    ]
+    assert taken.root == "root"
+    assert len(manifest.only(np.array([], np.int64))) == 0
+
+
 def test_a_table_without_the_columns_is_refused_by_name(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image_id": [0], "path": ["a.jpg"]}), tmp_path / "images.parquet")
     with pytest.raises(UserError, match="no column heading_deg, utm_east_m, utm_north_m"):
         Manifest.read(str(tmp_path / "images.parquet"), "root")
-
-
-@pytest.mark.parametrize(
-    ("name", "east_north_m"),
-    [
-        ("@0543256.96@4178906.70@10@S@@@@@@@.jpg", (543256.96, 4178906.70)),
-        ("@1@2@.jpg", (1.0, 2.0)),
-        ("sub/@-3.5@0@x.jpg", (-3.5, 0.0)),
-        ("@9@9@folder/@1.25@2.5@.jpg", (1.25, 2.5)),
-    ],
-)
-def test_positions_come_from_names(name: str, east_north_m: tuple[float, float]) -> None:
-    positions = positions_from_names(Manifest.of("root", [name]), "database")
-    np.testing.assert_array_equal(positions, [east_north_m])
-
-
-@pytest.mark.parametrize(
-    "name", ["plain.jpg", "@1@.jpg", "@east@north@.jpg", "@1@2.jpg", "@1@2@/photo.jpg", "x@1@2@.jpg"]
-)
-def test_a_name_without_coordinates_is_named(name: str) -> None:
-    manifest = Manifest.of("root", ["@1@2@.jpg", name, "also_wrong.jpg"])
-    with pytest.raises(UserError, match=r"^benchmark\.queries: ") as caught:
-        positions_from_names(manifest, "benchmark.queries")
-    assert f" {name} has no coordinates" in str(caught.value)
 
 
 def test_the_stamp_counts_and_identifies() -> None:
@@ -135,10 +131,13 @@ def test_the_stamp_counts_and_identifies() -> None:
         "num_queries_with_positives": 2,
         "num_queries_without_positives": 1,
         "num_database": 2,
+        "queries_without_positives": "count as a miss",
+        "exif_rotation": "applied",
         "positives": "radius",
         "radius_m": 25.0,
         "database_paths_sha256": hashlib.sha256(b"a.jpg\nb.jpg\n").hexdigest(),
         "queries_paths_sha256": hashlib.sha256(b"1.jpg\n2.jpg\n3.jpg\n").hexdigest(),
+        "positives_sha256": hashlib.sha256(b"0 1\n\n1\n").hexdigest(),
     }
     without = Benchmark(name="x", database=database, queries=queries, positives=None, protocol=protocol).stamp()
     assert without["num_queries_with_positives"] is without["num_queries_without_positives"] is None

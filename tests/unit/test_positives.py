@@ -44,6 +44,18 @@ def test_exactly_the_radius_counts_and_a_millimetre_more_does_not() -> None:
     assert [ids.tolist() for ids in within_radius(queries, database, 25.0)] == [[0, 2, 4]]
 
 
+def test_many_positives_of_many_queries_equal_brute_force_on_a_sample() -> None:
+    """A street in which each of 2,000 queries has hundreds of positives, some of them at the very same place."""
+    rng = np.random.default_rng(0)
+    database = ORIGIN_M + rng.uniform([0, 0], [2000, 8], (3_000, 2)).repeat(7, axis=0)
+    queries = ORIGIN_M + rng.uniform([0, 0], [2000, 8], (2_000, 2))
+    found = within_radius(queries, database, 25.0)
+    sample = rng.choice(len(queries), 40, replace=False)
+    assert [found[i].tolist() for i in sample] == brute_force(queries[sample], database, 25.0)
+    assert np.mean([len(ids) for ids in found]) > 400
+    assert all(ids.dtype == np.int64 and len(np.unique(ids)) == len(ids) for ids in found)
+
+
 @needs_shared
 @pytest.mark.parametrize(
     ("name", "num_queries", "num_database"), [("pitts30k_test", 6816, 10000), ("tokyo247", 315, 75984)]

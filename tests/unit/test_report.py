@@ -185,6 +185,13 @@ def test_when_no_query_can_be_read() -> None:
     assert isinstance(summary(content), str)
 
 
+def test_the_summary_says_what_a_benchmark_drops() -> None:
+    rule: dict[str, object] = {"queries_without_positives": "dropped", "num_queries_dropped": 7}
+    text = summary(metrics(replace(benchmark(), protocol=rule), answers(), small_model_config(), FACTS))
+    assert "7 further queries without a positive are dropped" in text
+    assert "dropped" not in summary(metrics(benchmark(), answers(), small_model_config(), FACTS))
+
+
 def test_the_summary_shows_the_numbers() -> None:
     text = summary(metrics(benchmark(), answers(), small_model_config(), FACTS))
     lines = text.splitlines()

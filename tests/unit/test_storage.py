@@ -72,6 +72,15 @@ def test_json_round_trip(place: str) -> None:
     assert storage.read_bytes(url).decode().splitlines()[1] == '  "name": "Zürich 東京",'
 
 
+def test_the_head_of_a_file_is_its_first_bytes_or_all(place: str) -> None:
+    url = storage.join(place, "file")
+    storage.write_bytes(url, b"0123456789")
+    heads = [storage.read_head(url, num_bytes) for num_bytes in (1, 4, 10, 11)]
+    assert heads == [b"0", b"0123", b"0123456789", b"0123456789"]
+    with pytest.raises(FileNotFoundError):
+        storage.read_head(storage.join(place, "nothing"), 1)
+
+
 def test_open_input_seeks(place: str) -> None:
     url = storage.join(place, "data.bin")
     storage.write_bytes(url, bytes(range(256)) * 100)

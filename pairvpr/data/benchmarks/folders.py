@@ -1,95 +1,78 @@
-"""Layout `folders`: two folders of photos; positives from a CSV, from names and a radius, or none."""
+"""Layout `folders`: two folders of photos; positives from a table of pairs, from positions and a radius, or none."""
 
 from __future__ import annotations
-
-import csv
-import io
-from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pairvpr.config.benchmark_schema import FoldersConfig
-from pairvpr.data import storage
-from pairvpr.data.manifest import Benchmark, Manifest, folder_manifest, positions_from_names
+from pairvpr.config.benchmark_schema import FoldersConfig, PositionSource
+from pairvpr.data.manifest import Benchmark, Manifest, folder_manifest
+from pairvpr.data.positions import positions_from_exif, positions_from_names, positions_from_tables
 from pairvpr.data.positives import within_radius
-from pairvpr.errors import UserError
+from pairvpr.data.problems import Problems
+from pairvpr.data.tables import Rows, TableFile
 
 
-def load(config: FoldersConfig) -> Benchmark:
-    """Photos sorted by path relative to their folder. Raises `UserError` as `load_benchmark` says."""
-    database = folder_manifest(config.database, "benchmark.database")
-    queries = folder_manifest(config.queries, "benchmark.queries")
-    if config.radius_m is not None:
-        database_utm_m = positions_from_names(database, "benchmark.database")
-        queries_utm_m = positions_from_names(queries, "benchmark.queries")
-        return Benchmark(
-            name=config.name,
-            database=Manifest.of(database.root, database.paths, database_utm_m),
-            queries=Manifest.of(queries.root, queries.paths, queries_utm_m),
-            positives=within_radius(queries_utm_m, database_utm_m, config.radius_m),
-            protocol={"positives": "radius", "radius_m": config.radius_m},
-        )
-    positives = None
+def load(config: FoldersConfig, problems: Problems) -> Benchmark:
+    """Photos sorted by path relative to their folder: all of a folder, or those that its table of positions lists.
+
+    What can't be used is a problem, and left out. Raises `UserError` where a folder or a table can't be read.
+    """
+    found: dict[str, Manifest] = {}
+    for part, folder in (("database", config.database), ("queries", config.queries)):
+        with problems.gathered():
+            found[part] = folder_manifest(folder, f"benchmark.{part}")
+    if len(found) < 2:
+        problems.raise_if_any()
+    database, queries = _with_positions(config, found["database"], found["queries"], problems)
+    positives, rule = None, "none"
     if config.positives is not None:
-        positives = positives_from_csv(config.positives, queries, database)
+        positives, rule = positives_from_table(config.positives, queries, database, problems), "list"
+    elif config.radius_m is not None:
+        positives, rule = within_radius(queries.utm_m, database.utm_m, config.radius_m), "radius"
     return Benchmark(
         name=config.name,
         database=database,
         queries=queries,
         positives=positives,
-        protocol={"positives": "none" if positives is None else "list", "radius_m": None},
+        protocol={"positives": rule, "radius_m": config.radius_m},
     )
 
 
-def positives_from_csv(url: str, queries: Manifest, database: Manifest) -> list[NDArray[np.int64]]:
+def _with_positions(
+    config: FoldersConfig, database: Manifest, queries: Manifest, problems: Problems
+) -> tuple[Manifest, Manifest]:
+    match config.positions:
+        case PositionSource.table:
+            return positions_from_tables(config, database, queries, problems)
+        case PositionSource.exif:
+            return positions_from_exif(database, queries, problems)
+        case PositionSource.names:
+            if config.radius_m is None:
+                return database, queries
+            return (
+                positions_from_names(database, "benchmark.database", problems),
+                positions_from_names(queries, "benchmark.queries", problems),
+            )
+
+
+def positives_from_table(
+    url: str, queries: Manifest, database: Manifest, problems: Problems
+) -> list[NDArray[np.int64]]:
     """Ids of the positives of each query, ascending, from the columns `query`, `database` (relative paths).
 
-    Raises `UserError`, naming file and row (its line; the header is row 1), for a missing column or an unknown photo.
+    A row that names an unknown photo is a problem. Raises `UserError`, naming the file, for a missing column.
     """
-    query_ids = {path: image_id for image_id, path in enumerate(queries.paths)}
-    database_ids = {path: image_id for image_id, path in enumerate(database.paths)}
-    found: list[set[int]] = [set() for _ in range(len(queries))]
-    for row, query, match in _read_csv(url):
-        if query not in query_ids:
-            raise UserError(f"{url}, row {row}: no query photo {query!r} in {queries.root}")
-        if match not in database_ids:
-            raise UserError(f"{url}, row {row}: no database photo {match!r} in {database.root}")
-        found[query_ids[query]].add(database_ids[match])
-    return [np.array(sorted(ids), dtype=np.int64) for ids in found]
+    rows = TableFile.open(url, "benchmark.positives").read(["query", "database"], problems)
+    query_ids, database_ids = _ids(rows, "query", queries, problems), _ids(rows, "database", database, problems)
+    is_known = (query_ids >= 0) & (database_ids >= 0)
+    pairs = np.unique(np.stack([query_ids, database_ids], axis=1)[is_known], axis=0)
+    return np.split(pairs[:, 1], np.searchsorted(pairs[:, 0], np.arange(1, len(queries))))
 
 
-def _read_csv(url: str) -> Iterator[tuple[int, str, str]]:
-    """Line number, query and database of every row that is not blank."""
-    try:
-        text = storage.read_bytes(url).decode("utf-8-sig")
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise UserError(f"benchmark.positives={url}: no such file") from error
-    except OSError as error:
-        raise UserError(f"benchmark.positives={url}: can't be read: {storage.reason(error)}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{url}: not a CSV file: not UTF-8 text") from error
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        header = next(filter(None, reader), [])
-        _check_header(url, header)
-        query_column, database_column = header.index("query"), header.index("database")
-        for cells in filter(None, reader):
-            if len(cells) != len(header):
-                raise UserError(
-                    f"{url}: not a CSV file: row {reader.line_num} has {len(cells)} cells, expected {len(header)}"
-                )
-            yield reader.line_num, cells[query_column], cells[database_column]
-    except csv.Error as error:
-        raise UserError(f"{url}: not a CSV file: row {reader.line_num}: {error}") from error
-
-
-def _check_header(url: str, header: list[str]) -> None:
-    if not header:
-        raise UserError(f"{url}: not a CSV file: empty; expected the columns query,database")
-    missing = [name for name in ("database", "query") if name not in header]
-    if missing:
-        raise UserError(f"{url}: no column {', '.join(missing)}; expected query,database")
-    twice = [name for name in ("database", "query") if header.count(name) > 1]
-    if twice:
-        raise UserError(f"{url}: more than one column {', '.join(twice)}; expected query,database once each")
+def _ids(rows: Rows, name: str, photos: Manifest, problems: Problems) -> NDArray[np.int64]:
+    paths = rows.texts(name)
+    image_ids = photos.ids_of(paths)
+    for i in np.flatnonzero(image_ids < 0).tolist():
+        problems.add(f"{rows.where(i)}: no {name} photo {paths[i].as_py() or ''!r} in {photos.root}")
+    return image_ids

@@ -1,0 +1,105 @@
+"""Pittsburgh: `datasets/<list>.mat` holds a struct `dbStruct` with names and UTM of database and query photos.
+
+Database photos lie in `000/`, `001/`, ... below the root, query photos in the same folders below `queries_real/`.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.io import loadmat
+
+from pairvpr.config.benchmark_schema import PittsburghConfig
+from pairvpr.data import storage
+from pairvpr.data.benchmarks.listed import check_listed
+from pairvpr.data.manifest import Benchmark, Manifest
+from pairvpr.data.positives import within_radius
+from pairvpr.data.problems import Problems
+from pairvpr.errors import UserError
+
+QUERIES_FOLDER = "queries_real"
+_FIELDS = {"database": ("dbImageFns", "utmDb"), "queries": ("qImageFns", "utmQ")}
+
+
+@dataclass(frozen=True, eq=False)
+class ListedPhotos:
+    """Names of photos and (n, 2) UTM east, north in metres, in the order of the list `where` stands for."""
+
+    where: str
+    names: list[str]
+    utm_m: NDArray[np.float64]
+
+
+def load(config: PittsburghConfig, problems: Problems) -> Benchmark:
+    """Photos in the order of the list; positives within a radius."""
+    listed = read_db_struct(config.db_struct)
+    root = storage.absolute(config.root)
+    try:
+        there = storage.list_files(root)
+    except OSError as error:
+        raise UserError(f"benchmark.root={config.root}: can't be read: {storage.reason(error)}") from error
+    if not there:
+        raise UserError(f"benchmark.root={config.root}: nothing there; expected the folders 000/ and {QUERIES_FOLDER}/")
+    database = _manifest(root, there, listed["database"], problems)
+    in_queries = [path.removeprefix(f"{QUERIES_FOLDER}/") for path in there if path.startswith(f"{QUERIES_FOLDER}/")]
+    queries = _manifest(storage.join(root, QUERIES_FOLDER), in_queries, listed["queries"], problems)
+    if not len(database) or not len(queries):
+        problems.raise_if_any()
+    return Benchmark(
+        name=config.name,
+        database=database,
+        queries=queries,
+        positives=within_radius(queries.utm_m, database.utm_m, config.radius_m),
+        protocol={"positives": "radius", "radius_m": config.radius_m},
+    )
+
+
+def read_db_struct(url: str) -> dict[str, ListedPhotos]:
+    """`database` and `queries` of a MATLAB file. Raises `UserError`, naming the file and the field."""
+    try:
+        data = storage.read_bytes(url)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise UserError(f"benchmark.db_struct={url}: no such file; expected a MATLAB file with dbStruct") from error
+    except OSError as error:
+        raise UserError(f"benchmark.db_struct={url}: can't be read: {storage.reason(error)}") from error
+    try:
+        struct = loadmat(io.BytesIO(data), variable_names=["dbStruct"]).get("dbStruct")
+    except Exception as error:  # scipy raises nearly anything on foreign bytes
+        raise UserError(f"{url}: not a MATLAB file, or a damaged one: {storage.reason(error)}") from error
+    fields = struct.dtype.names if isinstance(struct, np.ndarray) and struct.size == 1 else None
+    missing = [name for names in _FIELDS.values() for name in names if name not in (fields or ())]
+    if struct is None or missing:
+        raise UserError(f"{url}: no {', '.join(missing)} in dbStruct; expected dbImageFns, utmDb, qImageFns, utmQ")
+    return {part: _listed(url, struct.ravel()[0], *names) for part, names in _FIELDS.items()}
+
+
+def _listed(url: str, struct: Any, names_field: str, utm_field: str) -> ListedPhotos:
+    try:
+        names = [str(cell.item()) for cell in struct[names_field].ravel()]
+        utm_m = np.asarray(struct[utm_field], np.float64).T
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{url}: {names_field} or {utm_field} of dbStruct holds no names and no numbers") from error
+    if utm_m.shape != (len(names), 2):
+        raise UserError(
+            f"{url}: {utm_field} of dbStruct is {' x '.join(map(str, utm_m.T.shape))}; "
+            f"expected 2 x {len(names)}, one column for each of {names_field}"
+        )
+    return ListedPhotos(f"{url}, {names_field}", names, utm_m)
+
+
+def _manifest(folder: str, there: list[str], listed: ListedPhotos, problems: Problems) -> Manifest:
+    """The photos of a list that can be used; the others are problems."""
+
+    def where(i: int) -> str:
+        return f"{listed.where} row {i + 1}"
+
+    usable = check_listed(listed.names, set(there), folder, where, problems)
+    has_position = np.isfinite(listed.utm_m).all(axis=1)
+    for i in np.flatnonzero(~has_position).tolist():
+        problems.add(f"{where(i)}: {listed.names[i]} has the position {listed.utm_m[i].tolist()}; expected numbers")
+    kept = np.flatnonzero(usable & has_position)
+    return Manifest.of(folder, [listed.names[i] for i in kept], listed.utm_m[kept])

@@ -1,0 +1,88 @@
+"""Where a photo was taken, from the GPS entries of its EXIF block."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from PIL.ExifTags import GPS, IFD
+
+from pairvpr.data.images import FORMATS
+
+NUM_HEAD_BYTES = 1 << 17
+"""A JPEG's EXIF block, of at most 64 KiB, stands at its beginning: this much of a file is enough for nearly all."""
+
+
+class GpsError(Exception):
+    """A photo whose EXIF does not say where it was taken; the message says why."""
+
+
+@dataclass(frozen=True)
+class GpsPosition:
+    """Degrees of WGS84, not checked for their range; NaN heading = not known as clockwise from true north."""
+
+    latitude_deg: float
+    longitude_deg: float
+    heading_deg: float
+
+
+def gps_position(data: bytes) -> GpsPosition:
+    """From the bytes of a photo, or the first of them. Raises `GpsError`; more bytes may help."""
+    with warnings.catch_warnings(record=True, action="always") as complaints:
+        try:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                entries = image.getexif().get_ifd(IFD.GPSInfo)
+        except Exception as error:  # Pillow raises nearly anything on foreign bytes
+            raise GpsError(
+                f"can't be opened ({type(error).__name__}), not a photo or cut short; expected a whole one of "
+                f"{', '.join(FORMATS)} with GPSLatitude and GPSLongitude in its EXIF"
+            ) from error
+    needed = (GPS.GPSLatitude, GPS.GPSLatitudeRef, GPS.GPSLongitude, GPS.GPSLongitudeRef)
+    missing = [tag.name for tag in needed if tag not in entries]
+    if missing:
+        why = "its EXIF block is cut short or damaged" if complaints else "no GPS position in its EXIF"
+        raise GpsError(f"{why}: expected {', '.join(missing)}")
+    return GpsPosition(
+        _degrees(entries, GPS.GPSLatitude, GPS.GPSLatitudeRef, "NS"),
+        _degrees(entries, GPS.GPSLongitude, GPS.GPSLongitudeRef, "EW"),
+        _heading_deg(entries),
+    )
+
+
+def _degrees(entries: dict[int, Any], tag: GPS, reference_tag: GPS, sides: str) -> float:
+    """Degrees, minutes and seconds as one number, positive towards the first of `sides`."""
+    value, reference = entries[tag], _letter(entries[reference_tag])
+    parts = [_number(part) for part in value] if isinstance(value, tuple) and len(value) == 3 else []
+    if not parts or not all(math.isfinite(part) for part in parts):
+        raise GpsError(f"{tag.name} is {_quoted(value)}; expected degrees, minutes and seconds")
+    if reference not in sides:
+        raise GpsError(f"{reference_tag.name} is {reference!r}; expected {sides[0]} or {sides[1]}")
+    degrees = parts[0] + parts[1] / 60 + parts[2] / 3600
+    return degrees if reference == sides[0] else -degrees
+
+
+def _heading_deg(entries: dict[int, Any]) -> float:
+    """From 0 to below 360; NaN where it is missing, or counted from magnetic north."""
+    is_true_north = _letter(entries.get(GPS.GPSImgDirectionRef)) == "T"
+    return _number(entries.get(GPS.GPSImgDirection)) % 360.0 if is_true_north else math.nan
+
+
+def _letter(value: object) -> str:
+    return value.strip("\0 ").upper() if isinstance(value, str) else " "
+
+
+def _number(value: Any) -> float:
+    """NaN for what is no number, an infinite one or a fraction of nothing."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, ArithmeticError):
+        return math.nan
+    return number if math.isfinite(number) else math.nan
+
+
+def _quoted(value: Any) -> str:
+    return f"({', '.join(map(str, value))})" if isinstance(value, tuple) else repr(value)

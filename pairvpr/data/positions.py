@@ -1,0 +1,277 @@
+"""Where photos were taken: from `@` names, from tables, or from the GPS entries of their EXIF blocks.
+
+Whatever the source, positions become metres of one UTM zone for the whole benchmark, so that the distance of two
+photos is that of their coordinates, also across the border of two zones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pyarrow import compute
+
+from pairvpr.config.benchmark_schema import FoldersConfig, PositionColumns
+from pairvpr.data import storage, utm
+from pairvpr.data.exif import NUM_HEAD_BYTES, GpsError, GpsPosition, gps_position
+from pairvpr.data.manifest import Manifest
+from pairvpr.data.problems import Problems
+from pairvpr.data.tables import Rows, TableFile
+from pairvpr.errors import UserError
+
+pc: Any = compute  # its functions are made at run time, so their types are not known
+
+_NUMBER = r"-?\d+(?:\.\d+)?"
+_NAME = (
+    rf"(?s)^(?:.*/)?@(?P<east>{_NUMBER})@(?P<north>{_NUMBER})@"
+    rf"(?:(?:[^/@]*@){{6}}(?P<heading>{_NUMBER})@)?[^/]*$"
+)
+
+_NUM_READERS = 16
+_PHOTOS_AT_A_TIME = 256
+
+_LIMITS_DEG = (90.0, 180.0)
+
+
+def positions_from_names(photos: Manifest, key: str, problems: Problems) -> Manifest:
+    """The photos whose names are `@utm_east@utm_north@...`, with their UTM and, where field 9 gives it, heading.
+
+    Another name is a problem, which names the setting `key` of the folder.
+    """
+    fields = pc.extract_regex(photos.path_column, _NAME)
+    east, north, heading = (_field(fields, name) for name in ("east", "north", "heading"))
+    has_position = ~np.isnan(east)
+    for image_id in np.flatnonzero(~has_position).tolist():
+        problems.add(
+            f"{key}: {photos.path(image_id)} has no coordinates in its name; "
+            "expected @utm_east@utm_north@... for a radius"
+        )
+    utm_m, heading_deg = np.stack([east, north], axis=1), heading % 360.0
+    if has_position.all():
+        return photos.with_positions(utm_m, heading_deg)
+    return photos.only(np.flatnonzero(has_position)).with_positions(utm_m[has_position], heading_deg[has_position])
+
+
+def _field(fields: pa.ChunkedArray, name: str) -> NDArray[np.float64]:
+    texts = pc.struct_field(fields, name)
+    return pc.if_else(pc.equal(texts, ""), None, texts).cast(pa.float64()).to_numpy()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Located:
+    """Photos and where their source says they were taken: (n, 2) UTM in metres, or latitude, longitude in degrees."""
+
+    photos: Manifest
+    coordinates: NDArray[np.float64]
+    heading_deg: NDArray[np.float64]
+    where: Callable[[int], str]
+    """What messages call the source of photo i."""
+
+
+def positions_from_tables(
+    config: FoldersConfig, database: Manifest, queries: Manifest, problems: Problems
+) -> tuple[Manifest, Manifest]:
+    """The photos that the tables list, with their positions; queries without a table stay as they are.
+
+    A table that can't be read and a row that can't be used are problems; raises `UserError` where too little is left.
+    """
+    sources = [("benchmark.database_table", config.database_table, database)]
+    if config.queries_table is not None:
+        sources.append(("benchmark.queries_table", config.queries_table, queries))
+    columns, files = config.columns, dict[str, TableFile]()
+    for key, url, _ in sources:
+        with problems.gathered():
+            files[key] = _open(str(url), key, columns)
+    pair = _common_pair(list(files.values()), columns)
+    located = list[_Located]()
+    for key, _, photos in sources:
+        if key in files:
+            with problems.gathered():
+                located.append(_read_table(files[key], columns, pair, photos, problems))
+    if len(located) < len(sources):
+        problems.raise_if_any()
+    is_utm = pair == _pairs(columns)[0]
+    placed = [_in_utm(part) for part in located] if is_utm else _in_one_zone(located, problems)
+    return placed[0], placed[1] if len(placed) > 1 else queries
+
+
+def positions_from_exif(database: Manifest, queries: Manifest, problems: Problems) -> tuple[Manifest, Manifest]:
+    """The photos with the positions, and headings from true north, of their EXIF blocks.
+
+    A photo that does not say where it was taken is a problem; raises `UserError` where no database photo does.
+    """
+    database, queries = _in_one_zone([_read_exif(photos, problems) for photos in (database, queries)], problems)
+    return database, queries
+
+
+def _in_utm(located: _Located) -> Manifest:
+    return located.photos.with_positions(located.coordinates, located.heading_deg)
+
+
+def _in_one_zone(located: list[_Located], problems: Problems) -> list[Manifest]:
+    """Database (and queries) from degrees to metres of the zone in which most of the database lies."""
+    database = located[0]
+    if not len(database.photos):
+        problems.raise_if_any()
+    zone = utm.zone_of(database.coordinates[:, 0], database.coordinates[:, 1])
+    placed = []
+    for part in located:
+        utm_m = utm.to_utm(part.coordinates[:, 0], part.coordinates[:, 1], zone)
+        for i in np.flatnonzero(~utm.is_near(utm_m)).tolist():
+            latitude_deg, longitude_deg = part.coordinates[i]
+            problems.add(
+                f"{part.where(i)}: latitude {latitude_deg:g}, longitude {longitude_deg:g} is too far from UTM "
+                f"zone {zone.number}, where the database lies; expected photos within "
+                f"{utm.MOST_EAST_M / 1000:.0f} km of longitude {zone.central_meridian_deg:g}"
+            )
+        placed.append(part.photos.with_positions(utm_m, part.heading_deg))
+    return placed
+
+
+def _pairs(columns: PositionColumns) -> list[tuple[str, str]]:
+    """The columns that can hold coordinates, the preferred ones first."""
+    return [(columns.utm_east, columns.utm_north), (columns.latitude, columns.longitude)]
+
+
+def _open(url: str, key: str, columns: PositionColumns) -> TableFile:
+    file = TableFile.open(url, key)
+    if columns.path not in file.names or not any(set(pair) <= set(file.names) for pair in _pairs(columns)):
+        either = " or ".join(",".join(pair) for pair in _pairs(columns))
+        raise UserError(
+            f"{url}: its columns are {','.join(file.names)}; expected {columns.path} and either {either} "
+            "(benchmark.columns.* gives them other names)"
+        )
+    return file
+
+
+def _common_pair(files: list[TableFile], columns: PositionColumns) -> tuple[str, str]:
+    """The columns of coordinates to read from each of the tables."""
+    for pair in _pairs(columns):
+        if all(set(pair) <= set(file.names) for file in files):
+            return pair
+    utm_pair, degrees_pair = (",".join(pair) for pair in _pairs(columns))
+    raise UserError(
+        f"{files[0].url} and {files[1].url}: one has {utm_pair}, the other {degrees_pair}; expected the same in both, "
+        "because the zone of the former is not known"
+    )
+
+
+def _read_table(
+    file: TableFile, columns: PositionColumns, pair: tuple[str, str], photos: Manifest, problems: Problems
+) -> _Located:
+    """The usable rows, in the order of their paths; the others are problems."""
+    has_heading = columns.heading in file.names
+    rows = file.read([columns.path, *pair, *([columns.heading] if has_heading else [])], problems)
+    image_ids, is_usable = _listed(rows, columns.path, photos, problems)
+    coordinates = np.empty((len(rows), 2))
+    for axis, name in enumerate(pair):
+        coordinates[:, axis] = rows.floats(name)
+        is_number = ~np.isnan(coordinates[:, axis])
+        for i in np.flatnonzero(~is_number).tolist():
+            problems.add(f"{rows.where(i)}: {rows.cell(name, i)}; expected a number")
+        is_inside = np.ones(len(rows), bool)
+        if pair == _pairs(columns)[1]:
+            is_inside = np.abs(coordinates[:, axis]) <= _LIMITS_DEG[axis]
+            for i in np.flatnonzero(is_number & ~is_inside).tolist():
+                problems.add(f"{rows.where(i)}: {rows.cell(name, i)}; expected {_range_text(axis)}")
+        is_usable &= is_number & is_inside
+    heading_deg = np.full(len(rows), np.nan)
+    if has_heading:
+        heading_deg = rows.floats(columns.heading)
+        for i in np.flatnonzero(np.isnan(heading_deg) & ~rows.empties(columns.heading)).tolist():
+            problems.add(f"{rows.where(i)}: {rows.cell(columns.heading, i)}; expected degrees or nothing")
+    usable = np.flatnonzero(is_usable)
+    usable = usable[np.argsort(image_ids[usable])]
+    return _Located(
+        photos=photos.only(image_ids[usable]),
+        coordinates=coordinates[usable],
+        heading_deg=heading_deg[usable] % 360.0,
+        where=lambda i: rows.where(usable[i]),
+    )
+
+
+def _listed(rows: Rows, name: str, photos: Manifest, problems: Problems) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """(n,) ids of the photos that the rows name, and whether each is there and named for the first time."""
+    if not len(rows):
+        problems.add(f"{rows.url}: no row that can be used; expected one for each photo")
+    paths = rows.texts(name)
+    image_ids = photos.ids_of(paths)
+    is_known = image_ids >= 0
+    for i in np.flatnonzero(~is_known).tolist():
+        path = paths[i].as_py() or ""
+        problems.add(f"{rows.where(i)}: no photo {path!r} in {photos.root}; expected a path below that folder")
+    _, firsts, groups = np.unique(image_ids, return_index=True, return_inverse=True)
+    first = firsts[groups]
+    is_again = is_known & (first != np.arange(len(rows)))
+    for i in np.flatnonzero(is_again).tolist():
+        problems.add(f"{rows.where(i)}: {photos.path(image_ids[i])} again, first in row {rows.numbers[first[i]]}")
+    return image_ids, is_known & ~is_again
+
+
+def _range_text(axis: int) -> str:
+    return f"degrees from {-_LIMITS_DEG[axis]:g} to {_LIMITS_DEG[axis]:g}"
+
+
+def _read_exif(photos: Manifest, problems: Problems) -> _Located:
+    """The photos that say where they were taken; the others are problems."""
+    kept, found = list[int](), list[GpsPosition]()
+    for image_id, answer in _gps_positions(photos):
+        if isinstance(answer, GpsPosition):
+            kept.append(image_id)
+            found.append(answer)
+        else:
+            problems.add(f"{photos.url(image_id)}: {answer}")
+    numbers = [(one.latitude_deg, one.longitude_deg, one.heading_deg) for one in found]
+    columns = np.array(numbers, dtype=np.float64).reshape(-1, 3)
+    return _Located(
+        photos=photos.only(np.array(kept, np.int64)),
+        coordinates=columns[:, :2],
+        heading_deg=columns[:, 2],
+        where=lambda i: photos.url(kept[i]),
+    )
+
+
+def _gps_positions(photos: Manifest) -> Iterator[tuple[int, GpsPosition | str]]:
+    """Each photo's id and its position, or why there is none. Stores answer slowly, so several are asked at once."""
+    with ThreadPoolExecutor(_NUM_READERS) as readers:
+        for first in range(0, len(photos), _PHOTOS_AT_A_TIME):
+            ids = range(first, min(first + _PHOTOS_AT_A_TIME, len(photos)))
+            urls = [photos.url(image_id) for image_id in ids]
+            for image_id, url, head in zip(ids, urls, readers.map(_head, urls), strict=True):
+                try:
+                    yield image_id, _gps_position(url, head)
+                except GpsError as error:
+                    yield image_id, str(error)
+
+
+def _head(url: str) -> bytes | OSError:
+    try:
+        return storage.read_head(url, NUM_HEAD_BYTES)
+    except OSError as error:
+        return error
+
+
+def _gps_position(url: str, head: bytes | OSError) -> GpsPosition:
+    """From the first bytes of a photo if they are enough, from all of them otherwise. Raises `GpsError`."""
+    try:
+        if isinstance(head, OSError):
+            raise head
+        try:
+            position = gps_position(head)
+        except GpsError:
+            if len(head) < NUM_HEAD_BYTES:
+                raise
+            position = gps_position(storage.read_bytes(url))
+    except OSError as error:
+        raise GpsError(f"can't be read: {storage.reason(error)}") from error
+    for axis, (tag, value) in enumerate(
+        [("GPSLatitude", position.latitude_deg), ("GPSLongitude", position.longitude_deg)]
+    ):
+        if abs(value) > _LIMITS_DEG[axis]:
+            raise GpsError(f"{tag} is {value:g}; expected {_range_text(axis)}")
+    return position

@@ -1,0 +1,196 @@
+"""`python -m pairvpr.evaluation.compare RUN RUN ...`: evaluations side by side, if they are of one test.
+
+A RUN is the output directory (path or URL) of an evaluation. Runs of one benchmark share a table; runs whose
+protocols differ are refused, by name of what differs. Two runs of one benchmark are also compared query by query.
+Neither torch nor Ray is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pairvpr.data import storage
+from pairvpr.data.claim import FILE as SETTINGS_FILE
+from pairvpr.errors import UserError
+from pairvpr.evaluation.bootstrap import bootstrap_interval
+from pairvpr.evaluation.recall import first_hits
+
+SHOWN_N = ("1", "5", "10")
+DIGEST_LENGTH = 12
+NEEDED = ("benchmark", "protocol", "model", "recall", "candidate_ceiling", "num_candidates")
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """An evaluation with ground truth: its directory as the user wrote it, and the content of its metrics.json."""
+
+    url: str
+    metrics: dict[str, Any]
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """Which test it is."""
+        return self.metrics["protocol"]
+
+
+def compare(urls: Sequence[str]) -> str:
+    """The tables of all runs as text.
+
+    Raises `UserError` for fewer than two runs, for what is no finished evaluation with ground truth, and for runs of
+    one benchmark whose protocols differ.
+    """
+    if len(urls) < 2:
+        raise UserError(f"{len(urls)} run given: expected two or more output directories of evaluations")
+    by_benchmark: dict[str, list[FinishedRun]] = {}
+    for url in urls:
+        run = read_run(url)
+        by_benchmark.setdefault(run.metrics["benchmark"], []).append(run)
+    for runs in by_benchmark.values():
+        _check_one_protocol(runs)
+    sections = []
+    for runs in by_benchmark.values():
+        lines = _table(runs)
+        if len(runs) == 2:
+            lines += ["", *_paired(*runs)]
+        sections.append("\n".join(lines))
+    return "\n\n".join(sections)
+
+
+def read_run(url: str) -> FinishedRun:
+    """The run in the directory `url`. Raises `UserError` unless it is finished and has ground truth."""
+    metrics_url = storage.join(url, "metrics.json")
+    try:
+        content = storage.read_json(metrics_url)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if storage.exists(storage.join(url, SETTINGS_FILE)):
+            raise UserError(f"{url}: the run is not finished; the line that began it goes on with it") from error
+        raise UserError(f"{url}: no metrics.json there; expected the output directory of an evaluation") from error
+    except OSError as error:
+        raise UserError(f"{metrics_url}: can't be read: {storage.reason(error)}") from error
+    except ValueError as error:
+        raise UserError(f"{metrics_url}: not a JSON file: {storage.reason(error)}") from error
+    missing = [key for key in NEEDED if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise UserError(f"{metrics_url}: no entry {', '.join(missing)}; expected the metrics.json of an evaluation")
+    if content["recall"] is None:
+        raise UserError(f"{url}: {content['benchmark']} has no ground truth, so there is no recall to compare")
+    return FinishedRun(url, content)
+
+
+def _check_one_protocol(runs: Sequence[FinishedRun]) -> None:
+    first = runs[0]
+    for other in runs[1:]:
+        keys = [key for key in {**first.protocol, **other.protocol} if _differs(first, other, key)]
+        if keys:
+            found = "; ".join(
+                f"{key}: {_short(first.protocol.get(key, 'absent'))} here, "
+                f"{_short(other.protocol.get(key, 'absent'))} there"
+                for key in keys
+            )
+            raise UserError(
+                f"{first.metrics['benchmark']}: {first.url} (here) and {other.url} (there) are different tests, "
+                f"their numbers can't be compared: {found}"
+            )
+
+
+def _differs(first: FinishedRun, other: FinishedRun, key: str) -> bool:
+    absent = object()
+    return first.protocol.get(key, absent) != other.protocol.get(key, absent)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    is_digest = len(text) == 64 and " " not in text
+    return text[:DIGEST_LENGTH] if is_digest else text
+
+
+def _table(runs: Sequence[FinishedRun]) -> list[str]:
+    """A heading that names the test, the names of the columns, and a row for each run."""
+    protocol = runs[0].protocol
+    header = ["run", "model", "weights", "K"]
+    header += [f"{step}@{n}" for step in ("global", "re-ranked") for n in SHOWN_N] + ["ceiling"]
+    rows = [header, *(_row(run) for run in runs)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    return [
+        f"{runs[0].metrics['benchmark']}: {protocol.get('num_queries')} queries, "
+        f"{protocol.get('num_database')} database photos; recall@N in percent",
+        *(
+            "  ".join(
+                cell.ljust(width) if column < 3 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ),
+    ]
+
+
+def _row(run: FinishedRun) -> list[str]:
+    model, recall = run.metrics["model"], run.metrics["recall"]
+    recalls = [recall[step].get(n) for step in ("global", "reranked") for n in SHOWN_N]
+    return [
+        run.url,
+        f"{model['name']}{' (untrained)' if model.get('untrained') else ''}",
+        model["weights_sha256"][:DIGEST_LENGTH],
+        str(run.metrics["num_candidates"]),
+        *("-" if value is None else f"{value:.1f}" for value in [*recalls, run.metrics["candidate_ceiling"]]),
+    ]
+
+
+def _paired(first: FinishedRun, second: FinishedRun) -> list[str]:
+    """What changed from the first run's best re-ranked answers to the second's, and whether it may be chance."""
+    before, after = first_answer_is_right(first), first_answer_is_right(second)
+    difference = bootstrap_interval(after.astype(np.float64) - before.astype(np.float64))
+    verdict = "beyond chance" if difference.excludes_zero else "not beyond chance"
+    return [
+        f"from {first.url} to {second.url}, re-ranked, N = 1: {int((after & ~before).sum())} queries corrected, "
+        f"{int((before & ~after).sum())} broken",
+        f"the difference in recall@1, {100 * difference.mean:+.1f} points, is {verdict}: 95 % interval "
+        f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f} (paired bootstrap over {len(before)} queries)",
+    ]
+
+
+def first_answer_is_right(run: FinishedRun) -> NDArray[np.bool_]:
+    """(Q,) whether the best re-ranked answer to each query is a positive, from predictions.parquet."""
+    url = storage.join(run.url, "predictions.parquet")
+    try:
+        with storage.open_input(url) as file:
+            table = pq.read_table(file, columns=["reranked", "positives"])
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{url}: not the predictions of a run: {storage.reason(error)}") from error
+    num_answered, num_queries = len(table.column("positives").drop_null()), run.protocol.get("num_queries")
+    if num_answered != num_queries:
+        raise UserError(
+            f"{url}: {num_answered} queries with ground truth, {num_queries} in metrics.json; expected files of one run"
+        )
+    best = [np.array(ids[:1], np.int64) for ids in table.column("reranked").to_pylist()]
+    positives = [np.array(ids, np.int64) for ids in table.column("positives").to_pylist()]
+    return first_hits(best, positives) < 1
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the comparison. Exit codes: 0 done, 2 a user's mistake."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pairvpr.evaluation.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="*", help="output directory (path or URL) of an evaluation")
+    try:
+        print(compare(parser.parse_args(arguments).runs))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,504 @@
+"""Positions from names, tables and EXIF: the same places whatever says them, and a line for all that is wrong."""
+
+from __future__ import annotations
+
+import csv
+import io
+import struct
+import tempfile
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from PIL.ExifTags import GPS, IFD
+from PIL.TiffImagePlugin import IFDRational
+
+from pairvpr.config.benchmark_schema import FoldersConfig, PositionColumns, PositionSource
+from pairvpr.data import storage, toy_city
+from pairvpr.data.benchmarks import load_benchmark, read_benchmark
+from pairvpr.data.exif import NUM_HEAD_BYTES, GpsError, gps_position
+from pairvpr.data.manifest import Benchmark, Manifest
+from pairvpr.data.positions import positions_from_names, positions_from_tables
+from pairvpr.data.problems import FoundProblemsError, Problems
+from pairvpr.errors import UserError
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def config(root: Path | str, positions: str = "table", radius_m: float | None = 25.0, **others: Any) -> FoldersConfig:
+    tables: dict[str, Any] = {"database_table": f"{root}/database.csv", "queries_table": f"{root}/queries.csv"}
+    return FoldersConfig(
+        name="mine",
+        database=f"{root}/database",
+        queries=f"{root}/queries",
+        radius_m=radius_m,
+        positions=PositionSource(positions),
+        **((tables if positions == "table" else {}) | others),
+    )
+
+
+def load(root: Path, positions: str = "table", radius_m: float | None = 25.0, **others: Any) -> Benchmark:
+    return load_benchmark(config(root, positions, radius_m, **others), "unused")
+
+
+def problems_of(root: Path, positions: str = "table", **others: Any) -> list[str]:
+    """All lines, without the folder; each is one line."""
+    problems = Problems()
+    with problems.gathered():
+        read_benchmark(config(root, positions, **others), "unused", problems)
+    assert not any("\n" in line for line in problems.lines)
+    return [line.replace(f"{root}/", "") for line in problems.lines]
+
+
+def positives_of(benchmark: Benchmark) -> dict[str, list[str]]:
+    assert benchmark.positives is not None
+    return {
+        query: [benchmark.database.path(image_id) for image_id in ids]
+        for query, ids in zip(benchmark.queries.paths, benchmark.positives, strict=True)
+    }
+
+
+def rows_of(manifest: Manifest) -> list[tuple[object, ...]]:
+    names = ("path", "utm_east_m", "utm_north_m", "heading_deg")
+    return [tuple(row[name] for name in names) for row in manifest.table.to_pylist()]
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("name", "east_m", "north_m", "heading_deg"),
+    [
+        ("@0543256.96@4178906.70@10@S@@@@@@@.jpg", 543256.96, 4178906.70, None),
+        ("@1@2@.jpg", 1.0, 2.0, None),
+        ("sub/@-3.5@0@x.jpg", -3.5, 0.0, None),
+        ("@9@9@folder/@1.25@2.5@.jpg", 1.25, 2.5, None),
+        ("@0543256.96@4178906.70@10@S@037.75@-122.50@pano@@270@@@@201406@@.jpg", 543256.96, 4178906.70, 270.0),
+        ("@1@2@3@4@5@6@7@8@-90.5@.jpg", 1.0, 2.0, 269.5),
+        ("@1@2@3@4@5@6@7@8@north@9@.jpg", 1.0, 2.0, None),
+        ("@1@2@3@4@5@6@7@8/@3@4@@@@@@@10.jpg", 3.0, 4.0, None),
+        ("é\n/@1@2@\n.jpg", 1.0, 2.0, None),
+    ],
+)
+def test_positions_and_heading_come_from_names(
+    name: str, east_m: float, north_m: float, heading_deg: float | None
+) -> None:
+    problems = Problems()
+    found = positions_from_names(Manifest.of("root", [name]), "database", problems)
+    assert rows_of(found) == [(name, east_m, north_m, heading_deg)]
+    assert problems.lines == []
+
+
+def test_the_toy_citys_names_say_what_it_knows() -> None:
+    photos = toy_city.database_photos(seed=3, num_places=9)
+    found = positions_from_names(Manifest.of("root", [photo.path for photo in photos]), "database", Problems())
+    assert rows_of(found) == [
+        (photo.path, photo.utm_east_m, photo.utm_north_m, photo.heading_deg % 360) for photo in photos
+    ]
+
+
+@given(st.lists(st.tuples(*[st.decimals(-99999, 9999999, places=2)] * 2, st.none() | st.integers(0, 359)), max_size=5))
+def test_names_parse_back(rows: list[tuple[Any, Any, int | None]]) -> None:
+    names = [
+        f"@{east}@{north}@" + ("" if heading is None else f"32@U@@@@@{heading}@@") + ".jpg"
+        for east, north, heading in rows
+    ]
+    found = positions_from_names(Manifest.of("root", names), "database", Problems())
+    assert [row[1:] for row in rows_of(found)] == [
+        (float(east), float(north), None if heading is None else float(heading)) for east, north, heading in rows
+    ]
+
+
+def test_every_name_without_coordinates_is_a_problem() -> None:
+    wrong = ["plain.jpg", "@1@.jpg", "@east@north@.jpg", "@1@2.jpg", "@1@2@/photo.jpg", "x@1@2@.jpg", "@nan@1@.jpg"]
+    problems = Problems()
+    found = positions_from_names(Manifest.of("root", ["@1@2@.jpg", *wrong]), "benchmark.queries", problems)
+    assert [line.split(" has no coordinates")[0] for line in problems.lines] == [
+        f"benchmark.queries: {name}" for name in wrong
+    ]
+    assert rows_of(found) == [("@1@2@.jpg", 1.0, 2.0, None)]
+    with pytest.raises(FoundProblemsError, match=r"^benchmark\.queries: plain\.jpg .* \(and 6 more; ray_jobs"):
+        problems.raise_if_any()
+
+
+# Tables
+
+
+def write_tables(root: Path, database: str, queries: str) -> None:
+    (root / "database.csv").write_text(database)
+    (root / "queries.csv").write_text(queries)
+
+
+def test_a_table_of_utm_is_the_list_of_photos(tmp_path: Path) -> None:
+    touch(tmp_path, "database/b.jpg", "database/a/z.png", "database/not listed.jpg", "queries/1.jpg", "queries/2.jpg")
+    write_tables(
+        tmp_path,
+        "note,utm_north,path,utm_east,heading\n,4000020,b.jpg,500015,-90\n\nx,4000000.5,a/z.png, 5e5 ,\n",
+        "path,utm_east,utm_north\r\n2.jpg,500000,4000000\r\n",
+    )
+    benchmark = load(tmp_path)
+    assert rows_of(benchmark.database) == [
+        ("a/z.png", 500000.0, 4000000.5, None),
+        ("b.jpg", 500015.0, 4000020.0, 270.0),
+    ]
+    assert rows_of(benchmark.queries) == [("2.jpg", 500000.0, 4000000.0, None)]
+    assert positives_of(benchmark) == {"2.jpg": ["a/z.png", "b.jpg"]}
+    assert positives_of(load(tmp_path, radius_m=24.999)) == {"2.jpg": ["a/z.png"]}
+    assert benchmark.protocol == {"positives": "radius", "radius_m": 25.0}
+
+
+def test_without_a_radius_positions_are_kept_and_queries_need_none(tmp_path: Path) -> None:
+    touch(tmp_path, "database/a.jpg", "queries/1.jpg", "queries/2.jpg")
+    write_tables(tmp_path, "path,utm_east,utm_north\na.jpg,1,2\n", "")
+    benchmark = load(tmp_path, radius_m=None, queries_table=None)
+    assert rows_of(benchmark.database) == [("a.jpg", 1.0, 2.0, None)]
+    assert rows_of(benchmark.queries) == [("1.jpg", None, None, None), ("2.jpg", None, None, None)]
+    assert benchmark.positives is None
+    assert benchmark.protocol == {"positives": "none", "radius_m": None}
+
+
+def test_positives_across_the_border_of_zones_31_and_32(tmp_path: Path) -> None:
+    """At 50.7753 degrees north 0.0001 degrees of longitude are 7.05 m, so 14.1 m, 24.7 m and 35.3 m lie between."""
+    touch(tmp_path, *(f"database/{name}.jpg" for name in "abc"), "queries/q.jpg")
+    write_tables(
+        tmp_path,
+        "path,latitude,longitude\na.jpg,50.7753,6.00010\nb.jpg,50.7753,6.00025\nc.jpg,50.7753,6.00040\n",
+        "path,latitude,longitude,heading\nq.jpg,50.7753,5.9999,12.5\n",
+    )
+    benchmark = load(tmp_path)
+    assert positives_of(benchmark) == {"q.jpg": ["a.jpg", "b.jpg"]}
+    distances_m = np.hypot(*(benchmark.database.utm_m - benchmark.queries.utm_m[0]).T)
+    np.testing.assert_allclose(distances_m, [14.107, 24.688, 35.268], rtol=1e-3)
+    assert rows_of(benchmark.queries)[0][3] == 12.5
+
+
+def test_positives_across_the_equator(tmp_path: Path) -> None:
+    touch(tmp_path, "database/a.jpg", "database/b.jpg", "queries/q.jpg")
+    write_tables(
+        tmp_path,
+        "path,latitude,longitude\na.jpg,-0.0001,-78.4678\nb.jpg,-0.0002,-78.4678\n",  # 11.06 m each
+        "path,latitude,longitude\nq.jpg,0.0001,-78.4678\n",
+    )
+    assert positives_of(load(tmp_path)) == {"q.jpg": ["a.jpg"]}
+
+
+def test_columns_may_have_other_names_and_parquet_and_urls_will_do(tmp_path: Path) -> None:
+    root = f"memory://positions-{uuid4().hex}"
+    for name in ("database/a.jpg", "database/b.jpg", "queries/q.jpg"):
+        storage.write_bytes(f"{root}/{name}", b"")
+    sink = io.BytesIO()
+    columns: dict[str, Any] = {
+        "Image": pa.array(["b.jpg", "a.jpg"]).dictionary_encode(),
+        "lat": pa.array([48.0, 48.001], pa.float64()),
+        "lng": pa.array(["9", "9.0"]),
+        "compass": pa.array([None, 400], pa.int16()),
+        "path": pa.array(["not", "this"]),
+    }
+    pq.write_table(pa.table(columns), sink)
+    storage.write_bytes(f"{root}/database.csv", sink.getvalue())
+    storage.write_bytes(f"{root}/queries.csv", b"\xef\xbb\xbfImage,lat,lng\nq.jpg,48,9.0001")
+    names = PositionColumns(path="Image", latitude="lat", longitude="lng", heading="compass")
+    benchmark = load_benchmark(config(root, columns=names), "unused")
+    assert [row[0] for row in rows_of(benchmark.database)] == ["a.jpg", "b.jpg"]
+    # Longitude 9 is the middle of zone 32, where the scale is 0.9996.
+    assert [row[1] for row in rows_of(benchmark.database)] == pytest.approx([500_000.0, 500_000.0])
+    assert [row[3] for row in rows_of(benchmark.database)] == [40.0, None]
+    assert positives_of(benchmark) == {"q.jpg": ["b.jpg"]}
+    storage.remove_tree(root)
+
+
+def test_utm_columns_count_where_both_tables_have_them(tmp_path: Path) -> None:
+    touch(tmp_path, "database/a.jpg", "queries/q.jpg")
+    both = "path,utm_east,utm_north,latitude,longitude\n{},1,2,48,9\n"
+    degrees, metres = "path,latitude,longitude\n{},48,9\n", "path,utm_east,utm_north\n{},1,2\n"
+    for database, queries, east_m in ((both, both, 1.0), (both, metres, 1.0), (both, degrees, 500_000.0)):
+        write_tables(tmp_path, database.format("a.jpg"), queries.format("q.jpg"))
+        assert rows_of(load(tmp_path).database)[0][1] == pytest.approx(east_m)
+    write_tables(tmp_path, degrees.format("a.jpg"), metres.format("q.jpg"))
+    with pytest.raises(UserError, match=r"utm_east,utm_north, the other latitude,longitude; expected the same in both"):
+        load(tmp_path)
+
+
+def test_all_that_is_wrong_is_found_in_one_pass(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"database/{name}.jpg" for name in "abcdefgh"), "queries/q.jpg")
+    write_tables(
+        tmp_path,
+        "path,latitude,longitude,heading\n"
+        "a.jpg,48,9,\n"
+        "b.jpg,95,9,10\n"
+        "c.jpg,nan,9,10\n"
+        "d.jpg,48,,10\n"
+        "\n"
+        "e.jpg,48,-180.5,10\n"
+        "nowhere.jpg,48,9,10\n"
+        "a.jpg,48,9,10\n"
+        "f.jpg,48,north,inf\n"
+        ",48,9,10\n"
+        "g.jpg,48,139,10\n"
+        "h.jpg,4",
+        "path,latitude,longitude\nq.jpg,1e400,9\n",
+    )
+    found = problems_of(tmp_path)
+    assert found == [
+        "database.csv, row 13: 2 cells, expected 4",
+        "database.csv, row 8: no photo 'nowhere.jpg' in database; expected a path below that folder",
+        "database.csv, row 11: no photo '' in database; expected a path below that folder",
+        "database.csv, row 9: a.jpg again, first in row 2",
+        "database.csv, row 4: latitude is 'nan'; expected a number",
+        "database.csv, row 3: latitude is '95'; expected degrees from -90 to 90",
+        "database.csv, row 5: longitude is empty; expected a number",
+        "database.csv, row 10: longitude is 'north'; expected a number",
+        "database.csv, row 7: longitude is '-180.5'; expected degrees from -180 to 180",
+        "database.csv, row 10: heading is 'inf'; expected degrees or nothing",
+        "queries.csv, row 2: latitude is '1e400'; expected a number",
+        "database.csv, row 12: latitude 48, longitude 139 is too far from UTM zone 32, where the database lies; "
+        "expected photos within 900 km of longitude 9",
+    ]
+    with pytest.raises(UserError, match=r"database\.csv, row 13: 2 cells, expected 4 \(and 11 more; ray_jobs\.check"):
+        load(tmp_path)
+
+
+def test_a_parquet_table_is_held_to_the_same(tmp_path: Path) -> None:
+    touch(tmp_path, "database/a.jpg", "database/b.jpg", "queries/q.jpg")
+    write_tables(tmp_path, "", "path,utm_east,utm_north\nq.jpg,1,2\n")
+    rows: dict[str, Any] = {
+        "path": ["a.jpg", None, "b.jpg"],
+        "utm_east": [1.0, 2.0, float("nan")],
+        "utm_north": [1, None, 3],
+    }
+    pq.write_table(pa.table(rows), tmp_path / "database.csv")
+    assert [line.removeprefix("database.csv, ") for line in problems_of(tmp_path)] == [
+        "row 2: no photo '' in database; expected a path below that folder",
+        "row 3: utm_east is 'nan'; expected a number",
+        "row 2: utm_north is empty; expected a number",
+    ]
+    whole = (tmp_path / "database.csv").read_bytes()
+    pq.write_table(pa.table(rows | {"utm_north": [[1], [2], [3]]}), tmp_path / "database.csv")
+    assert problems_of(tmp_path)[-1] == "database.csv: column utm_north holds list<element: int64>; expected numbers"
+    (tmp_path / "database.csv").write_bytes(whole[:-20])
+    (line,) = problems_of(tmp_path)
+    assert line.startswith("database.csv: not a Parquet file, or a damaged one: ")
+
+
+EXPECTED = (
+    "expected path and either utm_east,utm_north or latitude,longitude (benchmark.columns.* gives them other names)"
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"path,latitude,lon\na.jpg,48,9\n", f": its columns are path,latitude,lon; {EXPECTED}"),
+        (b"name,utm_east,utm_north\na.jpg,48,9\n", f": its columns are name,utm_east,utm_north; {EXPECTED}"),
+        (b"path;utm_east;utm_north\na.jpg;48;9\n", f": its columns are path;utm_east;utm_north; {EXPECTED}"),
+        (b"path,utm_east,utm_north,path\na.jpg,4,9,b\n", ": more than one column path; expected path,"),
+        (b"path,utm_east,utm_north\n\xff.jpg,4,9\n", ": not a CSV file, or a damaged one: "),
+        (b"path,utm_east,utm_north\n", ": no row that can be used; expected one for each photo"),
+        (b"path,utm_east,utm_north\n\n \n,,\n", ": no row that can be used; expected one for each photo"),
+        (b'path,utm_east,utm_north\n"a.jpg,4,9\n', ", row 2: 1 cells, expected 3"),
+        (b"", ": not a CSV file: its first line is empty"),
+        (b"\xff\xd8\xff\xe0\x00\x10JFIF", ": not a CSV file: its first line holds a zero byte"),
+    ],
+)
+def test_what_is_no_table_of_positions_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    touch(tmp_path, "database/a.jpg", "queries/q.jpg")
+    write_tables(tmp_path, "path,utm_east,utm_north\na.jpg,1,2\n", "")
+    (tmp_path / "queries.csv").write_bytes(content)
+    assert problems_of(tmp_path)[0].startswith(f"queries.csv{message}")
+
+
+def test_tables_that_are_not_there_and_both_of_them(tmp_path: Path) -> None:
+    touch(tmp_path, "database/a.jpg", "queries/q.jpg")
+    assert problems_of(tmp_path, queries_table=str(tmp_path)) == [
+        "benchmark.database_table=database.csv: no such file; expected a CSV or Parquet file",
+        f"benchmark.queries_table={tmp_path}: no such file; expected a CSV or Parquet file",
+    ]
+
+
+ANY_PATH = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r\n"), min_size=1).filter(str.strip)
+NUMBERS = st.floats(-1e9, 1e9)
+
+
+@given(st.dictionaries(ANY_PATH, st.tuples(NUMBERS, NUMBERS, st.none() | st.floats(0, 359)), min_size=1, max_size=8))
+def test_csv_tables_round_trip(rows: dict[str, tuple[float, float, float | None]]) -> None:
+    sink = io.StringIO(newline="")
+    writer = csv.writer(sink)
+    writer.writerow(["path", "utm_east", "utm_north", "heading"])
+    writer.writerows([path, *numbers] for path, numbers in rows.items())
+    photos, queries = Manifest.of("root", sorted([*rows, "z" * 100])), Manifest.of("queries", ["q.jpg"])
+    problems = Problems()
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "database.csv").write_text(sink.getvalue(), encoding="utf-8", newline="")
+        settings = config(folder, radius_m=None, queries_table=None)
+        database, _ = positions_from_tables(settings, photos, queries, problems)
+    assert problems.lines == []
+    assert rows_of(database) == [(path, *rows[path]) for path in sorted(rows)]
+
+
+# EXIF
+
+
+def photo(suffix: str = "jpg", size_px: int = 32, **entries: Any) -> bytes:
+    exif = Image.Exif()
+    gps = exif.get_ifd(IFD.GPSInfo)
+    for name, value in entries.items():
+        gps[GPS[name]] = value
+    sink = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (size_px, size_px, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(sink, {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[suffix], exif=exif.tobytes())
+    return sink.getvalue()
+
+
+def at(latitude: tuple[float, float, float], longitude: tuple[float, float, float], **others: object) -> dict[str, Any]:
+    return {"GPSLatitudeRef": "N", "GPSLatitude": latitude, "GPSLongitudeRef": "E", "GPSLongitude": longitude} | others
+
+
+WEST: dict[str, Any] = at(
+    (50, 46, 31.08), (5, 59, 59.64), GPSImgDirectionRef="T", GPSImgDirection=IFDRational(3705, 10)
+)
+EAST: dict[str, Any] = at((50, 46, 31.08), (6, 0, 0.36), GPSImgDirectionRef="M", GPSImgDirection=IFDRational(10, 1))
+
+
+def east(entries: dict[str, Any]) -> bytes:
+    """The photo at the place EAST, with some other entries."""
+    return photo("jpg", 32, **(EAST | entries))
+
+
+def put(root: Path, name: str, data: bytes) -> None:
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_bytes(data)
+
+
+def test_positions_come_from_exif_across_zones(tmp_path: Path) -> None:
+    """The same two places as in the table: 50.7753 north, 5.9999 and 6.0001 east."""
+    put(tmp_path, "queries/q.jpg", photo(**WEST))
+    for suffix in ("jpg", "png", "webp"):
+        put(tmp_path, f"database/{suffix}.{suffix}", photo(suffix, **EAST))
+    put(tmp_path, "database/far.jpg", east({"GPSLongitude": (6, 0, 1.44)}))
+    benchmark = load(tmp_path, "exif")
+    assert positives_of(benchmark) == {"q.jpg": ["jpg.jpg", "png.png", "webp.webp"]}
+    assert np.hypot(*(benchmark.database.utm_m[1] - benchmark.queries.utm_m[0])) == pytest.approx(14.107, rel=1e-3)
+    assert rows_of(benchmark.queries)[0][3] == 10.5
+    assert rows_of(benchmark.database)[0][3] is None  # from magnetic north
+
+
+def test_south_and_west_are_negative() -> None:
+    found = gps_position(photo("jpg", 32, **at((33, 30, 0), (70, 36, 36), GPSLatitudeRef="S", GPSLongitudeRef="W")))
+    assert (found.latitude_deg, found.longitude_deg) == pytest.approx((-33.5, -70.61))
+    assert np.isnan(found.heading_deg)
+
+
+def test_the_head_of_a_jpeg_is_enough_and_other_files_are_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large, png = photo(size_px=600, **WEST), photo("png", size_px=300, **WEST)
+    assert min(len(large), len(png)) > NUM_HEAD_BYTES
+    start = png.index(b"eXIf") - 4
+    end = start + 12 + struct.unpack(">I", png[start : start + 4])[0]
+    late = png[:start] + png[end:-12] + png[start:end] + png[-12:]  # the chunk stands behind the pixels
+    put(tmp_path, "database/large.jpg", large)
+    put(tmp_path, "queries/late.png", late)
+    whole: list[str] = []
+    read_bytes = storage.read_bytes
+    monkeypatch.setattr(storage, "read_bytes", lambda url: (whole.append(url), read_bytes(url))[1])
+    assert positives_of(load(tmp_path, "exif")) == {"late.png": ["large.jpg"]}
+    assert whole == [f"{tmp_path}/queries/late.png"]
+
+
+def test_an_exif_block_cut_anywhere_never_says_another_place() -> None:
+    whole = photo(**WEST)
+    start = whole.index(b"Exif\0\0")
+    (size,) = struct.unpack(">H", whole[start - 2 : start])
+    expected, messages = gps_position(whole), set()
+    for cut in range(size - 2):
+        block = struct.pack(">H", cut + 2) + whole[start : start + cut]
+        data = whole[: start - 2] + block + whole[start - 2 + size :]
+        try:
+            found = gps_position(data)
+            assert (found.latitude_deg, found.longitude_deg) == (expected.latitude_deg, expected.longitude_deg)
+        except GpsError as error:
+            messages.add(str(error).split(":")[0])
+    assert messages == {"no GPS position in its EXIF", "its EXIF block is cut short or damaged"}
+    messages = set[str]()
+    for cut in range(len(whole)):
+        try:
+            assert gps_position(whole[:cut]) == expected
+        except GpsError as error:
+            messages.add(str(error).split(")")[1])
+    assert len(messages) == 1
+    assert "not a photo or cut short" in messages.pop()
+
+
+def test_photos_that_do_not_say_where_are_named_one_by_one(tmp_path: Path) -> None:
+    put(tmp_path, "queries/q.jpg", photo(**WEST))
+    whole = photo(**EAST)
+    wrong = {
+        "a.jpg": (photo(), "no GPS position in its EXIF: expected GPSLatitude, GPSLatitudeRef, GPSLongitude"),
+        "b.jpg": (whole[: whole.index(b"Exif\0\0") + 60], "can't be opened (OSError), not a photo or cut short"),
+        "c.jpg": (b"", "can't be opened (UnidentifiedImageError), not a photo or cut short; expected a whole one of"),
+        "d.jpg": (east({"GPSLatitude": (95, 0, 0)}), "GPSLatitude is 95; expected degrees from -90 to 90"),
+        "e.jpg": (east({"GPSLongitude": (181, 0, 0)}), "GPSLongitude is 181; expected degrees from -180"),
+        "f.jpg": (east({"GPSLatitudeRef": "E"}), "GPSLatitudeRef is 'E'; expected N or S"),
+        "g.jpg": (
+            east({"GPSLatitude": (IFDRational(0, 0),) * 3}),
+            "GPSLatitude is (nan, nan, nan); expected degrees, minutes and seconds",
+        ),
+        "h.jpg": (whole.replace(b"\x88\x25", b"\x88\x26", 1), "no GPS position in its EXIF"),
+    }
+    for name, (data, _) in wrong.items():
+        put(tmp_path, f"database/{name}", data)
+    put(tmp_path, "database/good.jpg", whole)
+    (tmp_path / "database" / "i.jpg").mkdir()
+    (tmp_path / "database" / "j.jpg").symlink_to(tmp_path / "gone.jpg")
+    found = problems_of(tmp_path, "exif")
+    assert [line.split(": ", 1)[0] for line in found] == [f"database/{name}" for name in (*wrong, "j.jpg")]
+    for line, (_, message) in zip(found, wrong.values(), strict=False):
+        assert line.split(": ", 1)[1].startswith(message)
+    assert "can't be read: " in found[-1]
+    with pytest.raises(UserError, match=r"a\.jpg: no GPS position in its EXIF: .* \(and 8 more; ray_jobs"):
+        load(tmp_path, "exif")
+
+
+def test_no_photo_says_where(tmp_path: Path) -> None:
+    put(tmp_path, "queries/q.jpg", photo(**WEST))
+    put(tmp_path, "database/a.jpg", photo())
+    assert len(problems_of(tmp_path, "exif")) == 1
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"database_table": "t.csv"}, r"benchmark\.database_table is set: expected benchmark\.positions=table, too"),
+        ({"queries_table": "t.csv"}, r"benchmark\.queries_table is set: expected benchmark\.positions=table"),
+        ({"positions": PositionSource.table}, r"positions=table: expected benchmark\.database_table=FILE"),
+        (
+            {"positions": PositionSource.table, "database_table": "t.csv", "radius_m": 25.0},
+            r"positions=table: expected benchmark\.queries_table=FILE",
+        ),
+        ({"database_table": " "}, r"benchmark\.database_table is empty"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        FoldersConfig(name="mine", database="d", queries="q", **settings)
+
+
+def test_columns_need_names_of_their_own() -> None:
+    with pytest.raises(UserError, match=r"benchmark\.columns: lat stands for two columns"):
+        PositionColumns(latitude="lat", longitude="lat")
+    with pytest.raises(UserError, match=r"benchmark\.columns\.path is empty"):
+        PositionColumns(path="")

@@ -1,0 +1,175 @@
+"""Every public benchmark, in miniature and by its name: from `datasets_root` through the single-machine pipeline."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pairvpr.config.compose import load, load_evaluations
+from pairvpr.config.schema import CheckBenchmarkConfig
+from pairvpr.data import storage
+from pairvpr.data.benchmarks import load_benchmark
+from pairvpr.data.manifest import Benchmark, Manifest
+from pairvpr.data.toy_benchmarks import write_benchmarks
+from pairvpr.errors import UserError
+from pairvpr.evaluation.recall import recall_at
+from pairvpr.models.pair_vpr import PairVPR
+from pairvpr.retrieval import pipeline
+from tests.support.small import PUBLIC, shaken_model, small_evaluate_config
+
+# Queries, database photos, and the positives of the first and the last query; 4 places of each benchmark.
+PLAIN = (4, 8, [0, 1], [6, 7])
+EXPECTED: dict[str, tuple[int, int, list[int] | None, list[int] | None]] = {
+    "msls_val": (8, 16, [0, 1], [14, 15]),
+    "msls_test": (30, 48, None, None),
+    "nordland_2760": (3, 22, [0, 1], [19, 20, 21]),
+    "nordland_27592": (24, 24, list(range(11)), list(range(13, 24))),
+    "pitts250k_test": (8, 16, [0, 1], [14, 15]),
+    "tokyo247": (4, 12, [0, 4, 8], [3, 7, 11]),
+}
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """The pipeline sets torch's threads; other tests get theirs back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `datasets_root`."""
+    folder = tmp_path_factory.mktemp("datasets")
+    write_benchmarks(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model() -> PairVPR:
+    """The small network, its weights shaken so that photos differ."""
+    return shaken_model()
+
+
+def benchmark_of(root: Path | str, name: str) -> Benchmark:
+    config = load(CheckBenchmarkConfig, [f"benchmark={name}", f"datasets_root={root}"])
+    return load_benchmark(config.benchmark, "unused")
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_miniature_goes_through_the_pipeline(root: Path, model: PairVPR, name: str) -> None:
+    benchmark = benchmark_of(root, name)
+    num_queries, num_database, first, last = EXPECTED.get(name, PLAIN)
+    assert (benchmark.name, len(benchmark.queries), len(benchmark.database)) == (name, num_queries, num_database)
+    answers = pipeline.run(benchmark, model, small_evaluate_config("unused", num_candidates=4, num_retrieved=100))
+    assert [sorted(answer.candidates.tolist()) for answer in answers] == [list(range(num_database))] * num_queries
+    assert [len(answer.reranked) for answer in answers] == [4] * num_queries
+    if first is None or last is None:
+        assert benchmark.positives is None
+        return
+    assert benchmark.positives is not None
+    assert (benchmark.positives[0].tolist(), benchmark.positives[-1].tolist()) == (first, last)
+    recalls = recall_at([answer.candidates for answer in answers], benchmark.positives, [1, num_database])
+    assert recalls[num_database] == 100.0
+    hits = [answer.candidates[0] in ids for answer, ids in zip(answers, benchmark.positives, strict=True)]
+    assert recalls[1] == pytest.approx(100.0 * np.mean(hits))
+
+
+def place(photos: Manifest, image_id: int) -> int:
+    """The place that is drawn, which the toy city writes into the names of its photos."""
+    found = re.search(r"s\d{6}p(\d{6})d", photos.path(image_id))
+    assert found is not None
+    return int(found[1])
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC if not name.startswith(("msls", "nordland", "pitts"))])
+def test_positives_are_the_photos_of_the_place(root: Path, name: str) -> None:
+    benchmark = benchmark_of(root, name)
+    assert benchmark.positives is not None
+    for query_id, ids in enumerate(benchmark.positives):
+        here = place(benchmark.queries, query_id)
+        same = [i for i in range(len(benchmark.database)) if place(benchmark.database, i) == here]
+        assert ids.tolist() == same
+        assert len(same) > 0
+
+
+def test_a_tokyo_query_has_positives_in_several_folders(root: Path) -> None:
+    benchmark = benchmark_of(root, "tokyo247")
+    assert benchmark.positives is not None
+    for ids in benchmark.positives:
+        assert [benchmark.database.path(i).split("/")[0] for i in ids] == ["03800", "03801", "03802"]
+
+
+def test_sfxl_shares_one_database(root: Path) -> None:
+    four = [benchmark_of(root, name) for name in PUBLIC if name.startswith("sfxl_")]
+    assert {(one.database.root, one.database.paths_sha256) for one in four} == {
+        (f"{root}/sf_xl/test/database", four[0].database.paths_sha256)
+    }
+    assert len({one.queries.paths_sha256 for one in four}) == 4
+
+
+def test_svox_selects_its_queries(root: Path) -> None:
+    six = {name: benchmark_of(root, name) for name in PUBLIC if name.startswith("svox")}
+    folders = {name: one.queries.root.removeprefix(f"{root}/svox/images/test/") for name, one in six.items()}
+    assert folders == {name: name.replace("svox", "queries") for name in six}
+    assert {one.database.root for one in six.values()} == {f"{root}/svox/images/test/gallery"}
+
+
+def test_lists_of_pittsburgh_are_parts_of_one_download(root: Path) -> None:
+    val, test, both = (benchmark_of(root, name) for name in ("pitts30k_val", "pitts30k_test", "pitts250k_test"))
+    assert val.database.paths + test.database.paths == both.database.paths
+    assert val.queries.paths + test.queries.paths == both.queries.paths
+    assert both.queries.paths[0] == "000/000000_pitch1_yaw1.jpg"
+    assert both.queries.root == f"{root}/pittsburgh/queries_real"
+
+
+def test_no_two_benchmarks_have_one_stamp(root: Path) -> None:
+    stamps = {name: benchmark_of(root, name).stamp() for name in ("nordland_2760", "nordland_27592", "svox", "sped")}
+    assert (stamps["nordland_2760"]["tolerance_frames"], stamps["nordland_27592"]["tolerance_frames"]) == (1, 10)
+    assert "tolerance_frames" not in stamps["sped"]
+    assert {stamp["queries_without_positives"] for stamp in stamps.values()} == {"count as a miss"}
+    assert {stamp["exif_rotation"] for stamp in stamps.values()} == {"applied"}
+
+
+def test_one_line_loads_several(root: Path) -> None:
+    line = [
+        "benchmarks=[msls_val,tokyo247,nordland_2760]",
+        f"datasets_root={root}",
+        "output=/o",
+        "benchmark.radius_m=5",
+    ]
+    configs = load_evaluations([*line, "benchmark.tolerance_frames=0"])
+    loaded = [load_benchmark(config.benchmark, "unused") for config in configs]
+    assert [one.protocol["radius_m"] for one in loaded] == [5.0, 5.0, None]
+    assert loaded[2].positives is not None
+    assert [ids.tolist() for ids in loaded[2].positives] == [[0], [10], [20]]
+
+
+@pytest.mark.parametrize("name", ["msls_val", "nordland_2760", "pitts30k_test", "tokyo247"])
+def test_downloads_may_lie_in_a_store(root: Path, name: str) -> None:
+    folder = {"msls_val": "msls", "nordland_2760": "nordland", "pitts30k_test": "pittsburgh", "tokyo247": "tokyo247"}
+    for path in storage.list_files(f"{root}/{folder[name]}"):
+        storage.write_bytes(f"memory://data/{folder[name]}/{path}", (root / folder[name] / path).read_bytes())
+    here, there = benchmark_of(root, name), benchmark_of("memory://data/", name)
+    assert there.stamp() == here.stamp()
+    assert there.queries.url(0).startswith("memory://data/")
+    storage.remove_tree("memory://data")
+
+
+def test_a_public_benchmark_that_is_not_there(tmp_path: Path) -> None:
+    for name in ("msls_test", "nordland_27592", "pitts30k_val", "sfxl_night"):
+        with pytest.raises(UserError, match=r"^benchmark\.(root|database|db_struct)=.*: no") as caught:
+            benchmark_of(tmp_path, name)
+        assert str(tmp_path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_miniatures_keep_off_the_streets_of_training_sets(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected 0 to 999, because training sets show the streets of larger ones"):
+        write_benchmarks(str(tmp_path), seed=999)
+    assert list(tmp_path.iterdir()) == []
