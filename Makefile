@@ -41,7 +41,8 @@ tiny: setup
 	$(BIN)/python -m pairvpr.data.toy_training_sets $(TINY)/photos
 	$(BIN)/python -m ray_jobs.train_stage_one train=tiny train.root=$(TINY)/photos output=$(TINY)/stage_one
 	$(BIN)/python -m ray_jobs.train_stage_two train=tiny train.root=$(TINY)/photos output=$(TINY)/stage_two \
-	    train.start=$(TINY)/stage_one/checkpoints/last.pt train.validation=toy_city train.validation.seed=500
+	    train.start=$(TINY)/stage_one/checkpoints/last.pt train.validation=toy_city train.validation.seed=500 \
+	    train.validation.num_places=200
 	$(BIN)/python -m ray_jobs.export_weights checkpoint=$(TINY)/stage_two/checkpoints/last.pt \
 	    output=$(TINY)/tiny.safetensors half=true
 

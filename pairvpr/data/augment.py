@@ -19,7 +19,6 @@ CROP_TRIES = 10
 JITTER = (0.6, 1.4)
 JITTERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
-NUM_OPERATIONS = 3
 BIN = 9 / 30  # bin 9 of 31, the first being 0
 SHEAR = 0.3 * BIN
 TRANSLATE = 150 / 331 * BIN  # share of the side
@@ -36,9 +35,10 @@ def augment_stage_one(image: Image.Image, image_size_px: int, rng: Generator) ->
     return np.array(colour_jitter(crop, rng))
 
 
-def augment_stage_two(image: Image.Image, image_size_px: int, rng: Generator) -> NDArray[np.uint8]:
+def augment_stage_two(image: Image.Image, image_size_px: int, num_operations: int, rng: Generator) -> NDArray[np.uint8]:
     """(S, S, 3) uint8 of an RGB photo: resized, aspect ratio not kept, then RandAugment (method, section 5)."""
-    return np.array(rand_augment(image.resize((image_size_px, image_size_px), Image.Resampling.BILINEAR), rng))
+    resized = image.resize((image_size_px, image_size_px), Image.Resampling.BILINEAR)
+    return np.array(rand_augment(resized, num_operations, rng))
 
 
 def crop_box(width_px: int, height_px: int, rng: Generator) -> tuple[int, int, int, int]:
@@ -66,9 +66,9 @@ def colour_jitter(image: Image.Image, rng: Generator) -> Image.Image:
     return image
 
 
-def rand_augment(image: Image.Image, rng: Generator) -> Image.Image:
-    """Three of the fourteen operations, drawn uniformly and with replacement, each with a random sign."""
-    for index in rng.integers(len(OPERATIONS), size=NUM_OPERATIONS):
+def rand_augment(image: Image.Image, num_operations: int, rng: Generator) -> Image.Image:
+    """So many of the fourteen operations, drawn uniformly and with replacement, each with a random sign."""
+    for index in rng.integers(len(OPERATIONS), size=num_operations):
         sign = 1 if rng.integers(2) else -1
         image = OPERATIONS[index](image, sign)
     return image

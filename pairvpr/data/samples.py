@@ -210,6 +210,7 @@ class PlaceSampler:
     load: Load
     seed: int
     image_size_px: int
+    num_operations: int  # of RandAugment
 
     def __len__(self) -> int:
         """Places in an epoch."""
@@ -224,7 +225,9 @@ class PlaceSampler:
         rng = rng_of(self.seed, Stream.STAGE_TWO_SAMPLE, epoch, position)
         place = int(city_order(self._cities, self.seed)[position])
         drawn = draw_views(self.training_set, place, PHOTOS_PER_PLACE, rng, self.load)
-        images = np.stack([augment_stage_two(image, self.image_size_px, rng) for image in drawn.images])
+        images = np.stack(
+            [augment_stage_two(image, self.image_size_px, self.num_operations, rng) for image in drawn.images]
+        )
         return PlaceSample(images, np.int64(drawn.place), drawn.urls, drawn.num_redrawn, drawn.num_places_skipped)
 
 

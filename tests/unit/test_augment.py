@@ -162,7 +162,7 @@ def test_rand_augment_draws_operations_and_signs_uniformly(monkeypatch: pytest.M
     monkeypatch.setattr(augment, "OPERATIONS", tuple(spy(index) for index in range(14)))
     rng, num_photos = np.random.default_rng(1), 2800
     for _ in range(num_photos):
-        augment.rand_augment(photo(), rng)
+        augment.rand_augment(photo(), 3, rng)
     assert len(met) == 3 * num_photos
     counts = Counter(met)
     assert set(counts) == {(index, sign) for index in range(14) for sign in (1, -1)}
@@ -182,7 +182,7 @@ def test_rand_augment_is_the_operations_one_after_another() -> None:
         for t in (1, -1)
         for u in (1, -1)
     }
-    drawn = [augment.rand_augment(image, np.random.default_rng(seed)).tobytes() for seed in range(400)]
+    drawn = [augment.rand_augment(image, 3, np.random.default_rng(seed)).tobytes() for seed in range(400)]
     share = np.mean([picture in results for picture in drawn])
     assert share == pytest.approx((4 / 14) ** 3, abs=0.03)
 
@@ -288,15 +288,21 @@ def test_factors_of_one_change_nothing() -> None:
 
 def test_stage_two_resizes_the_whole_photo_then_augments() -> None:
     image = photo(48, 100)
-    got = augment.augment_stage_two(image, 56, np.random.default_rng(5))
+    got = augment.augment_stage_two(image, 56, 2, np.random.default_rng(5))
     resized = image.resize((56, 56), Image.Resampling.BILINEAR)
     assert got.shape == (56, 56, 3)
     assert got.dtype == np.uint8
     assert got.flags.writeable
-    np.testing.assert_array_equal(got, np.asarray(augment.rand_augment(resized, np.random.default_rng(5))))
+    np.testing.assert_array_equal(got, np.asarray(augment.rand_augment(resized, 2, np.random.default_rng(5))))
+    untouched = augment.augment_stage_two(image, 56, 0, np.random.default_rng(5))
+    np.testing.assert_array_equal(untouched, np.asarray(resized))
 
 
-@pytest.mark.parametrize("function", [augment.augment_stage_one, augment.augment_stage_two])
+def _stage_two(image: Image.Image, image_size_px: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+    return augment.augment_stage_two(image, image_size_px, 3, rng)
+
+
+@pytest.mark.parametrize("function", [augment.augment_stage_one, _stage_two])
 def test_the_generator_alone_decides(function: Callable[..., NDArray[np.uint8]]) -> None:
     image = photo()
     before = image.tobytes()

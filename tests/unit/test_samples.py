@@ -62,7 +62,7 @@ def pair_sampler(load: FakeLoad | None = None, seed: int = 3, sets: tuple[FakeSe
 
 def place_sampler(load: FakeLoad | None = None, seed: int = 3) -> PlaceSampler:
     cities = (("Rome", range(6)), ("OSL", range(6, 6)), ("Osaka", range(6, 15)))
-    return PlaceSampler(FakeSet("gsv", (5,) * 15, cities), load or FakeLoad(), seed, image_size_px=28)
+    return PlaceSampler(FakeSet("gsv", (5,) * 15, cities), load or FakeLoad(), seed, image_size_px=28, num_operations=3)
 
 
 def contents(sample: PairSample | PlaceSample) -> tuple[object, ...]:
