@@ -1,7 +1,7 @@
 # make demo   a recall table of a small city drawn by code, from a fresh clone
 # make test   all tests                make check  lint, types, import contracts
 # make soak   faults and properties at length, by hand
-# make tiny   train the small network of the demo from nothing (an experiment)
+# make tiny   train the small network of the demo from nothing, in half an hour
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check soak tiny lock clean
 
@@ -21,7 +21,7 @@ help:
 setup: .venv/installed
 
 demo: setup
-	$(BIN)/python -m ray_jobs.evaluate benchmark=toy_city output=$(DEMO)
+	$(BIN)/python -m ray_jobs.evaluate benchmark=toy_city rerank.num_candidates=20 output=$(DEMO)
 
 test: setup
 	$(BIN)/python -m pytest tests -m "not soak and not cluster" -n 2 --dist loadfile

@@ -6,9 +6,9 @@ Run it by hand on an idle machine, from the root of the checkout. A miniature GS
 folder. Rounds alternate: baseline, ours, ...
 
 - baseline: draw the samples of a batch, normalise, forward, backward, AdamW; no log, no checkpoint, no Ray.
-- ours: `python -m ray_jobs.train_stage_one` and `train_stage_two` with one worker; the rates are those of its own
-  `metrics.jsonl`, from the first logged row on, so that starting Ray and the worker does not count. It also says which
-  share of the time a step waits for its photos, which are decoded in the same process (`train.loader_processes=0`).
+- ours: `python -m ray_jobs.train_stage_one` and `train_stage_two` with one worker and the recipe's loader process; the
+  rates are those of its own `metrics.jsonl`, from the first logged row on, so that starting Ray and the worker does not
+  count. It also says which share of the time a step waits for its photos.
 
 Goal: ours / baseline of the medians at least 0.9.
 """

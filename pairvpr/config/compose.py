@@ -66,6 +66,7 @@ def load(job: type[T], arguments: Sequence[str]) -> T:
             _check_keys(job, overrides)
             config = compose(JOBS[job], [_for_hydra(job, override) for override in overrides])
             _check_missing(config)
+            _strip_slashes(config)
             return cast(T, OmegaConf.to_object(config))
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(_one_line(error)) from error
@@ -81,7 +82,7 @@ def load_evaluations(arguments: Sequence[str]) -> list[schema.EvaluateConfig]:
         overrides = _parse(arguments)
         names = _several_benchmarks(overrides)
     if names is None:
-        return [load(schema.EvaluateConfig, arguments)]
+        return [load(schema.EvaluateConfig, [*arguments, "benchmarks=[]"])]  # also where an experiment has some
     for name in names:
         _check_choice("benchmark", name, sorted(_benchmarks()))
     configs = []
@@ -147,6 +148,8 @@ def _hydra() -> initialize_config_dir:
         store.store(name=f"{name}_schema", node=job)
     for name, layout in LAYOUTS.items():
         store.store(group="benchmark", name=f"{name}_schema", node=layout)
+    # `${configs:model/tiny.safetensors}` is a file that lies beside the YAML files, wherever they are installed.
+    OmegaConf.register_new_resolver("configs", lambda name: str(_config_directory() / name), replace=True)
     return initialize_config_dir(str(_config_directory()), version_base="1.3", job_name="pairvpr")
 
 
@@ -257,17 +260,20 @@ def _check_keys(job: type, overrides: Sequence[Override]) -> None:
 def _check_missing(config: DictConfig) -> None:
     """Raise `UserError` that names every key without a value, `datasets_root` where the benchmark lies below it."""
     plain = OmegaConf.to_container(config, resolve=False)
-    root = config.get("datasets_root")
-    if root is None:
-        used = "${datasets_root}" in str(plain)
-    else:
-        used = False
-        config.datasets_root = root if root.endswith("://") else root.rstrip("/") or root
+    used = config.get("datasets_root") is None and "${datasets_root}" in str(plain)
     missing = sorted({*_missing_keys(plain), *(["datasets_root"] if used else [])})
     if missing:
         about = "datasets_root: the folder or URL below which the data sets lie; " if used else ""
         keys = ", ".join(f"{key}=..." for key in missing)
         raise UserError(f"missing: {keys} ({about}--help explains each key)")
+
+
+def _strip_slashes(config: DictConfig) -> None:
+    """Paths of other settings lie below these two, and on an object store `a//b` is not `a/b`."""
+    for name in ("datasets_root", "output"):
+        value = config.get(name)
+        if value is not None and not value.endswith("://"):
+            config[name] = value.rstrip("/") or value
 
 
 def _missing_keys(node: object, prefix: str = "") -> Iterator[str]:

@@ -47,6 +47,7 @@ def arguments(stage: int, root: Path, output: Path, *more: str) -> list[str]:
         "train.global_batch_size=4",
         "train.log_every_steps=1",
         "train.num_threads_per_worker=1",
+        "train.loader_processes=0",
         *(["train.datasets=[gsv_cities]", "train.warmup_epochs=1", "train.lr=0.01"] if stage == 1 else []),
         *more,
     ]

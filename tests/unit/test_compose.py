@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 import pytest
@@ -62,7 +63,10 @@ def test_defaults_are_those_of_the_schema_and_the_tiny_model() -> None:
         schema.RerankConfig(),
         schema.ClusterConfig(),
     )
-    assert (config.model.name, config.model.weights, config.model.image_size_px) == ("tiny", None, 84)
+    assert (config.model.name, config.model.image_size_px) == ("tiny", 84)
+    assert config.model.weights is not None
+    assert Path(config.model.weights).is_file()  # wherever the project is installed
+    assert evaluation("model.weights=null").model.weights is None
     assert type(config.model.encoder.ffn) is schema.Ffn
     assert type(config.model.precision) is schema.Precision
 
@@ -206,6 +210,11 @@ def test_an_sfxl_experiment_is_four_benchmarks_over_one_index(mode: str) -> None
     assert {folder.database for folder in folders} == {"/data/sf_xl/test/database"}
     assert len({folder.queries for folder in folders}) == 4
     assert {config.index.path for config in configs} == {"/o/index"}
+    (slash,) = load_evaluations(
+        [f"experiment=sfxl_{mode}", "datasets_root=s3://d/", "output=s3://b/o/", "benchmark=sfxl_v1"]
+    )
+    assert (slash.output, slash.index.path, slash.benchmarks) == ("s3://b/o", "s3://b/o/index", [])
+    assert cast(FoldersConfig, slash.benchmark).database == "s3://d/sf_xl/test/database"
     plain = evaluation(f"experiment={mode}")
     assert [(config.model, config.rerank) for config in configs] == [(plain.model, plain.rerank)] * 4
 
