@@ -168,6 +168,10 @@ class MslsConfig(BenchmarkConfig):
         cities = f"benchmark.cities=[{','.join(self.cities)}]"
         require(len(self.cities) > 0, f"{cities}: expected one or more cities, such as [cph,sf]")
         require(len(set(self.cities)) == len(self.cities), f"{cities}: the same city is given twice")
+        require(
+            all(city and "/" not in city and not city.startswith(".") for city in self.cities),
+            f"{cities}: expected plain names of folders, such as [cph,sf]",
+        )
 
 
 @dataclass(kw_only=True, slots=True)

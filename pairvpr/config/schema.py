@@ -268,7 +268,7 @@ class EvaluateConfig(BenchmarkJobConfig):
     output: str = "???"
     """Directory (path or URL) of everything that the run writes; the same line again resumes it."""
     benchmarks: list[str] = field(default_factory=list)
-    """Several benchmarks in one run, by name, each in its own folder of the output."""
+    """One or more benchmarks in one run, by name, each in its own folder of the output."""
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     describe: DescribeConfig = field(default_factory=DescribeConfig)
@@ -327,3 +327,8 @@ class QueryConfig:
 
     def __post_init__(self) -> None:
         require_text(self, "", "queries", "output")
+        require(
+            self.rerank.report_candidates is None,
+            f"rerank.report_candidates={self.rerank.report_candidates}: queries without ground truth are not audited; "
+            "expected null",
+        )

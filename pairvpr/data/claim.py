@@ -26,6 +26,8 @@ def check_claim(directory: str, settings: Mapping[str, Any], key: str, ignored: 
         raise UserError(_no_directory(directory, key)) from error
     except OSError as error:
         raise UserError(f"{key}={directory}: its {FILE} can't be read: {storage.reason(error)}") from error
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{key}={directory}: its {FILE} is not readable: {storage.reason(error)}") from error
     found = differences(made_by, settings, ignored)

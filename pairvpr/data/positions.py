@@ -36,6 +36,7 @@ _NUM_READERS = 16
 _PHOTOS_AT_A_TIME = 256
 
 _LIMITS_DEG = (90.0, 180.0)
+_MOST_UTM_M = 1e8  # farther than any point of the Earth from any zone's origin
 
 
 def positions_from_names(photos: Manifest, key: str, problems: Problems) -> Manifest:
@@ -45,7 +46,7 @@ def positions_from_names(photos: Manifest, key: str, problems: Problems) -> Mani
     """
     fields = pc.extract_regex(photos.path_column, _NAME)
     east, north, heading = (_field(fields, name) for name in ("east", "north", "heading"))
-    has_position = ~np.isnan(east)
+    has_position = (np.abs(east) <= _MOST_UTM_M) & (np.abs(north) <= _MOST_UTM_M)  # NaN is not
     for image_id in np.flatnonzero(~has_position).tolist():
         problems.add(
             f"{key}: {photos.path(image_id)} has no coordinates in its name; "
@@ -100,13 +101,16 @@ def positions_from_tables(
     return placed[0], placed[1] if len(placed) > 1 else queries
 
 
-def positions_from_exif(database: Manifest, queries: Manifest, problems: Problems) -> tuple[Manifest, Manifest]:
-    """The photos with the positions, and headings from true north, of their EXIF blocks.
+def positions_from_exif(
+    config: FoldersConfig, database: Manifest, queries: Manifest, problems: Problems
+) -> tuple[Manifest, Manifest]:
+    """The photos with the positions, and headings from true north, of their EXIF blocks; queries for a radius only.
 
     A photo that does not say where it was taken is a problem; raises `UserError` where no database photo does.
     """
-    database, queries = _in_one_zone([_read_exif(photos, problems) for photos in (database, queries)], problems)
-    return database, queries
+    parts = (database, queries) if config.radius_m is not None else (database,)
+    placed = _in_one_zone([_read_exif(photos, problems) for photos in parts], problems)
+    return placed[0], placed[1] if len(placed) > 1 else queries
 
 
 def _in_utm(located: _Located) -> Manifest:
@@ -122,14 +126,16 @@ def _in_one_zone(located: list[_Located], problems: Problems) -> list[Manifest]:
     placed = []
     for part in located:
         utm_m = utm.to_utm(part.coordinates[:, 0], part.coordinates[:, 1], zone)
-        for i in np.flatnonzero(~utm.is_near(utm_m)).tolist():
+        is_near = utm.is_near(utm_m)
+        for i in np.flatnonzero(~is_near).tolist():
             latitude_deg, longitude_deg = part.coordinates[i]
             problems.add(
                 f"{part.where(i)}: latitude {latitude_deg:g}, longitude {longitude_deg:g} is too far from UTM "
                 f"zone {zone.number}, where the database lies; expected photos within "
                 f"{utm.MOST_EAST_M / 1000:.0f} km of longitude {zone.central_meridian_deg:g}"
             )
-        placed.append(part.photos.with_positions(utm_m, part.heading_deg))
+        near = np.flatnonzero(is_near)
+        placed.append(part.photos.only(near).with_positions(utm_m[near], part.heading_deg[near]))
     return placed
 
 
@@ -174,11 +180,11 @@ def _read_table(
         is_number = ~np.isnan(coordinates[:, axis])
         for i in np.flatnonzero(~is_number).tolist():
             problems.add(f"{rows.where(i)}: {rows.cell(name, i)}; expected a number")
-        is_inside = np.ones(len(rows), bool)
-        if pair == _pairs(columns)[1]:
-            is_inside = np.abs(coordinates[:, axis]) <= _LIMITS_DEG[axis]
-            for i in np.flatnonzero(is_number & ~is_inside).tolist():
-                problems.add(f"{rows.where(i)}: {rows.cell(name, i)}; expected {_range_text(axis)}")
+        is_degrees = pair == _pairs(columns)[1]
+        is_inside = np.abs(coordinates[:, axis]) <= (_LIMITS_DEG[axis] if is_degrees else _MOST_UTM_M)
+        expected = _range_text(axis) if is_degrees else "metres of one UTM zone"
+        for i in np.flatnonzero(is_number & ~is_inside).tolist():
+            problems.add(f"{rows.where(i)}: {rows.cell(name, i)}; expected {expected}")
         is_usable &= is_number & is_inside
     heading_deg = np.full(len(rows), np.nan)
     if has_heading:

@@ -27,6 +27,7 @@ pc: Any = compute  # its functions are made at run time, so their types are not 
 
 _PARQUET_MAGIC = b"PAR1"
 _BLOCK_BYTES = 1 << 24  # a row must fit into it
+_DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)  # what pyarrow raises for it
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 
 
@@ -84,14 +85,15 @@ class TableFile:
     data: bytes
 
     @classmethod
-    def open(cls, url: str, key: str) -> TableFile:
-        """Read a file; `key` is the setting that named it. Raises `UserError` where it can't be read."""
+    def open(cls, url: str, key: str | None = None) -> TableFile:
+        """Read a file; `key` is the setting that named it, if one did. Raises `UserError` where it can't be read."""
+        named = url if key is None else f"{key}={url}"
         try:
             return cls(url, storage.read_bytes(url))
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-            raise UserError(f"{key}={url}: no such file; expected a CSV or Parquet file") from error
+            raise UserError(f"{named}: no such file; expected a CSV or Parquet file") from error
         except OSError as error:
-            raise UserError(f"{key}={url}: can't be read: {storage.reason(error)}") from error
+            raise UserError(f"{named}: can't be read: {storage.reason(error)}") from error
 
     @cached_property
     def names(self) -> list[str]:
@@ -99,7 +101,7 @@ class TableFile:
         if self._is_parquet:
             try:
                 return pq.read_schema(pa.BufferReader(self.data)).names
-            except pa.ArrowException as error:
+            except _DAMAGE as error:
                 raise self._not_a_table(error) from error
         line = self.data.split(b"\n", 1)[0].rstrip(b"\r")
         if b"\0" in line:
@@ -126,7 +128,7 @@ class TableFile:
             )
         try:
             return self._read_parquet(names) if self._is_parquet else self._read_csv(names, problems)
-        except pa.ArrowException as error:
+        except _DAMAGE as error:
             raise self._not_a_table(error) from error
 
     @property
@@ -135,6 +137,7 @@ class TableFile:
 
     def _read_parquet(self, names: Sequence[str]) -> Rows:
         columns = pq.read_table(pa.BufferReader(self.data), columns=list(names))
+        columns.validate(full=True)
         return Rows(self.url, columns, np.arange(1, columns.num_rows + 1))
 
     def _read_csv(self, names: Sequence[str], problems: Problems) -> Rows:
@@ -153,13 +156,12 @@ class TableFile:
             # One thread, because only that one knows the numbers of the rows.
             arrow_csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES),
             arrow_csv.ParseOptions(ignore_empty_lines=False, invalid_row_handler=note),
-            arrow_csv.ConvertOptions(
-                include_columns=list(names), column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False
-            ),
+            arrow_csv.ConvertOptions(column_types=dict.fromkeys(self.names, pa.string()), strings_can_be_null=False),
         )
         numbers = np.arange(2, 2 + columns.num_rows + len(left_out))
         rows = Rows(self.url, columns, numbers[~np.isin(numbers, left_out)])
-        return _without_blank(rows)
+        rows = _without_blank(rows)
+        return Rows(self.url, rows.columns.select(list(names)), rows.numbers)
 
     def _not_a_table(self, error: Exception) -> UserError:
         kind = "Parquet" if self._is_parquet else "CSV"
@@ -167,7 +169,7 @@ class TableFile:
 
 
 def _without_blank(rows: Rows) -> Rows:
-    """Blank lines look like rows of empty cells."""
+    """A line of which every cell is empty is a blank one; what other columns hold makes it a row."""
     filled = np.zeros(len(rows), dtype=bool)
     for column in rows.columns.columns:
         filled |= pc.not_equal(column, "").to_numpy()

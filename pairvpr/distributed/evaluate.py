@@ -105,9 +105,9 @@ def _default_num_shards(num_images: int) -> int:
 
 
 def prepare(configs: Sequence[EvaluateConfig]) -> list[Run]:
-    """Check all benchmarks of a run; writes nothing. Several go to folders of their own, and share the weights."""
+    """Check all benchmarks of a run; writes nothing. Those of a list get folders of their own and share the weights."""
     outputs = [storage.absolute(config.output) for config in configs]
-    if len(configs) > 1:
+    if len(configs) > 1 or configs[0].benchmarks:
         outputs = [storage.join(output, config.benchmark.name) for output, config in zip(outputs, configs, strict=True)]
     indices = [
         storage.absolute(config.index.path or storage.join(output, "index"))

@@ -1,10 +1,11 @@
-"""How far a mean over the queries could be off by the choice of queries: percentile bootstrap intervals.
+"""How far a mean over the queries could be off by the choice of queries: bootstrap intervals and the sign test.
 
 Q queries.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,3 +43,10 @@ def bootstrap_interval(values: NDArray[np.float64]) -> Interval:
     draws = np.random.default_rng(SEED).multinomial(len(values), counts / len(values), size=NUM_RESAMPLES)
     low, high = np.percentile(draws @ distinct / len(values), [2.5, 97.5])
     return Interval(float(np.mean(values)), float(low), float(high))
+
+
+def sign_test(num_better: int, num_worse: int) -> float:
+    """Exact two-sided p that queries which changed, changed for better and worse alike (McNemar's exact test)."""
+    num_changed, fewer = num_better + num_worse, min(num_better, num_worse)
+    tail = sum(math.comb(num_changed, count) for count in range(fewer + 1))
+    return min(1.0, 2 * tail / 2**num_changed)

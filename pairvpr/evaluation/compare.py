@@ -1,7 +1,8 @@
 """`python -m pairvpr.evaluation.compare RUN RUN ...`: evaluations side by side, if they are of one test.
 
-A RUN is the output directory (path or URL) of an evaluation. Runs of one benchmark share a table; runs whose
-protocols differ are refused, by name of what differs. Two runs of one benchmark are also compared query by query.
+A RUN is the output directory (path or URL) of an evaluation. Runs of one protocol share a table. Runs of one name whose
+protocols differ are refused, by name of what differs, and so are runs of which no two are of one protocol. Two runs of
+one protocol are also compared query by query.
 Neither torch nor Ray is needed.
 """
 
@@ -21,11 +22,12 @@ from numpy.typing import NDArray
 from pairvpr.data import storage
 from pairvpr.data.claim import FILE as SETTINGS_FILE
 from pairvpr.errors import UserError
-from pairvpr.evaluation.bootstrap import bootstrap_interval
+from pairvpr.evaluation.bootstrap import bootstrap_interval, sign_test
 from pairvpr.evaluation.recall import first_hits
 
 SHOWN_N = ("1", "5", "10")
 DIGEST_LENGTH = 12
+SIGNIFICANT = 0.05
 NEEDED = ("benchmark", "protocol", "model", "recall", "candidate_ceiling", "num_candidates")
 
 
@@ -45,19 +47,24 @@ class FinishedRun:
 def compare(urls: Sequence[str]) -> str:
     """The tables of all runs as text.
 
-    Raises `UserError` for fewer than two runs, for what is no finished evaluation with ground truth, and for runs of
-    one benchmark whose protocols differ.
+    Raises `UserError` for fewer than two runs, for what is no finished evaluation with ground truth, for runs of one
+    benchmark whose protocols differ, and where no two runs have the same protocol.
     """
     if len(urls) < 2:
         raise UserError(f"{len(urls)} run given: expected two or more output directories of evaluations")
-    by_benchmark: dict[str, list[FinishedRun]] = {}
-    for url in urls:
-        run = read_run(url)
-        by_benchmark.setdefault(run.metrics["benchmark"], []).append(run)
-    for runs in by_benchmark.values():
-        _check_one_protocol(runs)
+    all_runs = [read_run(url) for url in urls]
+    tests: list[list[FinishedRun]] = []
+    for run in all_runs:
+        _check_protocol(run, all_runs)
+        same = next((runs for runs in tests if runs[0].protocol == run.protocol), None)
+        if same is None:
+            tests.append([run])
+        else:
+            same.append(run)
+    if len(tests) == len(all_runs):
+        raise _different_tests(*all_runs[:2])
     sections = []
-    for runs in by_benchmark.values():
+    for runs in tests:
         lines = _table(runs)
         if len(runs) == 2:
             lines += ["", *_paired(*runs)]
@@ -76,6 +83,8 @@ def read_run(url: str) -> FinishedRun:
         raise UserError(f"{url}: no metrics.json there; expected the output directory of an evaluation") from error
     except OSError as error:
         raise UserError(f"{metrics_url}: can't be read: {storage.reason(error)}") from error
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{metrics_url}: not a JSON file: {storage.reason(error)}") from error
     missing = [key for key in NEEDED if not isinstance(content, dict) or key not in content]
@@ -83,23 +92,32 @@ def read_run(url: str) -> FinishedRun:
         raise UserError(f"{metrics_url}: no entry {', '.join(missing)}; expected the metrics.json of an evaluation")
     if content["recall"] is None:
         raise UserError(f"{url}: {content['benchmark']} has no ground truth, so there is no recall to compare")
-    return FinishedRun(url, content)
+    run = FinishedRun(url, content)
+    try:
+        _table([run])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{metrics_url}: damaged; expected the metrics.json of an evaluation") from error
+    return run
 
 
-def _check_one_protocol(runs: Sequence[FinishedRun]) -> None:
-    first = runs[0]
-    for other in runs[1:]:
-        keys = [key for key in {**first.protocol, **other.protocol} if _differs(first, other, key)]
-        if keys:
-            found = "; ".join(
-                f"{key}: {_short(first.protocol.get(key, 'absent'))} here, "
-                f"{_short(other.protocol.get(key, 'absent'))} there"
-                for key in keys
-            )
-            raise UserError(
-                f"{first.metrics['benchmark']}: {first.url} (here) and {other.url} (there) are different tests, "
-                f"their numbers can't be compared: {found}"
-            )
+def _check_protocol(run: FinishedRun, others: Sequence[FinishedRun]) -> None:
+    """Raise `UserError` where a run of the same benchmark has another protocol."""
+    for other in others:
+        if other.metrics["benchmark"] == run.metrics["benchmark"] and other.protocol != run.protocol:
+            raise _different_tests(run, other)
+
+
+def _different_tests(first: FinishedRun, other: FinishedRun) -> UserError:
+    found = "; ".join(
+        f"{key}: {_short(first.protocol.get(key, 'absent'))} here, {_short(other.protocol.get(key, 'absent'))} there"
+        for key in {**first.protocol, **other.protocol}
+        if _differs(first, other, key)
+    )
+    names = dict.fromkeys(run.metrics["benchmark"] for run in (first, other))
+    return UserError(
+        f"{' and '.join(names)}: {first.url} (here) and {other.url} (there) are different tests, "
+        f"their numbers can't be compared: {found}"
+    )
 
 
 def _differs(first: FinishedRun, other: FinishedRun, key: str) -> bool:
@@ -148,13 +166,16 @@ def _row(run: FinishedRun) -> list[str]:
 def _paired(first: FinishedRun, second: FinishedRun) -> list[str]:
     """What changed from the first run's best re-ranked answers to the second's, and whether it may be chance."""
     before, after = first_answer_is_right(first), first_answer_is_right(second)
+    corrected, broken = int((after & ~before).sum()), int((before & ~after).sum())
     difference = bootstrap_interval(after.astype(np.float64) - before.astype(np.float64))
-    verdict = "beyond chance" if difference.excludes_zero else "not beyond chance"
+    # Where few queries changed, the bootstrap's interval is too narrow; the sign test is exact.
+    p = sign_test(corrected, broken)
+    verdict = "beyond chance" if difference.excludes_zero and p < SIGNIFICANT else "not beyond chance"
     return [
-        f"from {first.url} to {second.url}, re-ranked, N = 1: {int((after & ~before).sum())} queries corrected, "
-        f"{int((before & ~after).sum())} broken",
+        f"from {first.url} to {second.url}, re-ranked, N = 1: {corrected} queries corrected, {broken} broken",
         f"the difference in recall@1, {100 * difference.mean:+.1f} points, is {verdict}: 95 % interval "
-        f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f} (paired bootstrap over {len(before)} queries)",
+        f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f} (paired bootstrap over {len(before)} queries), "
+        f"exact sign test p = {p:.3g}",
     ]
 
 

@@ -57,9 +57,7 @@ class StageTwo(Stage[PlaceSample]):
             StageTwoStep(self.model, context.group, pair_loss_weight=train.pair_loss_weight), context
         )
         self.optimizer = stage_two_optimizer(self.model)
-        self.sampler = PlaceSampler(
-            places, load_view, train.seed, model.image_size_px, train.num_augment_operations
-        )
+        self.sampler = PlaceSampler(places, load_view, train.seed, model.image_size_px, train.num_augment_operations)
         self.rows_per_rank = [
             PHOTOS_PER_PLACE * len(rank_slice(train.global_batch_size, rank, context.world_size))
             for rank in range(context.world_size)

@@ -32,9 +32,8 @@ def test_sfxl_runs_over_one_index(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert [path.relative_to(tmp_path / "out").parts[0] for path in tmp_path.rglob("index.faiss")] == ["index"]
     assert (tmp_path / "out" / "index" / "manifest.json").is_file()
     assert (printed.out + printed.err).count("describe database: finished earlier, skipped") == 1
-    assert main([f"{tmp_path}/out/sfxl_v1", f"{tmp_path}/out/sfxl_night"]) == 0
-    tables = capsys.readouterr().out
-    assert all(f"{report['benchmark']}: 3 queries, 6 database photos" in tables for report in reports)
+    assert main([f"{tmp_path}/out/sfxl_v1", f"{tmp_path}/out/sfxl_night"]) == 2
+    assert "are different tests, their numbers can't be compared: queries_paths_sha256: " in capsys.readouterr().err
 
 
 def test_a_challenge_gets_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pairvpr.evaluation.bootstrap import bootstrap_interval
+from pairvpr.evaluation.bootstrap import bootstrap_interval, sign_test
 
 
 def hits(num_right: int, num_queries: int) -> np.ndarray:
@@ -57,3 +57,10 @@ def test_many_queries_take_no_memory_of_their_number() -> None:
     """A table of all draws of 3 million queries would be 240 GB."""
     found = bootstrap_interval(hits(2_000_000, 3_000_000))
     assert found.low == pytest.approx(2 / 3 - 1.96 * np.sqrt(2 / 9 / 3e6), abs=3e-5)
+
+
+@pytest.mark.parametrize(("better", "worse"), [(0, 0), (4, 0), (1, 1), (7, 1), (2, 9), (30, 12), (900, 1100)])
+def test_sign_test_is_the_binomial_test(better: int, worse: int) -> None:
+    changed = better + worse
+    expected = stats.binomtest(better, changed).pvalue if changed else 1.0
+    assert sign_test(better, worse) == pytest.approx(expected, rel=1e-9)

@@ -110,7 +110,7 @@ def test_every_fault_at_once_is_found_in_one_pass(tmp_path: Path, capsys: pytest
         found[7],
         found[8],
     ]
-    assert found[4].startswith(f"benchmark.root={sf}/database/seq_info.csv: no such file")
+    assert found[4].startswith(f"{sf}/database/seq_info.csv: no such file")
     assert found[7].startswith(f"{sf}/query/subtask_index.csv: no column all; expected all")
     assert found[8].startswith(f"{database}/images/{keys[6]}.jpg: ")
     assert found[8].endswith("; expected a photo")

@@ -93,6 +93,9 @@ def test_a_table_of_three_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("before", "after", "counts", "difference", "verdict"),
     [
+        # The sign test by hand: 2 x 0.5^4 = 0.125, 2 x 0.5^6 = 0.031.
+        (range(10), range(14), "4 queries corrected, 0 broken", "+10.0 points", "is not beyond chance"),
+        (range(10), range(16), "6 queries corrected, 0 broken", "+15.0 points", "is beyond chance"),
         (range(10), range(25), "15 queries corrected, 0 broken", "+37.5 points", "is beyond chance"),
         (range(25), range(10), "0 queries corrected, 15 broken", "-37.5 points", "is beyond chance"),
         (range(10), range(1, 12), "2 queries corrected, 1 broken", "+2.5 points", "is not beyond chance"),
@@ -106,7 +109,7 @@ def test_two_runs_query_by_query(
     text = compare([one, two])
     assert f"from {one} to {two}, re-ranked, N = 1: {counts}\n" in text
     assert f"the difference in recall@1, {difference}, {verdict}: 95 % interval " in text
-    assert text.endswith("(paired bootstrap over 40 queries)")
+    assert "(paired bootstrap over 40 queries), exact sign test p = " in text
     assert compare([one, two]) == text
     assert first_answer_is_right(read_run(two)).tolist() == [query_id in after for query_id in range(NUM_QUERIES)]
 
@@ -186,6 +189,15 @@ def test_different_tests_are_refused_by_name_of_what_differs(
     refusal(one, write_run(tmp_path / "three", []), two, capsys=capsys)
 
 
+def test_the_protocol_counts_and_not_the_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, mine = write_run(tmp_path / "one", range(10)), write_run(tmp_path / "mine", range(20), benchmark("mine"))
+    assert "10 queries corrected" in compare([one, mine])
+    far = write_run(tmp_path / "far", range(10), benchmark("far", radius_m=50.0))
+    message = refusal(one, far, capsys=capsys)
+    assert message.startswith(f"error: made_up and far: {one} (here) and {far} (there) are different tests")
+    assert message.endswith("can't be compared: radius_m: 25.0 here, 50.0 there\n")
+
+
 def test_where_the_photos_lie_makes_no_other_test(tmp_path: Path) -> None:
     moved = other(database=Manifest.of("s3://bucket/d", benchmark().database.paths))
     assert "corrected" in compare([write_run(tmp_path / "one", []), write_run(tmp_path / "two", [], moved)])
@@ -207,6 +219,12 @@ def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert f"{bad}/metrics.json: not a JSON file" in refusal(good, str(bad), capsys=capsys)
     (bad / "metrics.json").write_text('{"benchmark": "x", "recall": {}}')
     assert "no entry protocol, model, candidate_ceiling" in refusal(good, str(bad), capsys=capsys)
+    content = storage.read_json(f"{good}/metrics.json")
+    for damage in ({"recall": {}}, {"model": None}, {"protocol": 3}, {"candidate_ceiling": "x"}):
+        storage.write_json(str(bad / "metrics.json"), content | damage)
+        assert f"{bad}/metrics.json: damaged; expected" in refusal(good, str(bad), capsys=capsys)
+    assert "gs://" in (said := refusal(good, "gs://bucket/run", capsys=capsys))
+    assert "not a JSON file" not in said
     (bad / "metrics.json").write_text("[1]")
     assert "no entry benchmark" in refusal(good, str(bad), capsys=capsys)
 

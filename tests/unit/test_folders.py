@@ -80,8 +80,15 @@ def test_csv_as_other_programs_write_it(root: Path, content: str) -> None:
     assert positives_of(load_csv(root, content)) == [[], [], [1], []]
 
 
-def test_csv_with_a_header_alone_has_no_positives(root: Path) -> None:
-    assert positives_of(load_csv(root, "query,database\n")) == [[], [], [], []]
+def test_csv_with_a_header_alone_is_refused(root: Path) -> None:
+    with pytest.raises(UserError, match=r"positives\.csv: no row that can be used; expected one for each pair$"):
+        load_csv(root, "query,database\n")
+
+
+def test_a_photo_is_no_query_to_itself(root: Path) -> None:
+    config = FoldersConfig(name="folders", database=f"{root}/database", queries=f"{root}/database")
+    with pytest.raises(UserError, match=r"^folders: .* are queries and database photos at once; expected each photo"):
+        load_benchmark(config, "unused")
 
 
 @pytest.mark.parametrize(

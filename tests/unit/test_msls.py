@@ -259,6 +259,10 @@ FAULTS: list[tuple[Callable[[Path], object], list[str]]] = [
         replaced("subtask_index.csv", ",all,", ",ALL,"),
         ["subtask_index.csv: no column all; expected all"],
     ),
+    (
+        replaced("subtask_index.csv", "True", ""),
+        ["subtask_index.csv, row 2: all is empty; expected True or False"],
+    ),
     (replaced("raw.csv", "True", "maybe"), ["raw.csv, row 5: pano is 'maybe'; expected True or False"]),
     (
         replaced("raw.csv", "diagonal", "vertical"),

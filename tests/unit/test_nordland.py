@@ -35,6 +35,11 @@ def whole(name: str) -> list[list[int]]:
     return [ids.tolist() for ids in found]
 
 
+def test_numbers_beyond_any_film_are_none() -> None:
+    names = ("99999999999999999999.jpg", "9223372036854775807.jpg", "@1e20@0@.jpg", "@0@99999999999999@.jpg")
+    assert [frame_number(name) for name in names] == [None] * 4
+
+
 def test_every_tenth_frame_in_full_size() -> None:
     positives = whole("nordland_2760")
     assert len(positives) == 2_760

@@ -291,6 +291,32 @@ def test_a_parquet_table_is_held_to_the_same(tmp_path: Path) -> None:
     assert line.startswith("database.csv: not a Parquet file, or a damaged one: ")
 
 
+def test_a_parquet_table_with_a_damaged_byte_is_one_line_or_whole(tmp_path: Path) -> None:
+    """Whatever pyarrow makes of it: a `UserError`, problems or a table, and never another exception."""
+    touch(tmp_path, "database/a.jpg", "queries/q.jpg")
+    write_tables(tmp_path, "", "path,utm_east,utm_north\nq.jpg,1,2\n")
+    file = tmp_path / "database.csv"
+    pq.write_table(pa.table({"path": ["a.jpg"] * 40, "utm_east": [1.0] * 40, "utm_north": [2.0] * 40}), file)
+    whole, num_refused = file.read_bytes(), 0
+    for place in range(4, len(whole), 3):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        lines = problems_of(tmp_path)
+        assert all("\n" not in line for line in lines)
+        num_refused += "a damaged one" in lines[0]
+    assert num_refused > 50
+
+
+def test_photos_far_from_the_zone_are_left_out(tmp_path: Path) -> None:
+    touch(tmp_path, "database/a.jpg", "database/b.jpg", "database/c.jpg", "queries/q.jpg", "queries/r.jpg")
+    header = "path,latitude,longitude\n"
+    write_tables(tmp_path, f"{header}a.jpg,0,3\nb.jpg,0,3\nc.jpg,0,93\n", f"{header}q.jpg,0,3\nr.jpg,0,93\n")
+    lines = problems_of(tmp_path)
+    assert [line.split(": ")[0] for line in lines] == ["database.csv, row 4", "queries.csv, row 3"]
+    assert all("longitude 93 is too far from UTM zone 31" in line for line in lines)
+    write_tables(tmp_path, "path,utm_east,utm_north\na.jpg,1e200,3\n", "path,utm_east,utm_north\nq.jpg,0,3\n")
+    assert "database.csv, row 2: utm_east is '1e200'; expected metres of one UTM zone" in problems_of(tmp_path)
+
+
 EXPECTED = (
     "expected path and either utm_east,utm_north or latitude,longitude (benchmark.columns.* gives them other names)"
 )
@@ -327,7 +353,7 @@ def test_tables_that_are_not_there_and_both_of_them(tmp_path: Path) -> None:
 
 
 ANY_PATH = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r\n"), min_size=1).filter(str.strip)
-NUMBERS = st.floats(-1e9, 1e9)
+NUMBERS = st.floats(-1e8, 1e8)
 
 
 @given(st.dictionaries(ANY_PATH, st.tuples(NUMBERS, NUMBERS, st.none() | st.floats(0, 359)), min_size=1, max_size=8))

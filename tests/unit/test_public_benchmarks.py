@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from pairvpr.data.manifest import Benchmark, Manifest
 from pairvpr.data.toy_benchmarks import write_benchmarks
 from pairvpr.errors import UserError
 from pairvpr.evaluation.recall import recall_at
+from pairvpr.evaluation.report import RunFacts, metrics, summary
 from pairvpr.models.pair_vpr import PairVPR
 from pairvpr.retrieval import pipeline
 from tests.support.small import PUBLIC, shaken_model, small_evaluate_config
@@ -80,6 +82,37 @@ def test_a_miniature_goes_through_the_pipeline(root: Path, model: PairVPR, name:
     assert recalls[1] == pytest.approx(100.0 * np.mean(hits))
 
 
+def test_msls_val_is_reported_by_city(root: Path, model: PairVPR) -> None:
+    benchmark, config = benchmark_of(root, "msls_val"), small_evaluate_config("unused", num_candidates=4)
+    answers = pipeline.run(benchmark, model, config)
+    facts = RunFacts(
+        weights_sha256="ab" * 32,
+        untrained=True,
+        num_candidates=4,
+        seconds_describe=0.0,
+        seconds_retrieve=0.0,
+        seconds_rerank=0.0,
+        num_rejected_database=0,
+        num_rejected_queries=0,
+    )
+    content = metrics(benchmark, answers, config.model, facts)
+    protocol, audit = content["protocol"], content["audit"]
+    assert (protocol["num_queries"], protocol["num_queries_dropped"], protocol["cities"]) == (8, 2, ["cph", "sf"])
+    assert {city: group["num_queries"] for city, group in audit["by_group"].items()} == {"cph": 4, "sf": 4}
+    for city, group in audit["by_group"].items():
+        right = [
+            [ids[0] // 8 == (city == "sf") and (ids[0] % 8) // 2 == answer.query_id % 4 for ids in rankings]
+            for answer in answers
+            for rankings in [(answer.candidates, answer.reranked)]
+            if benchmark.queries.path(answer.query_id).startswith(f"{city}/")
+        ]
+        row = group["by_num_candidates"]["4"]
+        assert row["reranked"]["1"] == pytest.approx(100 * np.mean([after for _, after in right]))
+        assert row["corrected"] == sum(after and not before for before, after in right)
+        assert row["broken"] == sum(before and not after for before, after in right)
+    assert "2 further queries without a positive are dropped" in summary(content)
+
+
 def place(photos: Manifest, image_id: int) -> int:
     """The place that is drawn, which the toy city writes into the names of its photos."""
     found = re.search(r"s\d{6}p(\d{6})d", photos.path(image_id))
@@ -129,10 +162,17 @@ def test_lists_of_pittsburgh_are_parts_of_one_download(root: Path) -> None:
 
 
 def test_no_two_benchmarks_have_one_stamp(root: Path) -> None:
-    stamps = {name: benchmark_of(root, name).stamp() for name in ("nordland_2760", "nordland_27592", "svox", "sped")}
+    stamps = {name: benchmark_of(root, name).stamp() for name in PUBLIC}
+    # The other miniatures show the same photos under the same names.
+    others = [
+        json.dumps(stamps[name], sort_keys=True) for name in PUBLIC if name[:4] in ("msls", "nord", "pitt", "sfxl")
+    ]
+    assert len(set(others)) == len(others) == 11
     assert (stamps["nordland_2760"]["tolerance_frames"], stamps["nordland_27592"]["tolerance_frames"]) == (1, 10)
     assert "tolerance_frames" not in stamps["sped"]
-    assert {stamp["queries_without_positives"] for stamp in stamps.values()} == {"count as a miss"}
+    rules = {name: stamp["queries_without_positives"] for name, stamp in stamps.items()}
+    assert (rules.pop("msls_val"), rules.pop("msls_test")) == ("dropped", None)
+    assert set(rules.values()) == {"count as a miss"}
     assert {stamp["exif_rotation"] for stamp in stamps.values()} == {"applied"}
 
 

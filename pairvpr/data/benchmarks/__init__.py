@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pyarrow as pa
+
 from pairvpr.config.benchmark_schema import (
     BenchmarkConfig,
     FoldersConfig,
@@ -32,6 +34,26 @@ def read_benchmark(config: BenchmarkConfig, output: str, problems: Problems) -> 
 
     Raises `UserError` where nothing can be made of it.
     """
+    benchmark = _read(config, output, problems)
+    _check_apart(benchmark, problems)
+    return benchmark
+
+
+def _check_apart(benchmark: Benchmark, problems: Problems) -> None:
+    """A photo that is its own match would make every recall perfect."""
+    database, queries = benchmark.database, benchmark.queries
+    urls = [queries.url(query_id) for query_id in range(len(queries))]
+    below = [url.removeprefix(f"{database.root}/") for url in urls if url.startswith(f"{database.root}/")]
+    ids = database.ids_of(pa.chunked_array([below], pa.string()))
+    twice = [path for path, image_id in zip(below, ids, strict=True) if image_id >= 0]
+    if twice:
+        problems.add(
+            f"{benchmark.name}: {twice[0]} and {len(twice) - 1:,} others are queries and database photos at once; "
+            "expected each photo on one side"
+        )
+
+
+def _read(config: BenchmarkConfig, output: str, problems: Problems) -> Benchmark:
     match config:
         case FoldersConfig():
             return folders.load(config, problems)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pairvpr.config.benchmark_schema import BenchmarkConfig, MslsConfig, MslsSubtask, ToyCityConfig
+from pairvpr.config.benchmark_schema import BenchmarkConfig, MslsConfig, MslsSplit, MslsSubtask, ToyCityConfig
 from pairvpr.config.schema import CheckBenchmarkConfig
 from pairvpr.data import images
 from pairvpr.data.benchmarks import read_benchmark
@@ -39,6 +39,8 @@ WHOLE = {
     "sfxl_occlusion": Counts(76, _SFXL),
 }
 """Published sizes of benchmarks, by name (method, section 7)."""
+NUM_CITIES, RADIUS_M = {MslsSplit.train_val: 2, MslsSplit.test: 6}, 25.0
+"""Of the MSLS benchmarks that have these sizes."""
 
 
 def check_benchmark(config: CheckBenchmarkConfig) -> list[str]:
@@ -61,8 +63,11 @@ def check_benchmark(config: CheckBenchmarkConfig) -> list[str]:
 
 def _whole(config: BenchmarkConfig) -> Counts | None:
     """The published size of a benchmark, where it has one."""
-    is_part = isinstance(config, MslsConfig) and config.subtask is not MslsSubtask.all
-    return None if is_part else WHOLE.get(config.name)
+    if isinstance(config, MslsConfig):
+        is_whole = config.subtask is MslsSubtask.all and len(config.cities) == NUM_CITIES[config.split]
+        if not is_whole or config.radius_m != RADIUS_M:
+            return None
+    return WHOLE.get(config.name)
 
 
 def _check_counts(benchmark: Benchmark, whole: Counts | None, problems: Problems) -> None:

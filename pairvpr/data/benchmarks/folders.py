@@ -27,7 +27,9 @@ def load(config: FoldersConfig, problems: Problems) -> Benchmark:
     database, queries = _with_positions(config, found["database"], found["queries"], problems)
     positives, rule = None, "none"
     if config.positives is not None:
-        positives, rule = positives_from_table(config.positives, queries, database, problems), "list"
+        rule = "list"
+        with problems.gathered():
+            positives = positives_from_table(config.positives, queries, database, problems)
     elif config.radius_m is not None:
         positives, rule = within_radius(queries.utm_m, database.utm_m, config.radius_m), "radius"
     return Benchmark(
@@ -46,7 +48,7 @@ def _with_positions(
         case PositionSource.table:
             return positions_from_tables(config, database, queries, problems)
         case PositionSource.exif:
-            return positions_from_exif(database, queries, problems)
+            return positions_from_exif(config, database, queries, problems)
         case PositionSource.names:
             if config.radius_m is None:
                 return database, queries
@@ -64,6 +66,8 @@ def positives_from_table(
     A row that names an unknown photo is a problem. Raises `UserError`, naming the file, for a missing column.
     """
     rows = TableFile.open(url, "benchmark.positives").read(["query", "database"], problems)
+    if not len(rows):
+        problems.add(f"{url}: no row that can be used; expected one for each pair")
     query_ids, database_ids = _ids(rows, "query", queries, problems), _ids(rows, "database", database, problems)
     is_known = (query_ids >= 0) & (database_ids >= 0)
     pairs = np.unique(np.stack([query_ids, database_ids], axis=1)[is_known], axis=0)

@@ -173,7 +173,7 @@ def _read_tables(folder: str, columns: dict[str, list[str]], problems: Problems)
     tables: dict[str, Rows] = {}
     for name, wanted in columns.items():
         with problems.gathered():
-            tables[name] = TableFile.open(storage.join(folder, name), "benchmark.root").read(wanted, problems)
+            tables[name] = TableFile.open(storage.join(folder, name)).read(wanted, problems)
     if not tables:
         return tables
     _check_lengths(list(tables.values()), problems)

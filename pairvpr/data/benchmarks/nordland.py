@@ -18,6 +18,7 @@ from pairvpr.data.problems import Problems
 
 FRAME_SPACING_M = 25 / 10.5
 """Made-up distance of neighbouring frames in `@`-names: a radius of 25 m reaches 10 frames, and not 11."""
+_MOST_FRAMES = 10**9
 _NAME_PRECISION_M = 0.11  # such names are cut after one decimal
 
 
@@ -66,14 +67,18 @@ def frame_number(path: str) -> int | None:
     """The number of a frame, from 0; None for a name that says none."""
     name = PurePosixPath(path).stem
     if name.isdecimal() and name.isascii():
-        return int(name)
+        return int(name) if len(name) <= len(str(_MOST_FRAMES)) else None
     try:
         _, east_m, north_m, *_ = name.split("@")
         distance_m = float(east_m) + float(north_m)  # one of them is 0
         number = round(distance_m / FRAME_SPACING_M)
     except (ValueError, OverflowError):
         return None
-    return number if number >= 0 and abs(distance_m - number * FRAME_SPACING_M) < _NAME_PRECISION_M else None
+    return (
+        number
+        if 0 <= number < _MOST_FRAMES and abs(distance_m - number * FRAME_SPACING_M) < _NAME_PRECISION_M
+        else None
+    )
 
 
 def _numbered(photos: Manifest, key: str, problems: Problems) -> tuple[Manifest, NDArray[np.int64]]:

@@ -36,7 +36,9 @@ class ListedPhotos:
 
 def load(config: PittsburghConfig, problems: Problems) -> Benchmark:
     """Photos in the order of the list; positives within a radius."""
-    listed = read_db_struct(config.db_struct)
+    listed: dict[str, ListedPhotos] = {}
+    with problems.gathered():
+        listed = read_db_struct(config.db_struct)
     root = storage.absolute(config.root)
     try:
         there = storage.list_files(root)
@@ -44,8 +46,15 @@ def load(config: PittsburghConfig, problems: Problems) -> Benchmark:
         raise UserError(f"benchmark.root={config.root}: can't be read: {storage.reason(error)}") from error
     if not there:
         raise UserError(f"benchmark.root={config.root}: nothing there; expected the folders 000/ and {QUERIES_FOLDER}/")
-    database = _manifest(root, there, listed["database"], problems)
     in_queries = [path.removeprefix(f"{QUERIES_FOLDER}/") for path in there if path.startswith(f"{QUERIES_FOLDER}/")]
+    for folder, has_photos in (("000/", len(there) > len(in_queries)), (f"{QUERIES_FOLDER}/", bool(in_queries))):
+        if not has_photos:
+            problems.add(
+                f"benchmark.root={config.root}: no photo in {folder} there; expected those that the list names"
+            )
+    if not listed or not in_queries or len(there) == len(in_queries):
+        problems.raise_if_any()
+    database = _manifest(root, there, listed["database"], problems)
     queries = _manifest(storage.join(root, QUERIES_FOLDER), in_queries, listed["queries"], problems)
     if not len(database) or not len(queries):
         problems.raise_if_any()
