@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from pairvpr.config.schema import EncoderConfig, ModelConfig, Precision
+from pairvpr.config.schema import DecoderConfig, EncoderConfig, ModelConfig, Precision
 from pairvpr.models.pair_vpr import PairVPR, normalise
 from pairvpr.training.global_batch import StageOneStep, StageTwoStep
 from pairvpr.training.optimizer import (
@@ -157,7 +157,8 @@ def flop_of_a_step(step: Step, batch: int) -> int:
 def measure(job: Job, options: argparse.Namespace, device: torch.device, peak_tflops: float | None) -> list[str]:
     """A row of the table."""
     encoder = EncoderConfig(depth=options.depth, num_trainable_blocks=min(6, options.depth))
-    config = ModelConfig(image_size_px=job.image_size_px, precision=Precision.bf16, encoder=encoder)
+    decoder = DecoderConfig(depth=options.depth)
+    config = ModelConfig(image_size_px=job.image_size_px, precision=Precision.bf16, encoder=encoder, decoder=decoder)
     step = job.make_step(config, device)
     most = largest_batch(step, 2, options.limit)
     if most == 0:
@@ -188,7 +189,9 @@ def main() -> None:
     """Both stages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script (cuda)")
-    parser.add_argument("--depth", type=int, default=12, help="encoder blocks; fewer than 12 to try the script (12)")
+    parser.add_argument(
+        "--depth", type=int, default=12, help="blocks of encoder and decoder; fewer to try the script (12)"
+    )
     parser.add_argument("--limit", type=int, default=1024, help="largest batch that is tried (1024)")
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed (20)")
     parser.add_argument("--peak-tflops", type=float, help="dense bf16 peak of the GPU, where it is not known here")
@@ -215,7 +218,7 @@ def main() -> None:
         "",
         f"A batch is pairs of views (stage one) or places of {PHOTOS_OF_A_PLACE} photos (stage two).",
         f"Device: {name}, peak {peak or 'not known'} TFLOP/s; torch {torch.__version__}; "
-        f"{options.depth} encoder blocks.",
+        f"{options.depth} blocks in encoder and decoder.",
         f"Command: `python -m benchmarks.train_gpu --device {options.device} --depth {options.depth} "
         f"--limit {options.limit} --steps {options.steps}`",
     ]

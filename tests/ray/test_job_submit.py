@@ -1,4 +1,4 @@
-"""The same line under `ray job submit`, against a cluster that the test starts itself."""
+"""The same lines under `ray job submit`, against a cluster that the tests start themselves."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from ray.job_submission import JobSubmissionClient
 
+from pairvpr.training.metrics_log import read_metrics
+from tests.support import training
 from tests.support.runs import ROOT, arguments, wait_gone, wait_until
 
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -34,7 +37,7 @@ def _takes_jobs(address: str) -> bool:
     return True
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def dashboard(ray_home: Path) -> Iterator[str]:
     """The address that jobs are submitted to."""
     port = _free_port()
@@ -58,12 +61,11 @@ def dashboard(ray_home: Path) -> Iterator[str]:
     wait_gone(processes[1:])
 
 
-def test_job_submit(city: Path, expected: bytes, tmp_path: Path, dashboard: str) -> None:
-    line = arguments(city, tmp_path / "out", "index.num_shards=2", "rerank.num_actors=2")
-    submitted = subprocess.run(
+def _submit(dashboard: str, job: str, line: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [
             *(RAY, "job", "submit", "--address", dashboard, "--working-dir", ".", "--"),
-            *(sys.executable, "-m", "ray_jobs.evaluate", *line),
+            *(sys.executable, "-m", f"ray_jobs.{job}", *line),
         ],
         cwd=ROOT,
         env=os.environ | {"RAY_ADDRESS": ""},
@@ -71,6 +73,23 @@ def test_job_submit(city: Path, expected: bytes, tmp_path: Path, dashboard: str)
         text=True,
         timeout=400,
     )
+
+
+def test_evaluate(city: Path, expected: bytes, tmp_path: Path, dashboard: str) -> None:
+    line = arguments(city, tmp_path / "out", "index.num_shards=2", "rerank.num_actors=2")
+    submitted = _submit(dashboard, "evaluate", line)
     assert submitted.returncode == 0, submitted.stdout[-4000:] + submitted.stderr[-4000:]
     assert "recall@N" in submitted.stdout
     assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected
+
+
+def test_train(tmp_path: Path, dashboard: str) -> None:
+    training.draw_training_set(tmp_path)
+    here, there = (training.arguments(2, tmp_path, tmp_path / name, "train.max_steps=2") for name in ("here", "there"))
+    submitted = _submit(dashboard, "train_stage_two", there)
+    assert submitted.returncode == 0, submitted.stdout[-4000:] + submitted.stderr[-4000:]
+    num_threads = torch.get_num_threads()
+    rows = training.train_here(2, here)
+    torch.set_num_threads(num_threads)
+    assert training.losses(read_metrics(str(tmp_path / "there"))) == training.losses(rows)
+    assert len(rows) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from pairvpr.training.metrics_log import read_metrics
+from tests.support import training
 from tests.support.runs import arguments, start_job, wait_until
 
 QUICK_HEALTH_CHECKS = {
@@ -20,9 +23,9 @@ QUICK_HEALTH_CHECKS = {
 }
 
 
-@pytest.fixture
-def nodes() -> Iterator[tuple[Cluster, list[Any]]]:
-    """A head that runs no work and two workers of two CPUs each: three nodes, the workers listed."""
+@contextmanager
+def _three_nodes(cpus_per_worker: int) -> Iterator[tuple[Cluster, list[Any]]]:
+    """A head that runs no work and two workers: three nodes, the workers listed."""
     cluster = Cluster(
         initialize_head=True,
         head_node_args={
@@ -32,11 +35,20 @@ def nodes() -> Iterator[tuple[Cluster, list[Any]]]:
             "_system_config": QUICK_HEALTH_CHECKS,
         },
     )
-    workers = [cluster.add_node(num_cpus=2, object_store_memory=200 << 20) for _ in range(2)]
+    workers = [cluster.add_node(num_cpus=cpus_per_worker, object_store_memory=200 << 20) for _ in range(2)]
     cluster.wait_for_nodes()
-    yield cluster, workers
-    ray.shutdown()
-    cluster.shutdown()
+    try:
+        yield cluster, workers
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@pytest.fixture
+def nodes() -> Iterator[tuple[Cluster, list[Any]]]:
+    """Workers of two CPUs each."""
+    with _three_nodes(2) as found:
+        yield found
 
 
 @pytest.mark.parametrize("moment", ["never", "index/parts/*.npz", "reranked/*.parquet"])
@@ -59,3 +71,22 @@ def test_node_removed(
     _, err = driver.communicate(timeout=300)
     assert driver.returncode == 0, err
     assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("stage", training.STAGES)
+def test_node_lost_while_training(tmp_path: Path, stage: int) -> None:
+    """Each node has room for one of two workers; another node takes the lost one's place."""
+    training.draw_training_set(tmp_path)
+    more = ("train.num_workers=2", "train.checkpoint_every_steps=1")
+    training.train_on_ranks(stage, training.arguments(stage, tmp_path, tmp_path / "undisturbed", *more), 2, tmp_path)
+    expected, output = read_metrics(str(tmp_path / "undisturbed")), str(tmp_path / "out")
+    with _three_nodes(1) as (cluster, workers):
+        line = training.arguments(stage, tmp_path, tmp_path / "out", *more)
+        driver = start_job(training.JOBS[stage], line, RAY_ADDRESS=str(cluster.address))
+        wait_until(lambda: len(read_metrics(output)) >= 2, "the second step")
+        cluster.remove_node(workers[0], allow_graceful=False)
+        cluster.add_node(num_cpus=1, object_store_memory=200 << 20)
+        _, err = driver.communicate(timeout=300)
+    assert driver.returncode == 0, err
+    assert training.losses(read_metrics(output)) == training.losses(expected)

@@ -9,9 +9,8 @@ import pytest
 
 from pairvpr.training.metrics_log import read_metrics
 from tests.support.runs import descendants, run_job, start_job, wait_gone, wait_until
-from tests.support.training import STAGES, arguments, draw_training_set, losses, train_on_ranks
+from tests.support.training import JOBS, STAGES, arguments, draw_training_set, losses, train_on_ranks
 
-JOBS = {1: "train_stage_one", 2: "train_stage_two"}
 NUM_STEPS = 10
 
 

@@ -25,6 +25,7 @@ NUM_PLACES = 10
 CONFIGS = {1: TrainStageOneConfig, 2: TrainStageTwoConfig}
 MODULES = {1: stage_one, 2: stage_two}
 TIMEOUT = timedelta(seconds=120)
+JOBS = {1: "train_stage_one", 2: "train_stage_two"}
 NOT_THE_SAME = ("images_per_s", "waiting_for_data")
 
 
