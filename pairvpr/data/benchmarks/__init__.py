@@ -41,6 +41,8 @@ def read_benchmark(config: BenchmarkConfig, output: str, problems: Problems) -> 
 
 def _check_apart(benchmark: Benchmark, problems: Problems) -> None:
     """A photo that is its own match would make every recall perfect."""
+    if benchmark.positives is None:
+        return
     database, queries = benchmark.database, benchmark.queries
     urls = [queries.url(query_id) for query_id in range(len(queries))]
     below = [url.removeprefix(f"{database.root}/") for url in urls if url.startswith(f"{database.root}/")]
