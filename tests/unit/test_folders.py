@@ -88,7 +88,7 @@ def test_csv_with_a_header_alone_is_refused(root: Path) -> None:
 def test_a_photo_is_no_query_to_itself(root: Path) -> None:
     folder = f"{root}/database"
     config = FoldersConfig(name="folders", database=folder, queries=folder, positives=f"{root}/pairs.csv")
-    (root / "pairs.csv").write_text("query,database\na.jpg,b.jpg\n")
+    (root / "pairs.csv").write_text("query,database\na.jpg,a.jpg\n")
     with pytest.raises(UserError, match=r"^folders: .* are queries and database photos at once; expected each photo"):
         load_benchmark(config, "unused")
 
