@@ -6,6 +6,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
@@ -135,6 +136,29 @@ class _Window:
 
 def run(stage: Stage[Any], config: TrainConfig, context: TrainContext) -> None:
     """Train from the last checkpoint, or from the start, to the end."""
+    with deterministic_sums():
+        _run(stage, config, context)
+
+
+@contextmanager
+def deterministic_sums() -> Iterator[None]:
+    """Gradients of rows that are used twice are added up in a fixed order.
+
+    By default the threads of a CPU race for it, so equal runs drift apart. Where torch has no other way than an
+    unordered sum (some operators on a GPU) it warns.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills_memory = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fills_memory
+
+
+def _run(stage: Stage[Any], config: TrainConfig, context: TrainContext) -> None:
     batches_per_epoch = num_batches(len(stage.sampler), config.global_batch_size)
     scaler = torch.amp.GradScaler(context.device.type, enabled=stage.model.config.precision is Precision.fp16)
     position, counts = _restore(stage, scaler, context)

@@ -82,6 +82,17 @@ def test_two_equal_runs_are_equal(undisturbed: Path, root: Path, stage: int, tmp
     assert other_seed[0]["loss"] != rows[0]["loss"]
 
 
+def test_two_equal_runs_of_two_threads_are_equal(root: Path, tmp_path: Path) -> None:
+    """Photos that several triplets share add up their gradients; threads must not race for that."""
+    more = ("train.num_threads_per_worker=2", "train.global_batch_size=16", "train.epochs=3")
+    states = []
+    for name in ("first", "second", "third"):
+        train_here(2, arguments(2, root, tmp_path / name, *more))
+        states.append(_state(tmp_path / name, 2))
+    for state in states[1:]:
+        assert all(torch.equal(state[name], states[0][name]) for name in state)
+
+
 @pytest.mark.parametrize("stop", [3, 5])
 def test_a_resumed_run_goes_on_as_if_nothing_had_happened(
     undisturbed: Path, root: Path, stage: int, tmp_path: Path, stop: int
