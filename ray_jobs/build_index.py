@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from pairvpr.config.compose import load
 from pairvpr.config.schema import BuildIndexConfig
-from pairvpr.distributed.evaluate import build
+from pairvpr.distributed.build import build
 from ray_jobs.command import run
 
 

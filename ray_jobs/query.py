@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from pairvpr.config.compose import load
 from pairvpr.config.schema import QueryConfig
-from pairvpr.distributed.evaluate import query
+from pairvpr.distributed.query import query
 from ray_jobs.command import run
 
 

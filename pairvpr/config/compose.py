@@ -32,11 +32,13 @@ JOBS: dict[type, str] = {
     schema.EvaluateConfig: "evaluate",
     schema.BuildIndexConfig: "build_index",
     schema.QueryConfig: "query",
+    schema.UpdateIndexConfig: "update_index",
     train_schema.TrainStageOneConfig: "train_stage_one",
     train_schema.TrainStageTwoConfig: "train_stage_two",
     train_schema.SearchCheckpointsConfig: "search_checkpoints",
     train_schema.ExportWeightsConfig: "export_weights",
     schema.CheckBenchmarkConfig: "check_benchmark",
+    schema.PlanConfig: "plan",
 }
 DIRECTORIES: dict[type, dict[str, str]] = {
     schema.EvaluateConfig: {"experiment": "experiment"},
@@ -229,7 +231,8 @@ def _check_choices(job: type, overrides: Sequence[Override]) -> None:
             raise UserError(f"{override.input_line}: expected {key}=... ({choices})")
         if key in groups and not (key == "train.validation" and override.value() is None):
             _check_choice(key, override.value(), _choices(groups[key]))
-    if "benchmark" in groups and "benchmark" not in given:
+    may_be_left_out = {field.name for field in fields(job) if field.default is None}
+    if "benchmark" in groups and "benchmark" not in given | may_be_left_out:
         raise UserError(f"missing: benchmark=... (one of {', '.join(_choices('benchmark'))})")
 
 

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from pairvpr.config.benchmark_schema import BenchmarkConfig, BenchmarkJobConfig
+from pairvpr.config.benchmark_schema import BenchmarkConfig, BenchmarkJobConfig, PositionColumns, PositionSource
 from pairvpr.config.checks import require, require_positive, require_text
 
 
@@ -27,6 +27,18 @@ class Precision(StrEnum):
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
+
+
+class IndexKind(StrEnum):
+    """How the descriptors of an index are kept for search (docs/index.md)."""
+
+    auto = "auto"
+    flat = "flat"
+    flat_fp16 = "flat_fp16"
+    flat_8bit = "flat_8bit"
+    ivf_fp16 = "ivf_fp16"
+    ivf_8bit = "ivf_8bit"
+    ivf_rabitq = "ivf_rabitq"
 
 
 def require_gpus(config: DescribeConfig | RerankConfig, prefix: str) -> None:
@@ -153,48 +165,78 @@ class DescribeConfig:
         require_gpus(self, "describe")
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(kw_only=True)
 class SearchConfig:
     """Descriptors of queries -> candidates, from the shards of an index."""
 
     num_retrieved: int = 1000
     """Candidates kept for each query, if that is more than rerank.num_candidates."""
+    num_probes: int | None = None
+    """Lists that a query visits in an index of kind ivf_*; null = as many as the index was measured to need."""
     num_threads_per_actor: int = 2
     """CPU threads of faiss in one shard actor."""
     num_actors: int | None = None
     """Scheduling: shard actors; null = one for each shard, at most one for every two CPUs."""
+    memory_map: bool = False
+    """Scheduling: shards stay in local files and are mapped; false = an actor reads its shard into memory."""
+    cache_dir: str | None = None
+    """Scheduling: folder for shards of an index that lies elsewhere; null = pairvpr-cache among temporary ones."""
+    cache_gib: float = 20.0
+    """Scheduling: most bytes kept in it, the least recently used are deleted; one shard always fits."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "index", "num_retrieved", "num_threads_per_actor", "num_actors")
+        require_text(self, "index.", "cache_dir")
+        require_positive(
+            self, "index", "num_retrieved", "num_probes", "num_threads_per_actor", "num_actors", "cache_gib"
+        )
 
 
-@dataclass(kw_only=True, slots=True)
-class IndexConfig(SearchConfig):
+@dataclass(kw_only=True)
+class BuildConfig:
+    """How an index is cut, and what kind it is."""
+
+    num_shards: int | None = None
+    """Contiguous shards of the database; null = one for every 250,000 photos."""
+    kind: IndexKind = IndexKind.auto
+    """flat, flat_fp16, flat_8bit (exact), ivf_fp16, ivf_8bit, ivf_rabitq (approximate); auto = by the next two."""
+    memory_budget_gib: float | None = None
+    """Memory that all shards together may take in search; null = half of that of the cluster."""
+    target_recall: float = 0.95
+    """Wanted recall of the exact 100 nearest, measured after the build; for ivf_* kinds."""
+    num_lists: int | None = None
+    """Lists of an ivf_* index; null = by the number of photos."""
+    num_build_threads: int = 2
+    """CPU threads that learn an index and fill a shard; decides rounding of ivf_* kinds."""
+    allow_overcommit: bool = False
+    """Scheduling: build also what memory or disk can't hold."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "index", "num_shards", "memory_budget_gib", "num_lists", "num_build_threads")
+        require(0 < self.target_recall <= 1, f"index.target_recall={self.target_recall}: expected above 0, at most 1")
+        require(
+            self.num_lists is None or self.kind in (IndexKind.auto, *IVF_KINDS),
+            f"index.num_lists={self.num_lists}: index.kind={self.kind} has no lists; expected one of "
+            f"{', '.join(IVF_KINDS)}, or null",
+        )
+
+
+IVF_KINDS = (IndexKind.ivf_fp16, IndexKind.ivf_8bit, IndexKind.ivf_rabitq)
+
+
+@dataclass(kw_only=True)
+class IndexConfig(SearchConfig, BuildConfig):
     """The index of an evaluation: built where it is missing, reused where it is finished."""
 
     path: str | None = None
     """Index directory (path or URL), which runs may share, one after another until it is finished; null = OUT/index."""
-    num_shards: int | None = None
-    """Contiguous shards of the database; null = one for every 250,000 photos."""
 
     def __post_init__(self) -> None:
         SearchConfig.__post_init__(self)
+        BuildConfig.__post_init__(self)
         require_text(self, "index.", "path")
-        require_positive(self, "index", "num_shards")
 
 
-@dataclass(kw_only=True, slots=True)
-class BuildConfig:
-    """How an index is cut."""
-
-    num_shards: int | None = None
-    """Contiguous shards of the database; null = one for every 250,000 photos."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "index", "num_shards")
-
-
-@dataclass(kw_only=True, slots=True)
+@dataclass(kw_only=True)
 class OpenIndexConfig(SearchConfig):
     """An index that exists."""
 
@@ -294,8 +336,27 @@ class CheckBenchmarkConfig(BenchmarkJobConfig):
         require(self.num_opened >= 0, f"num_opened={self.num_opened}: expected 0 or more")
 
 
-@dataclass(kw_only=True, slots=True)
-class BuildIndexConfig:
+@dataclass(kw_only=True)
+class PositionsConfig:
+    """Where the photos of an index were taken, for queries that search some places only."""
+
+    positions: PositionSource | None = None
+    """names (`@utm_east@utm_north@...`), table or exif; null = not known."""
+    positions_table: str | None = None
+    """CSV or Parquet (path or URL) of the photos and where each was taken; others take no part."""
+    columns: PositionColumns = field(default_factory=PositionColumns)
+
+    def __post_init__(self) -> None:
+        require_text(self, "", "positions_table")
+        require(
+            (self.positions is PositionSource.table) == (self.positions_table is not None),
+            f"positions={self.positions}, positions_table={self.positions_table}: expected positions=table and "
+            "positions_table=FILE together, or neither",
+        )
+
+
+@dataclass(kw_only=True)
+class BuildIndexConfig(PositionsConfig):
     """`python -m ray_jobs.build_index`: describe a folder of photos and index it."""
 
     database: str = "???"
@@ -308,7 +369,130 @@ class BuildIndexConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
+        PositionsConfig.__post_init__(self)
         require_text(self, "", "database", "output")
+
+
+@dataclass(kw_only=True, slots=True)
+class ChangedIndexConfig:
+    """The index that is changed."""
+
+    path: str = "???"
+    """Index directory (path or URL) written by build_index or evaluate."""
+    num_shards: int | None = None
+    """Contiguous shards of the added photos; null = one for every 250,000 photos."""
+    kind: IndexKind | None = None
+    """Kind of index from now on, built anew for all photos; null = as it is."""
+    memory_budget_gib: float | None = None
+    """With a new kind: memory that all shards together may take in search; null = half of that of the cluster."""
+    target_recall: float = 0.95
+    """With a new kind: wanted recall of the exact 100 nearest."""
+    num_lists: int | None = None
+    """With a new kind: lists of an ivf_* index; null = by the number of photos."""
+    num_build_threads: int = 2
+    """CPU threads that learn an index and fill a shard; decides rounding of ivf_* kinds."""
+    compact_share: float = 0.2
+    """A shard of which more than this share is removed is written anew by compact=true."""
+
+    def __post_init__(self) -> None:
+        require_text(self, "index.", "path")
+        require(0 <= self.compact_share < 1, f"index.compact_share={self.compact_share}: expected 0 to below 1")
+        self.as_build_config()
+
+    def as_build_config(self) -> BuildConfig:
+        """How shards are built."""
+        return BuildConfig(
+            num_shards=self.num_shards,
+            kind=self.kind or IndexKind.auto,
+            memory_budget_gib=self.memory_budget_gib,
+            target_recall=self.target_recall,
+            num_lists=self.num_lists,
+            num_build_threads=self.num_build_threads,
+        )
+
+
+@dataclass(kw_only=True)
+class UpdateIndexConfig(PositionsConfig):
+    """`python -m ray_jobs.update_index`: add photos to an index, remove some, each change a new generation."""
+
+    add: str | None = None
+    """Folder below that of the index's photos, or list of photos in it (.txt, a path a line; .csv, .parquet: path)."""
+    remove: str | None = None
+    """The same; photos that are removed need not exist any more."""
+    compact: bool = False
+    """Write shards anew, without their removed photos, of which many are removed (index.compact_share)."""
+    single_writer: bool = False
+    """Your word that nobody else changes the index now: needed where a store can't tell two writers apart."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    describe: DescribeConfig = field(default_factory=DescribeConfig)
+    index: ChangedIndexConfig = field(default_factory=ChangedIndexConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def __post_init__(self) -> None:
+        PositionsConfig.__post_init__(self)
+        require_text(self, "", "add", "remove")
+        require(
+            self.add is not None or self.remove is not None or self.compact or self.index.kind is not None,
+            "nothing to do: expected one or more of add=..., remove=..., compact=true, index.kind=...",
+        )
+        require(
+            self.positions is not PositionSource.exif,
+            "positions=exif: added photos need metres of the index's own UTM zone; expected names, or table with UTM",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class FilterConfig:
+    """Which photos of an index a query may find; a photo whose position is not known meets no condition on it."""
+
+    near_m: float | None = None
+    """At most this far from filter.center, or from each query's own prior position."""
+    center: list[float] | None = None
+    """[utm_east, utm_north] of all queries' prior position, in metres."""
+    priors: str | None = None
+    """CSV or Parquet of each query's prior (path, utm_east, utm_north, heading); null = from `@` names, if needed."""
+    box: list[float] | None = None
+    """[west, south, east, north] in metres of UTM."""
+    heading_deg: float | None = None
+    """Direction of view, clockwise from north, of all queries; null = from each query's prior."""
+    within_deg: float | None = None
+    """At most this far from that direction, to either side."""
+
+    def __post_init__(self) -> None:
+        require_text(self, "filter.", "priors")
+        require_positive(self, "filter", "near_m", "within_deg")
+        for name, length, what in (("center", 2, "[east, north]"), ("box", 4, "[west, south, east, north]")):
+            values = getattr(self, name)
+            require(
+                values is None or (len(values) == length and all(math.isfinite(value) for value in values)),
+                f"filter.{name}={values}: expected {what} in metres",
+            )
+        require(
+            self.box is None or (self.box[0] <= self.box[2] and self.box[1] <= self.box[3]),
+            f"filter.box={self.box}: expected west <= east and south <= north",
+        )
+        require(self.center is None or self.near_m is not None, "filter.center is set: expected filter.near_m, too")
+        require(
+            self.heading_deg is None or self.within_deg is not None,
+            "filter.heading_deg is set: expected filter.within_deg, too",
+        )
+        require(
+            self.priors is None or self.needs_priors,
+            "filter.priors is set, but every condition has its value for all queries; expected filter.near_m without "
+            "filter.center, or filter.within_deg without filter.heading_deg",
+        )
+
+    @property
+    def is_set(self) -> bool:
+        """Whether there is any condition."""
+        return self.near_m is not None or self.box is not None or self.within_deg is not None
+
+    @property
+    def needs_priors(self) -> bool:
+        """Whether a condition is another one for each query."""
+        return (self.near_m is not None and self.center is None) or (
+            self.within_deg is not None and self.heading_deg is None
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -319,6 +503,7 @@ class QueryConfig:
     """Folder of query photos (path or URL), searched recursively."""
     output: str = "???"
     """Directory (path or URL) of the predictions; the same line again resumes it."""
+    filter: FilterConfig = field(default_factory=FilterConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     describe: DescribeConfig = field(default_factory=DescribeConfig)
     index: OpenIndexConfig = field(default_factory=OpenIndexConfig)
@@ -331,4 +516,43 @@ class QueryConfig:
             self.rerank.report_candidates is None,
             f"rerank.report_candidates={self.rerank.report_candidates}: queries without ground truth are not audited; "
             "expected null",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanSettings:
+    """What is planned, and how fast the cluster is."""
+
+    num_images: int | None = None
+    """Photos of the database; null = those of benchmark=..."""
+    images_per_s: float | None = None
+    """Photos that the whole cluster describes in a second; null = measured on the cluster at hand."""
+    calibration_photos: int | None = None
+    """Photos drawn and described to measure that; null = 64, then as many as take some seconds."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "plan", "num_images", "images_per_s", "calibration_photos")
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanConfig(BenchmarkJobConfig):
+    """`python -m ray_jobs.plan`: what an index of so many photos takes, before it is built: sizes, memory, hours."""
+
+    output: str | None = None
+    """File (path or URL) for the plan as JSON; on several machines the calibration's photos lie beside it meanwhile."""
+    plan: PlanSettings = field(default_factory=PlanSettings)
+    benchmark: BenchmarkConfig | None = None
+    """A benchmark whose database photos are counted; or plan.num_images=..."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    describe: DescribeConfig = field(default_factory=DescribeConfig)
+    index: BuildConfig = field(default_factory=BuildConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def __post_init__(self) -> None:
+        BenchmarkJobConfig.__post_init__(self)
+        require_text(self, "", "output")
+        given = "both are given" if self.benchmark is not None else "neither is given"
+        require(
+            (self.benchmark is None) != (self.plan.num_images is None),
+            f"benchmark=... and plan.num_images=...: {given}; expected one of them, the number of photos comes from it",
         )

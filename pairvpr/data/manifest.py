@@ -105,6 +105,11 @@ class Manifest:
         return pc.fill_null(found, -1).to_numpy().astype(np.int64)
 
     @property
+    def heading_deg(self) -> NDArray[np.float64]:
+        """(n,) directions in degrees clockwise from north; NaN where not known."""
+        return self.table.column("heading_deg").to_numpy().astype(np.float64)
+
+    @property
     def utm_m(self) -> NDArray[np.float64]:
         """(n, 2) east and north in metres; NaN where not known."""
         columns = [self.table.column(name).to_numpy() for name in ("utm_east_m", "utm_north_m")]
@@ -119,10 +124,11 @@ class Manifest:
                 digest.update(path.encode() + b"\n")
         return digest.hexdigest()
 
-    def write(self, url: str) -> None:
-        """Publish as Parquet (columns of `SCHEMA`; the root is not part of it)."""
+    def write(self, url: str, first_id: int = 0) -> None:
+        """Publish as Parquet (columns of `SCHEMA`; the root is not part of it); ids count from `first_id`."""
         sink = io.BytesIO()
-        pq.write_table(self.table, sink)
+        ids = pa.array(np.arange(first_id, first_id + len(self)))
+        pq.write_table(self.table.set_column(0, SCHEMA.field(0), ids), sink)
         storage.write_bytes(url, sink.getvalue())
 
     @classmethod

@@ -8,6 +8,7 @@ fsspec is imported when the first URL that needs it arrives, so the network load
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -15,10 +16,11 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
+from urllib.parse import urlsplit
 
 from pairvpr.errors import UserError
 
@@ -88,6 +90,17 @@ def read_head(url: str, num_bytes: int) -> bytes:
     return cast(bytes, _retried(lambda: filesystem.cat_file(path, start=0, end=num_bytes), url))
 
 
+def read_ranges(url: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """The bytes [start, stop) of a file for each range, in order, many at once. Raises `FileNotFoundError`."""
+    if is_local(url):
+        with local_path(url).open("rb") as file:
+            return [os.pread(file.fileno(), stop - start, start) for start, stop in ranges]
+    filesystem, path = _remote(url)
+    starts, stops = [start for start, _ in ranges], [stop for _, stop in ranges]
+    paths = [path] * len(ranges)
+    return cast(list[bytes], _retried(lambda: filesystem.cat_ranges(paths, starts, stops, on_error="raise"), url))
+
+
 def read_json(url: str) -> Any:
     """The value of a JSON file. Raises `FileNotFoundError`."""
     return json.loads(read_bytes(url))
@@ -100,7 +113,38 @@ def write_bytes(url: str, data: bytes) -> None:
             temporary.write_bytes(data)
         return
     filesystem, path = _remote(url)
-    _retried(lambda: filesystem.pipe_file(path, data), url)
+    _upload(url, lambda: filesystem.pipe_file(path, data), lambda: io.BytesIO(data))
+
+
+def create_exclusively(url: str, data: bytes) -> bool:
+    """Publish a file atomically if there is none of its name; whether it holds `data` now.
+
+    True: this call made it, or it was there with these very bytes, which may be the doing of an earlier try that never
+    heard its answer. Who has to tell the two apart puts something of their own into `data`. False: it holds something
+    else, which is left as it is. Where `has_atomic_creation` is False, callers of the same moment may all get True.
+    """
+    for _ in range(NUM_TRIES):
+        if _created(url, data):
+            return True
+        with suppress(FileNotFoundError):  # deleted since: the name is free again
+            return read_bytes(url) == data
+    raise StorageError(f"{url}: the store says that it is there and that it is not")
+
+
+def has_atomic_creation(url: str) -> bool:
+    """Whether of several `create_exclusively` with different bytes at the same moment one alone is True.
+
+    So it is on local disks and on S3 of AWS itself. Other stores may read the condition `If-None-Match` before they
+    write: of 16 callers at once on OpenStack Swift, 3 to 14 were told that they had created the file.
+    """
+    if is_local(url):
+        return True
+    if not url.startswith(("s3://", "s3a://")):
+        return False
+    filesystem: Any = _remote(url)[0]
+    # The client alone knows its endpoint: that may come from the environment, fsspec's settings or AWS's profiles.
+    host = urlsplit(_retried(lambda: filesystem.s3, url).meta.endpoint_url).hostname or ""
+    return host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
 
 
 def write_json(url: str, value: object) -> None:
@@ -119,15 +163,16 @@ def written_locally(url: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="pairvpr-") as directory:
         local = Path(directory) / "file"
         yield local
-        _retried(lambda: filesystem.put_file(str(local), path), url)
+        _upload(url, lambda: filesystem.put_file(str(local), path), lambda: local.open("rb"))
 
 
 def open_input(url: str) -> IO[bytes]:
-    """A seekable binary reader; remote files are read by range. Raises `FileNotFoundError`."""
+    """A seekable binary reader; remote files are read by range, patiently. Raises `FileNotFoundError`."""
     if is_local(url):
         return local_path(url).open("rb")
     filesystem, path = _remote(url)
-    return cast(IO[bytes], _retried(lambda: filesystem.open(path, "rb"), url))
+    file = cast(IO[bytes], _retried(lambda: filesystem.open(path, "rb"), url))
+    return io.BufferedReader(_PatientReader(file, url))
 
 
 def exists(url: str) -> bool:
@@ -165,7 +210,8 @@ def remove_file(url: str) -> None:
         local_path(url).unlink(missing_ok=True)
     elif exists(url):
         filesystem, path = _remote(url)
-        _retried(lambda: filesystem.rm_file(path), url)
+        with suppress(FileNotFoundError):  # deleted since, perhaps by a try that never heard its answer
+            _retried(lambda: filesystem.rm_file(path), url)
 
 
 def remove_tree(url: str) -> None:
@@ -204,11 +250,7 @@ def sha256(url: str) -> str:
     """Hex digest of a file's bytes, read in pieces."""
     digest = hashlib.sha256()
     with open_input(url) as file:
-
-        def read() -> bytes:
-            return file.read(PIECE_BYTES)
-
-        while piece := read() if is_local(url) else _retried(read, url):
+        while piece := file.read(PIECE_BYTES):
             digest.update(piece)
     return digest.hexdigest()
 
@@ -240,7 +282,7 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
 
 @contextmanager
-def _local_replacement(target: Path) -> Iterator[Path]:
+def _local_replacement(target: Path, publish: Callable[[Path, Path], None] = os.replace) -> Iterator[Path]:
     """A temporary file beside `target` that takes its name, data first, when the block ends without error."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
@@ -248,9 +290,104 @@ def _local_replacement(target: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+        publish(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _created(url: str, data: bytes) -> bool:
+    """Whether there was no file of this name and now is one with `data`; False for one that is there."""
+    if is_local(url):
+        try:
+            with _local_replacement(local_path(url), os.link) as temporary:
+                temporary.write_bytes(data)
+        except FileExistsError:
+            return False
+        return True
+    filesystem, path = _remote(url)
+
+    def create() -> bool:
+        try:
+            filesystem.pipe_file(path, data, mode="create")
+        except OSError as error:
+            if isinstance(error, FileExistsError) or _s3_code(error) in {"PreconditionFailed", "412"}:
+                return False
+            raise
+        return True
+
+    return _retried(create, url)
+
+
+def _upload(url: str, send: Callable[[], object], source: Callable[[], IO[bytes]]) -> None:
+    """Send a file until the store holds what was sent: `source` opens its bytes."""
+    filesystem, path = _remote(url)
+
+    def send_and_check() -> None:
+        send()
+        with source() as sent:
+            _check_upload(filesystem, path, sent)
+
+    _retried(send_and_check, url)
+
+
+def _check_upload(filesystem: AbstractFileSystem, path: str, sent: IO[bytes]) -> None:
+    """Ask a store for the size and the MD5 of what it holds. Raises `OSError` where that is not what was sent.
+
+    An ETag of 32 hex digits is the MD5 of an object in one part, unless the store encrypts objects with a key of the
+    customer or makes ETags up: where it differs, the bytes themselves are read back.
+    """
+    try:
+        info = filesystem.info(path)
+    except FileNotFoundError as error:
+        raise OSError("it is not there after its upload") from error
+    num_bytes = sent.seek(0, os.SEEK_END)
+    if info["size"] != num_bytes:
+        raise OSError(f"{info['size']} bytes of {num_bytes} arrived")
+    etag = str(info.get("ETag", "")).strip('"')
+    if _MD5.fullmatch(etag) and etag != (md5 := _md5(sent)):
+        with cast(IO[bytes], filesystem.open(path, "rb")) as held:
+            if _md5(held) != md5:
+                raise OSError("other bytes arrived than were sent")
+
+
+_MD5 = re.compile(r"[0-9a-f]{32}")
+
+
+def _md5(file: IO[bytes]) -> str:
+    """Hex digest of all bytes of an open file."""
+    file.seek(0)
+    digest = hashlib.md5(usedforsecurity=False)
+    while piece := file.read(PIECE_BYTES):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+class _PatientReader(io.RawIOBase):
+    """A remote file whose reads outlast a busy store. A read that failed has not moved the position."""
+
+    def __init__(self, file: IO[bytes], url: str) -> None:
+        self._file, self._url = file, url
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        piece = _retried(lambda: self._file.read(len(buffer)), self._url)
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _remote(url: str) -> tuple[AbstractFileSystem, str]:
@@ -272,18 +409,42 @@ def _retried(call: Callable[[], T], url: str) -> T:
     for attempt in range(NUM_TRIES):
         try:
             return call()
-        except (FileNotFoundError, IsADirectoryError):
-            raise
         except PermissionError as error:
             raise StorageDeniedError(_fault(url, error)) from error
         except Exception as error:
-            busy = isinstance(error, OSError) or "Timeout" in type(error).__name__
+            if isinstance(error, (FileNotFoundError, FileExistsError, IsADirectoryError)) and not _has_lost_upload(
+                error
+            ):
+                raise
+            busy = isinstance(error, OSError) or _is_broken_connection(error)
             if not busy and type(error).__module__ == "builtins":
                 raise  # a ValueError or the like is a defect of the program
             if not busy or attempt == NUM_TRIES - 1:
                 raise StorageError(_fault(url, error)) from error
             time.sleep(FIRST_WAIT_S * 2**attempt)
     raise AssertionError("unreachable")
+
+
+_BROKEN = {
+    *("HTTPClientError", "ConnectionError", "IncompleteReadError", "FlexibleChecksumError", "ResponseParserError"),
+    *("ClientPayloadError", "ClientConnectionError", "IncompleteRead", "TransportError"),
+}
+
+
+def _is_broken_connection(error: Exception) -> bool:
+    """Whether a client library (botocore, aiohttp, httpx, known by its classes' names) got no answer or half of one."""
+    return "Timeout" in type(error).__name__ or any(base.__name__ in _BROKEN for base in type(error).__mro__)
+
+
+def _has_lost_upload(error: Exception) -> bool:
+    """Whether a store no longer knows an upload in parts, as when the answer to its last request was lost."""
+    return _s3_code(error) == "NoSuchUpload"
+
+
+def _s3_code(error: BaseException) -> str:
+    """S3's word for an error, as in "NoSuchKey"; empty for other stores' errors."""
+    response = getattr(error.__cause__, "response", None)
+    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
 
 
 def _fault(url: str, error: Exception) -> str:

@@ -9,9 +9,10 @@ import json
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import ray
@@ -38,18 +39,22 @@ SECONDS_BEFORE_COMPLAINT = 30.0
 CALLS_PER_ACTOR = 2
 """One part is in the network while another one is written or arrives."""
 
-_commit_shard = ray.remote(part_files.commit_shard)
+_commit_shard: Any = ray.remote(part_files.commit_shard)
 
 
 @dataclass(frozen=True)
 class Description:
-    """What is described where: the photos of `manifest` into `num_shards` shards below `directory`."""
+    """What is described where: the photos of `manifest` into `num_shards` shards below `directory`.
+
+    `first_id` is the image id of the first photo.
+    """
 
     manifest: Manifest
     directory: str
     num_shards: int
     source: ModelSource
     config: DescribeConfig
+    first_id: int = 0
 
     @property
     def parts(self) -> Parts:
@@ -58,8 +63,16 @@ class Description:
         return Parts.of(directory, len(self.manifest), self.config.batch_size, self.source.config.image_size_px)
 
 
-def describe(description: Description, label: str, *, needs_a_readable_photo: bool) -> None:
+def describe(
+    description: Description,
+    label: str,
+    *,
+    needs_a_readable_photo: bool,
+    on_finished: Callable[[int], object] = lambda _: None,
+) -> None:
     """Describe every photo; finished shards and parts are skipped, and a finished description wholly.
+
+    `on_finished` hears how many photos are on storage, whenever there are more.
 
     Raises `IncompleteRunError` where Ray gives up on a part, and `UserError` where a task raised one, and where no
     photo at all can be read but one is needed.
@@ -69,7 +82,7 @@ def describe(description: Description, label: str, *, needs_a_readable_photo: bo
         say(f"describe {label}: finished earlier, skipped")
         storage.remove_tree(parts.directory)
         return
-    manifest.write(storage.join(description.directory, "images.parquet"))
+    manifest.write(storage.join(description.directory, "images.parquet"), description.first_id)
     shards = store.shard_ranges(len(manifest), description.num_shards)
     commits = _Commits(description, shards)
     existing = set(storage.list_files(parts.directory))
@@ -86,6 +99,7 @@ def describe(description: Description, label: str, *, needs_a_readable_photo: bo
         for part in _finished_parts(description, pending):
             commits.part_is_done(part)
             progress.add(len(parts.ids(part)))
+            on_finished(progress.done)
         ray.get(commits.refs)
     except Exception as error:
         raise _as_error_for_people(error, f"describe {label}", progress) from error
@@ -98,7 +112,7 @@ def describe(description: Description, label: str, *, needs_a_readable_photo: bo
             f"{manifest.root}: none of the {len(manifest)} photos can be read, the first because of "
             f"{rejected[min(rejected)]}; delete {description.directory} to try again"
         )
-    store.finish_description(description.directory, manifest, finished)
+    store.finish_description(description.directory, manifest, finished, description.first_id)
     storage.remove_tree(parts.directory)
     progress.finish()
 
@@ -158,7 +172,8 @@ class _Commits:
         description, parts = self.description, self.description.parts
         commit = _commit_shard.options(num_cpus=cpus_of_a_shard(), max_retries=MAX_TRIES, retry_exceptions=[OSError])
         urls = [parts.url(part) for part in parts.of_shard(shard)]
-        self.refs.append(commit.remote(description.directory, shard, urls, description.source.config.descriptor_dim))
+        width = description.source.config.descriptor_dim
+        self.refs.append(commit.remote(description.directory, shard, urls, width, description.first_id))
 
 
 def _finished_parts(description: Description, pending: Sequence[int]) -> Iterator[int]:

@@ -129,8 +129,10 @@ def write(url: str, photos: PhotoBatch, descriptors: NDArray[np.float32], second
     storage.write_bytes(url, sink.getvalue())
 
 
-def commit_shard(directory: str, shard: store.ShardRange, part_urls: Sequence[str], descriptor_dim: int) -> None:
-    """Gather a shard's rows from its parts, in the order of ids, and publish it.
+def commit_shard(
+    directory: str, shard: store.ShardRange, part_urls: Sequence[str], descriptor_dim: int, first_id: int = 0
+) -> None:
+    """Gather a shard's rows from its parts, in the order of ids, and publish it; ids count from `first_id`.
 
     Raises `IncompleteRunError` for a damaged part, which is deleted.
     """
@@ -152,8 +154,16 @@ def commit_shard(directory: str, shard: store.ShardRange, part_urls: Sequence[st
     all_ids = np.concatenate(ids)
     accounted = np.sort(np.concatenate([all_ids, np.fromiter(rejected, np.int64, len(rejected))]))
     assert np.array_equal(accounted, np.arange(shard.first_id, shard.stop_id)), "a photo is missing or double"
-    about = store.ShardDescription(shard.first_id, shard.count, len(all_ids), rejected, seconds)
-    store.write_shard_description(directory, shard.shard, all_ids, np.concatenate(rows), about)
+    store.write_shard_description(
+        directory,
+        shard.shard,
+        all_ids + first_id,
+        np.concatenate(rows),
+        first_id=shard.first_id + first_id,
+        count=shard.count,
+        rejected={image_id + first_id: error for image_id, error in rejected.items()},
+        seconds=seconds,
+    )
 
 
 def _arrays(url: str, data: bytes) -> dict[str, NDArray[Any]]:

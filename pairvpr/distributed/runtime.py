@@ -146,6 +146,12 @@ def smallest_node_cpus() -> float:
     return min((cpus for node in ray.nodes() if node["Alive"] and (cpus := node["Resources"].get("CPU"))), default=1.0)
 
 
+def cluster_memory_bytes() -> float:
+    """Memory of all nodes that Ray may use, its object store included."""
+    resources = ray.cluster_resources()
+    return resources.get("memory", 0.0) + resources.get("object_store_memory", 0.0)
+
+
 def cpus_of_a_shard() -> float:
     """A whole CPU where a node has one: it bounds how many shards are in a node's memory at once."""
     return min(1.0, smallest_node_cpus())

@@ -30,6 +30,8 @@ class RunFacts:
     seconds_rerank: float
     num_rejected_database: int
     num_rejected_queries: int
+    index: dict[str, Any]
+    """Its kind and, if it is approximate, its measured recall."""
     report_candidates: Sequence[int] | None = None
     """What `audited_candidates` gets."""
 
@@ -46,6 +48,7 @@ def metrics(benchmark: Benchmark, answers: Sequence[Answer], model: ModelConfig,
             "untrained": facts.untrained,
             "precision": str(model.precision),
         },
+        "index": facts.index,
         **_recalls(benchmark, answers, facts.num_candidates),
         "num_candidates": facts.num_candidates,
         "audit": audit(benchmark, answers, audited_candidates(facts.report_candidates, facts.num_candidates)),

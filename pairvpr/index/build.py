@@ -1,34 +1,161 @@
-"""From described shards to faiss shards, and to the manifest that makes them an index."""
+"""From described shards to faiss shards: train once on a sample, then add shard by shard, one in memory at a time.
+
+n rows, G descriptor width.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
+from numpy.typing import NDArray
 
+from pairvpr.config.schema import IndexKind
 from pairvpr.data import storage
-from pairvpr.index import store
-from pairvpr.index.search import flat_index
+from pairvpr.data.local_cache import LocalCache
+from pairvpr.errors import UserError
+from pairvpr.index import choose, store
+from pairvpr.index.manifest import StoredFile
 
-FILES = ("ids.npy", "descriptors.npy", "index.faiss")
+ROWS_PER_RUN = 8
+"""Rows of a sample that lie side by side: a remote file is asked for runs."""
+NUM_HELD_OUT = 256
+TRAINING_SEED = 1234
+NUM_ITERATIONS = 10
 
 
-def build_shard(directory: str, shard: int) -> dict[str, Any]:
-    """Write the faiss index of a described shard; returns its row of the manifest.
+@dataclass(frozen=True)
+class IndexSpec:
+    """What is built: a kind (not `auto`), and for lists how many."""
+
+    kind: IndexKind
+    num_lists: int = 0
+
+    @property
+    def factory(self) -> str:
+        """faiss's name of it."""
+        return choose.factory_string(self.kind, self.num_lists)
+
+    @property
+    def index_file(self) -> str:
+        """Name of a shard's faiss file; each kind has its own, so that they lie side by side."""
+        return "index.faiss" if self.kind is IndexKind.flat else f"index-{self._slug}.faiss"
+
+    @property
+    def trained_file(self) -> str:
+        """Name of the empty index that all shards share."""
+        return f"trained-{self._slug}.faiss"
+
+    @property
+    def _slug(self) -> str:
+        return self.factory.lower().replace(",", "-")
+
+
+def spec_of(kind: str, factory: str) -> IndexSpec:
+    """The spec that a manifest names."""
+    num_lists = int(factory.split(",")[0].removeprefix("IVF")) if factory.startswith("IVF") else 0
+    return IndexSpec(IndexKind(kind), num_lists)
+
+
+def spread_runs(num_rows: int, num_wanted: int, run: int = ROWS_PER_RUN) -> list[range]:
+    """About `num_wanted` of the rows 0..n-1, evenly spread in short runs; all of them where there are no more."""
+    num_runs = max(1, num_wanted // run)
+    if num_rows <= num_runs * run:
+        return [range(num_rows)]
+    firsts = (np.arange(num_runs) * (num_rows - run)) // max(1, num_runs - 1) if num_runs > 1 else np.array([0])
+    return [range(first, first + run) for first in firsts.tolist()]
+
+
+def read_sample(urls: Sequence[str], counts: Sequence[int], runs: Sequence[range]) -> NDArray[np.float32]:
+    """The rows of `runs`, which count through the files `urls` of `counts` rows each."""
+    pieces, stop = [], 0
+    for url, count in zip(urls, counts, strict=True):
+        start, stop = stop, stop + count
+        inside = [range(max(run.start, start) - start, min(run.stop, stop) - start) for run in runs]
+        inside = [run for run in inside if len(run)]
+        if inside:
+            pieces.append(store.read_some_rows(url, inside))
+    return np.concatenate(pieces)
+
+
+def held_out_runs(num_rows: int) -> list[range]:
+    """Single rows, evenly spread, that no index learns from: they stand for queries when its recall is measured."""
+    return spread_runs(num_rows, max(1, min(NUM_HELD_OUT, num_rows // 4)), run=1)
+
+
+def read_training_sample(
+    spec: IndexSpec, urls: Sequence[str], counts: Sequence[int], descriptor_dim: int
+) -> NDArray[np.float32]:
+    """Rows (m, G) of all shards to learn from, without the held-out ones: bounded by memory, whatever n."""
+    num_rows = sum(counts)
+    runs = spread_runs(num_rows, choose.num_training_rows(num_rows, descriptor_dim, spec.num_lists))
+    sample = read_sample(urls, counts, runs)
+    is_held_out = np.isin(_members(runs), _members(held_out_runs(num_rows)))
+    return sample if (~is_held_out).sum() < spec.num_lists else sample[~is_held_out]
+
+
+def _members(runs: Sequence[range]) -> NDArray[np.int64]:
+    return np.concatenate([np.arange(run.start, run.stop) for run in runs])
+
+
+def train(spec: IndexSpec, sample: NDArray[np.float32], num_threads: int) -> Any:
+    """An empty index that has learnt from `sample` (m, G). The same sample and threads give the same bytes."""
+    faiss.omp_set_num_threads(num_threads)
+    index: Any = faiss.index_factory(sample.shape[1], spec.factory, faiss.METRIC_L2)
+    if spec.num_lists:
+        index.cp.seed, index.cp.niter = TRAINING_SEED, NUM_ITERATIONS
+        index.cp.min_points_per_centroid = 1
+        index.cp.max_points_per_centroid = max(1, len(sample) // spec.num_lists + 1)
+    index.train(sample)
+    return index
+
+
+def write_trained(directory: str, spec: IndexSpec, index: Any) -> StoredFile:
+    """Publish what `train` made."""
+    return write_faiss(directory, spec.trained_file, index)
+
+
+def write_faiss(directory: str, path: str, index: Any) -> StoredFile:
+    """Publish a faiss index."""
+    with storage.written_locally(storage.join(directory, path)) as local:
+        faiss.write_index(index, str(local))
+        return StoredFile(path=path, bytes=local.stat().st_size, sha256=storage.sha256(str(local)))
+
+
+def build_shard(
+    directory: str, path: str, spec: IndexSpec, rows_file: Path, trained: Any | None, num_threads: int
+) -> StoredFile:
+    """Write the faiss index of a shard at `path`, whose descriptors are in `rows_file`, a few at a time.
 
     The same descriptors give the same bytes, so doing it twice, or at once in two places, is harmless.
     """
-    about = store.read_shard_description(directory, shard)
-    assert about is not None, f"shard {shard} of {directory} is not described"
-    descriptors = np.asarray(store.read_array(store.shard_url(directory, shard, "descriptors.npy")))
-    with storage.written_locally(store.shard_url(directory, shard, "index.faiss")) as path:
-        faiss.write_index(flat_index(descriptors), str(path))
-    urls = {name: store.shard_url(directory, shard, name) for name in FILES}
-    return {
-        "first_id": about.first_id,
-        "count": about.count,
-        "num_rows": about.num_rows,
-        "bytes": {name: storage.size_bytes(url) for name, url in urls.items()},
-        "sha256": {name: storage.sha256(url) for name, url in urls.items()},
-    }
+    faiss.omp_set_num_threads(num_threads)
+    rows = np.load(rows_file, mmap_mode="r", allow_pickle=False)
+    index: Any = faiss.index_factory(rows.shape[1], spec.factory) if trained is None else faiss.clone_index(trained)
+    if index.d != rows.shape[1]:
+        raise UserError(f"{rows_file}: {rows.shape[1]} values a row, the index has {index.d}; build the index again")
+    for piece in _pieces(rows_file):
+        index.add(piece)
+    if spec.num_lists:
+        index.quantizer.reset()  # all shards share the centres, which `OpenIndex` puts back
+    return write_faiss(directory, f"{path}/{spec.index_file}", index)
+
+
+def _pieces(rows_file: Path) -> Iterator[NDArray[np.float32]]:
+    """The rows of a .npy file, read rather than mapped: mapped ones would count as this process's memory."""
+    with rows_file.open("rb") as file:
+        np.lib.format.read_magic(file)
+        (num_rows, width), _, dtype = np.lib.format.read_array_header_1_0(file)
+        step = max(1, choose.BYTES_ADDED_AT_ONCE // (dtype.itemsize * width))
+        for first in range(0, num_rows, step):
+            yield np.fromfile(file, dtype, min(step, num_rows - first) * width).reshape(-1, width)
+
+
+def read_trained(directory: str, file: StoredFile, cache: LocalCache) -> Any:
+    """What `write_trained` published. Raises `UserError`, naming it, where its bytes have changed."""
+    path = cache.path(storage.join(directory, file.path), file.sha256, file.bytes)
+    return faiss.read_index(str(path))

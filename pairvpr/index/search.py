@@ -1,35 +1,50 @@
-"""Exact nearest neighbours with faiss, in an order that does not depend on how the rows are cut.
+"""The nearest rows of a shard, in an order that does not depend on how the rows are cut.
 
-Q queries, G descriptor width, k results.
+Q queries, G descriptor width, k results, n rows of a shard, S rows of a short list.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import faiss
+import faiss as faiss_module
 import numpy as np
 from numpy.typing import NDArray
 
-from pairvpr.data import storage
-from pairvpr.errors import UserError
-from pairvpr.index import store
 from pairvpr.index.merge import Found, merge_top_k
 
-QUERIES_PER_CALL = 256
-NEVER = 2**31 - 1
+faiss: Any = faiss_module  # its types lack what its Python wrappers add
+
+QUERIES_PER_CALL = 1024
+SPARE_ROWS = 32
+"""A short list is longer than k from the start: for rows that tie, rounding and removed rows."""
+NO_ID = -1
+FLOAT32_STEP = 2.0**-23
+QUERY_BITS = 4
+"""To which a query's values are rounded before they meet codes of one bit."""
 
 
 @dataclass(frozen=True)
+class Effort:
+    """How far an approximate index looks: `num_probes` lists of a query, `num_rescored` codes on its short list."""
+
+    num_probes: int = 1
+    num_rescored: int = 0
+
+
+@dataclass(frozen=True, eq=False)
 class Shard:
-    """A faiss index and the image id of each of its rows, ascending."""
+    """A faiss index and the image id of each of its rows, ascending; `is_removed` (n,), if any photo is."""
 
     index: Any
     ids: NDArray[np.int64]
+    is_removed: NDArray[np.bool_] | None = None
+
+    @property
+    def num_live(self) -> int:
+        """Rows of photos that are not removed."""
+        return len(self.ids) - (0 if self.is_removed is None else int(self.is_removed.sum()))
 
 
 def flat_index(descriptors: NDArray[np.float32]) -> Any:
@@ -39,52 +54,146 @@ def flat_index(descriptors: NDArray[np.float32]) -> Any:
     return index
 
 
-def load_shard(directory: str, shard: int, expected_sha256: Mapping[str, str]) -> Shard:
-    """A shard of an index directory. Raises `UserError`, naming the file, where its bytes have changed.
+def search(
+    shard: Shard,
+    queries: NDArray[np.float32],
+    k: int,
+    *,
+    num_threads: int,
+    effort: Effort = Effort(),
+    is_allowed: NDArray[np.bool_] | None = None,
+) -> Found:
+    """The k nearest live rows of each query (Q, G), fewer columns if there are fewer; equal distances by id.
 
-    `expected_sha256` is the manifest's row, by file name.
-    """
-    index, ids = (
-        _checked_bytes(store.shard_url(directory, shard, name), expected_sha256[name])
-        for name in ("index.faiss", "ids.npy")
-    )
-    return Shard(faiss.deserialize_index(np.frombuffer(index, np.uint8)), np.load(io.BytesIO(ids), allow_pickle=False))
-
-
-def _checked_bytes(url: str, expected_sha256: str) -> bytes:
-    data = storage.read_bytes(url)
-    if hashlib.sha256(data).hexdigest() != expected_sha256:
-        raise UserError(f"{url} is damaged: its sha256 is not the manifest's; build the index again")
-    return data
-
-
-def search(shard: Shard, queries: NDArray[np.float32], k: int, *, num_threads: int) -> Found:
-    """The k nearest rows of each query (Q, G), or all rows if there are fewer; equal distances by id.
-
-    Every distance is computed by itself, so it is rounded the same way wherever its row lies. faiss would switch
-    to BLAS for many queries, whose rounding depends on a row's place in a block: copies of a photo then differ by a
-    step of float32, and so do the answers of differently cut shards.
+    Only rows that `is_allowed` (n,) count, if it is given. In an index of lists at least `effort.num_probes` of them
+    are visited, and more where they hold fewer than k such rows. Where codes make a short list, the answer is that
+    list: distances are approximate, and `rescore` gives the true ones.
     """
     faiss.omp_set_num_threads(num_threads)
-    faiss.cvar.distance_compute_blas_threshold = NEVER
-    blocks = [
-        _search_block(shard, np.ascontiguousarray(queries[first : first + QUERIES_PER_CALL]), k)
-        for first in range(0, len(queries), QUERIES_PER_CALL)
-    ]
-    if not blocks:
-        return np.empty((0, 0), np.float32), np.empty((0, 0), np.int64)
-    return np.concatenate([block[0] for block in blocks]), np.concatenate([block[1] for block in blocks])
+    num_wanted = min(k, shard.num_live if is_allowed is None else int((is_allowed & ~_removed(shard)).sum()))
+    distances = np.empty((len(queries), num_wanted), np.float32)
+    ids = np.empty((len(queries), num_wanted), np.int64)
+    if num_wanted:
+        selector = None if is_allowed is None else _selector(is_allowed & ~_removed(shard))
+        for first in range(0, len(queries), QUERIES_PER_CALL):
+            block = slice(first, first + QUERIES_PER_CALL)
+            some = np.ascontiguousarray(queries[block], np.float32)
+            distances[block], ids[block] = _search_block(shard, some, num_wanted, effort.num_probes, selector)
+    return distances, ids
 
 
-def _search_block(shard: Shard, queries: NDArray[np.float32], k: int) -> Found:
-    """faiss keeps any of the rows that tie at the k-th place; ask for more until every such tie is in sight."""
-    num_rows = shard.index.ntotal
-    num_asked = min(k + 1, num_rows)
-    while True:
-        if num_rows == 0:
-            return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-        distances, rows = shard.index.search(queries, num_asked)
-        if num_asked == num_rows or (distances[:, k - 1] < distances[:, -1]).all():
-            break
-        num_asked = min(2 * num_asked, num_rows)
-    return merge_top_k([(distances, shard.ids[rows])], k)
+def _removed(shard: Shard) -> NDArray[np.bool_]:
+    return np.zeros(len(shard.ids), np.bool_) if shard.is_removed is None else shard.is_removed
+
+
+def _selector(is_allowed: NDArray[np.bool_]) -> Any:
+    """faiss's name of a set of rows."""
+    return faiss.IDSelectorBitmap(np.packbits(is_allowed, bitorder="little"))
+
+
+def _search_block(shard: Shard, queries: NDArray[np.float32], k: int, num_probes: int, selector: Any) -> Found:
+    """Short lists that grow until they surely hold the k nearest of each query, k of them allowed and live.
+
+    faiss keeps any of the rows that tie at the end of its list, and rounds the distances of many queries by a row's
+    place in a block: so a list is long enough if its end is clearly behind its k-th.
+    """
+    found = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+    left = np.arange(len(queries))
+    num_rows, num_asked = len(shard.ids), min(k + k // 8 + SPARE_ROWS, len(shard.ids))
+    while len(left):
+        distances, rows = shard.index.search(queries[left], num_asked, params=_parameters(shard, num_probes, selector))
+        is_all = (rows[:, -1] < 0) | (num_asked == num_rows)
+        horizon = np.where(is_all, np.inf, distances[:, -1] - _rounding(shard, queries[left], distances[:, -1]))
+        distances, ids = _settled(shard, queries[left], distances, rows, k)
+        is_full = ids[:, -1] != NO_ID
+        is_done = is_full & ((distances[:, -1] < horizon) | is_all)
+        found[0][left[is_done]], found[1][left[is_done]] = distances[is_done], ids[is_done]
+        if is_all[~is_full].any():  # the lists that were visited hold fewer than k
+            num_probes *= 4
+        left = left[~is_done]
+        num_asked = min(4 * num_asked, num_rows)
+    return found
+
+
+def _settled(
+    shard: Shard, queries: NDArray[np.float32], distances: NDArray[np.float32], rows: NDArray[np.int64], k: int
+) -> Found:
+    """The k nearest of short lists of rows (Q, S), with distances that do not depend on a row's place; padded."""
+    is_there = rows >= 0
+    if shard.is_removed is not None:
+        is_there &= ~shard.is_removed[rows]
+    if isinstance(shard.index, faiss.IndexFlat):
+        query_of, place = np.nonzero(is_there)
+        distances = np.empty(rows.shape, np.float32)
+        distances[is_there] = _pair_distances(queries, query_of, shard.index.get_xb(), rows[query_of, place])
+    distances = np.where(is_there, distances, np.float32(np.inf))
+    ids: NDArray[np.int64] = np.where(is_there, shard.ids[rows], NO_ID)
+    return merge_top_k([(distances, ids)], k)
+
+
+def _pair_distances(
+    queries: NDArray[np.float32], query_of: NDArray[np.int64], rows: Any, chosen: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Squared distances (m,) of queries[query_of] and the `chosen` ones of `rows` (a pointer), each by itself."""
+    queries = np.ascontiguousarray(queries, np.float32)
+    query_of, chosen = np.ascontiguousarray(query_of), np.ascontiguousarray(chosen)
+    distances = np.empty(len(chosen), np.float32)
+    if len(chosen):
+        faiss.pairwise_indexed_L2sqr(
+            queries.shape[1],
+            len(chosen),
+            faiss.swig_ptr(queries),
+            faiss.swig_ptr(query_of),
+            rows,
+            faiss.swig_ptr(chosen),
+            faiss.swig_ptr(distances),
+        )
+    return distances
+
+
+def _rounding(shard: Shard, queries: NDArray[np.float32], distances: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(Q,) the most by which faiss's distance of a row may differ from ours.
+
+    Only the matrix products of an exact index round otherwise: |q|^2 + |x|^2 - 2qx, each sum of G products by at most
+    G steps of float32, and |x| is at most |q| + sqrt(distance).
+    """
+    if not isinstance(shard.index, faiss.IndexFlat):
+        return np.zeros(len(queries), np.float32)
+    length = np.linalg.norm(queries, axis=1)
+    largest = (2 * length + np.sqrt(np.maximum(distances, 0))) ** 2
+    return ((queries.shape[1] + 4) * FLOAT32_STEP * largest).astype(np.float32)
+
+
+def _parameters(shard: Shard, num_probes: int, selector: Any) -> Any:
+    """faiss's search parameters for this kind of index."""
+    if isinstance(shard.index, faiss.IndexIVFRaBitQ):
+        return faiss.IVFRaBitQSearchParameters(nprobe=_probes(shard, num_probes), sel=selector, qb=QUERY_BITS)
+    if isinstance(shard.index, faiss.IndexIVF):
+        return faiss.SearchParametersIVF(nprobe=_probes(shard, num_probes), sel=selector)
+    return None if selector is None else faiss.SearchParameters(sel=selector)
+
+
+def _probes(shard: Shard, num_probes: int) -> int:
+    return min(num_probes, shard.index.nlist)
+
+
+def rescore(
+    descriptors: NDArray[np.float32],
+    ids: NDArray[np.int64],
+    queries: NDArray[np.float32],
+    short_lists: NDArray[np.int64],
+    *,
+    num_threads: int,
+) -> NDArray[np.float32]:
+    """True squared distances (Q, S) of those of `short_lists` (Q, S) that are among `ids` (n,); infinite elsewhere.
+
+    `descriptors` (n, G) may be mapped: only the rows that are needed are read.
+    """
+    faiss.omp_set_num_threads(num_threads)
+    distances = np.full(short_lists.shape, np.inf, np.float32)
+    if len(ids):
+        rows = np.searchsorted(ids, short_lists).clip(max=len(ids) - 1)
+        query_of, place = np.nonzero(ids[rows] == short_lists)
+        found = _pair_distances(queries, query_of, faiss.swig_ptr(descriptors), rows[query_of, place])
+        distances[query_of, place] = found
+    return distances

@@ -1,21 +1,21 @@
-"""The index directory: what lies where, and when it counts.
+"""Descriptors of photos on storage: the shards of an index before there is an index.
 
-    manifest.json      last to appear: an index without it does not exist
     images.parquet     every photo, rejected ones too; an id is a position here
     rejected.parquet   path and error of every photo that could not be read
-    shards/00000/      ids.npy (n,) int64, descriptors.npy (n, G) float32, index.faiss, described.json
+    shards/00000/      ids.npy (n,) int64, descriptors.npy (n, G) float32, described.json
 
-`described.json` is the last file of a shard's description, at the root the last of all of them. A directory
-of descriptors alone (the queries of a run) has the same files without index.faiss and manifest.json.
-The full description of the format is in `docs/formats.md`.
+`described.json` is the last file of a shard's description, at the root the last of all of them. The queries of a run
+are such a directory; an index has faiss files and a manifest beside it (`manifest.py`). The full description of the
+format is in `docs/formats.md`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -23,12 +23,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pairvpr.data import claim, storage
+from pairvpr.data import storage
+from pairvpr.data.local_cache import damaged
 from pairvpr.data.manifest import Manifest
 from pairvpr.errors import UserError
+from pairvpr.index.manifest import StoredFile
 
-FORMAT_VERSION = 1
 REJECTED_SCHEMA = pa.schema([("path", pa.string()), ("error", pa.string())])
+ARRAYS = ("ids.npy", "descriptors.npy")
+_MOST_HEADER_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -47,28 +50,17 @@ class ShardRange:
 
 @dataclass(frozen=True)
 class ShardDescription:
-    """`described.json` of a shard: its range, the photos rejected in it, and what describing it took."""
+    """`described.json` of a shard: its range, the photos rejected in it, what describing it took, and its files.
+
+    Ids are those of the index, which continue those of earlier generations.
+    """
 
     first_id: int
     count: int
     num_rows: int
     rejected: dict[int, str]
     seconds: float
-
-
-@dataclass(frozen=True)
-class IndexManifest:
-    """`manifest.json`. `shards` has a row for each shard: first_id, count, num_rows, bytes and sha256 by file."""
-
-    model: dict[str, str]
-    descriptor_dim: int
-    num_images: int
-    images_root: str
-    shards: list[dict[str, Any]]
-    kind: str = "flat"
-    factory: str = "Flat"
-    metric: str = "L2"
-    format_version: int = FORMAT_VERSION
+    files: dict[str, StoredFile]
 
 
 def shard_ranges(num_images: int, num_shards: int) -> list[ShardRange]:
@@ -77,15 +69,17 @@ def shard_ranges(num_images: int, num_shards: int) -> list[ShardRange]:
     return [ShardRange(shard, first, stop - first) for shard, (first, stop) in enumerate(itertools.pairwise(cuts))]
 
 
-def shard_url(directory: str, shard: int, name: str) -> str:
-    """Where a shard keeps the file `name`."""
-    return storage.join(directory, "shards", f"{shard:05d}", name)
+def shard_path(shard: int) -> str:
+    """Where a described shard lies, relative to its directory."""
+    return f"shards/{shard:05d}"
 
 
-def write_array(url: str, array: NDArray[Any]) -> None:
-    """Publish an array as .npy."""
-    with storage.written_locally(url) as path, path.open("wb") as file:
-        np.save(file, array, allow_pickle=False)
+def write_array(directory: str, path: str, array: NDArray[Any]) -> StoredFile:
+    """Publish an array as .npy; returns its size and digest, as they were before it left this machine."""
+    with storage.written_locally(storage.join(directory, path)) as local:
+        with local.open("wb") as file:
+            np.save(file, array, allow_pickle=False)
+        return StoredFile(path=path, bytes=local.stat().st_size, sha256=storage.sha256(str(local)))
 
 
 def read_array(url: str) -> NDArray[Any]:
@@ -95,33 +89,75 @@ def read_array(url: str) -> NDArray[Any]:
     return np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False)
 
 
+def read_checked_array(directory: str, file: StoredFile) -> NDArray[Any]:
+    """The array of a .npy file, in memory. Raises `UserError`, naming it, where its bytes have changed."""
+    url = storage.join(directory, file.path)
+    data = storage.read_bytes(url)
+    if hashlib.sha256(data).hexdigest() != file.sha256:
+        raise damaged(url)
+    return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+def read_some_rows(url: str, runs: Sequence[range]) -> NDArray[np.float32]:
+    """Some rows of a .npy file of float32 (n, G), run by run; of a remote file only these bytes are read."""
+    if storage.is_local(url):
+        rows = read_array(url)
+        return np.concatenate([np.empty((0, rows.shape[1]), np.float32), *(rows[run.start : run.stop] for run in runs)])
+    head = io.BytesIO(storage.read_head(url, _MOST_HEADER_BYTES))
+    np.lib.format.read_magic(head)
+    shape, _, _ = np.lib.format.read_array_header_1_0(head)
+    row_bytes, offset = 4 * shape[1], head.tell()
+    pieces = storage.read_ranges(url, [(offset + run.start * row_bytes, offset + run.stop * row_bytes) for run in runs])
+    return np.frombuffer(b"".join(pieces), np.float32).reshape(-1, shape[1])
+
+
 def write_shard_description(
     directory: str,
     shard: int,
     ids: NDArray[np.int64],
     descriptors: NDArray[np.float32],
-    about: ShardDescription,
-) -> None:
-    """Publish a described shard; its `described.json` comes last."""
-    write_array(shard_url(directory, shard, "ids.npy"), ids)
-    write_array(shard_url(directory, shard, "descriptors.npy"), descriptors)
-    storage.write_json(shard_url(directory, shard, "described.json"), asdict(about))
+    *,
+    first_id: int,
+    count: int,
+    rejected: dict[int, str],
+    seconds: float,
+) -> ShardDescription:
+    """Publish a described shard; its `described.json` comes last.
+
+    Raises `UserError` for a descriptor that is not finite, naming the first image id.
+    """
+    is_finite = np.isfinite(descriptors).all(axis=1)
+    if not is_finite.all():
+        raise UserError(
+            f"{storage.join(directory, shard_path(shard))}: the descriptor of image {ids[~is_finite][0]} is not finite "
+            f"({(~is_finite).sum():,} of {len(ids):,} are not); expected sound weights and model.precision=fp32 or bf16"
+        )
+    arrays = dict(zip(ARRAYS, (ids, descriptors), strict=True))
+    files = {name: write_array(directory, f"{shard_path(shard)}/{name}", array) for name, array in arrays.items()}
+    about = ShardDescription(first_id, count, len(ids), rejected, seconds, files)
+    storage.write_json(_described_url(directory, shard), asdict(about))
+    return about
+
+
+def _described_url(directory: str, shard: int) -> str:
+    return storage.join(directory, shard_path(shard), "described.json")
 
 
 def read_shard_description(directory: str, shard: int) -> ShardDescription | None:
     """A shard's `described.json`, or None while the shard is not finished."""
     try:
-        content = storage.read_json(shard_url(directory, shard, "described.json"))
+        content = storage.read_json(_described_url(directory, shard))
     except FileNotFoundError:
         return None
     content["rejected"] = {int(image_id): error for image_id, error in content["rejected"].items()}
+    content["files"] = {name: StoredFile(**file) for name, file in content["files"].items()}
     return ShardDescription(**content)
 
 
-def finish_description(directory: str, images: Manifest, shards: list[ShardDescription]) -> None:
-    """Publish rejected.parquet and, last, the root's described.json."""
+def finish_description(directory: str, images: Manifest, shards: list[ShardDescription], first_id: int = 0) -> None:
+    """Publish rejected.parquet and, last, the root's described.json; `first_id` is that of the first photo."""
     rejected = {image_id: error for shard in shards for image_id, error in shard.rejected.items()}
-    rows = [{"path": images.path(image_id), "error": rejected[image_id]} for image_id in sorted(rejected)]
+    rows = [{"path": images.path(image_id - first_id), "error": rejected[image_id]} for image_id in sorted(rejected)]
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, REJECTED_SCHEMA), sink)
     storage.write_bytes(storage.join(directory, "rejected.parquet"), sink.getvalue())
@@ -145,92 +181,7 @@ def read_description(directory: str) -> dict[str, Any] | None:
 def read_descriptors(directory: str) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Ids (n,) and descriptors (n, G) of all shards of a finished description, in the order of ids."""
     num_shards = storage.read_json(storage.join(directory, "described.json"))["num_shards"]
-    ids = [read_array(shard_url(directory, shard, "ids.npy")) for shard in range(num_shards)]
-    descriptors = [read_array(shard_url(directory, shard, "descriptors.npy")) for shard in range(num_shards)]
-    return np.concatenate(ids), np.concatenate(descriptors)
-
-
-def write_manifest(directory: str, manifest: IndexManifest) -> None:
-    """Publish `manifest.json`: from now on the index exists."""
-    storage.write_json(storage.join(directory, "manifest.json"), asdict(manifest))
-
-
-def read_manifest(directory: str) -> IndexManifest | None:
-    """`manifest.json`, or None where there is no finished index.
-
-    Raises `UserError` for a newer format, for what is not the manifest of an index, and for what can't be read.
-    """
-    url = storage.join(directory, "manifest.json")
-    try:
-        content = storage.read_json(url)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise UserError(f"{url}: can't be read: {storage.reason(error)}") from error
-    except ValueError as error:
-        raise UserError(f"{url} is not the manifest of an index: {storage.reason(error)}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{url} is not the manifest of an index: expected an object")
-    if content.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{directory}: index format {content.get('format_version')}; this version reads {FORMAT_VERSION}"
-        )
-    expected = {field.name for field in fields(IndexManifest)}
-    if content.keys() != expected:
-        wrong = ", ".join(sorted(content.keys() ^ expected))
-        raise UserError(f"{url} is not the manifest of an index: missing or unknown {wrong}")
-    manifest = IndexManifest(**content)
-    if not isinstance(manifest.model, dict) or not {"name", "weights_sha256"} <= manifest.model.keys():
-        raise UserError(f"{url} is not the manifest of an index: expected model with name and weights_sha256")
-    if not isinstance(manifest.shards, list) or not all(isinstance(row, dict) for row in manifest.shards):
-        raise UserError(f"{url} is not the manifest of an index: expected shards as a list of objects")
-    return manifest
-
-
-def read_images(directory: str, manifest: IndexManifest) -> Manifest:
-    """The photos of a finished index. Raises `UserError` where `images.parquet` is missing or damaged."""
-    url = storage.join(directory, "images.parquet")
-    try:
-        return Manifest.read(url, manifest.images_root)
-    except FileNotFoundError as error:
-        raise UserError(f"index {directory}: its images.parquet is missing; build the index again") from error
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{url}: can't be read: {storage.reason(error)}") from error
-
-
-def check_model(
-    directory: str,
-    manifest: IndexManifest,
-    *,
-    name: str,
-    weights_sha256: str,
-    model: Mapping[str, Any] | None = None,
-) -> None:
-    """Raise `UserError` unless the index was made by these weights.
-
-    With `model` (section `model` of the settings of a run) also unless its `settings.json`, where there is one, has
-    the same network and image size; names and number formats may differ.
-    """
-    made_by = manifest.model
-    if made_by["weights_sha256"] != weights_sha256:
-        raise UserError(
-            f"index {directory} was made by model {made_by['name']} with weights {made_by['weights_sha256'][:12]}, "
-            f"not by {name} with weights {weights_sha256[:12]}; expected the same weights"
-        )
-    if model is None:
-        return
-    try:
-        settings = storage.read_json(storage.join(directory, claim.FILE))
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError) as error:
-        raise UserError(f"index {directory}: its {claim.FILE} is not readable: {storage.reason(error)}") from error
-    if not isinstance(settings, dict) or not isinstance(settings.get("model"), dict):
-        return
-    there, here = (
-        {key: value for key, value in section.items() if key not in ("name", "precision")}
-        for section in (settings["model"], model)
+    ids, descriptors = (
+        [read_array(storage.join(directory, shard_path(shard), name)) for shard in range(num_shards)] for name in ARRAYS
     )
-    differences = claim.differences({"model": there}, {"model": here})
-    if differences:
-        raise UserError(f"index {directory} was made by another network: {'; '.join(differences)}; expected the same")
+    return np.concatenate(ids), np.concatenate(descriptors)

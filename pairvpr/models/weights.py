@@ -41,6 +41,10 @@ class Weights:
     untrained: bool
 
 
+NOT_LOADED = Weights({}, "", untrained=False)
+"""Stands for the weights while what is cheap to check is checked."""
+
+
 def load_weights(config: ModelConfig) -> Weights:
     """The weights that `config` names, checked against the network; untrained, seeded ones where it names none.
 

@@ -5,6 +5,7 @@ G descriptor width, K candidates.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -65,7 +66,8 @@ def run(benchmark: Benchmark, model: PairVPR, config: EvaluateConfig) -> list[An
     }
     units = work_units(candidates, config.rerank.queries_per_unit)
     reranked = {answer.query_id: answer for unit in units for answer in reranker.rerank(unit)}
-    return answers(len(benchmark.queries), queries.ids, distances, ids, reranked)
+    found = {int(query_id): (ids[row], distances[row]) for row, query_id in enumerate(queries.ids)}
+    return answers(len(benchmark.queries), found, reranked)
 
 
 def describe(manifest: Manifest, describer: Describer, config: EvaluateConfig) -> Described:
@@ -103,19 +105,14 @@ def photo_reranker(benchmark: Benchmark, describer: Describer, config: EvaluateC
 
 def answers(
     num_queries: int,
-    query_ids: NDArray[np.int64],
-    distances: NDArray[np.float32],
-    ids: NDArray[np.int64],
-    reranked: dict[int, Reranked],
+    found: Mapping[int, tuple[NDArray[np.int64], NDArray[np.float32]]],
+    reranked: Mapping[int, Reranked],
 ) -> list[Answer]:
-    """One answer for each query; `query_ids` are those that could be read, row by row of `distances` and `ids`."""
-    no_ids, no_scores = np.empty(0, np.int64), np.empty(0, np.float32)
-    rows = {int(query_id): row for row, query_id in enumerate(query_ids)}
-    found = []
+    """One answer for each query; `found` has ids and squared distances of those that could be read, best first."""
+    nothing = np.empty(0, np.int64), np.empty(0, np.float32)
+    answered = []
     for query_id in range(num_queries):
-        if query_id in rows:
-            row, scored = rows[query_id], reranked[query_id]
-            found.append(Answer(query_id, ids[row], distances[row], scored.ids, scored.pair_scores))
-        else:
-            found.append(Answer(query_id, no_ids, no_scores, no_ids, no_scores))
-    return found
+        ids, distances = found.get(query_id, nothing)
+        scored = reranked.get(query_id, Reranked(query_id, *nothing))
+        answered.append(Answer(query_id, ids, distances, scored.ids, scored.pair_scores))
+    return answered

@@ -148,14 +148,15 @@ def deterministic_sums() -> Iterator[None]:
     unordered sum (some operators on a GPU) it warns.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fills_memory = torch.utils.deterministic.fill_uninitialized_memory
+    details: Any = torch.utils.deterministic
+    fills_memory = details.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    details.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fills_memory
+        details.fill_uninitialized_memory = fills_memory
 
 
 def _run(stage: Stage[Any], config: TrainConfig, context: TrainContext) -> None:

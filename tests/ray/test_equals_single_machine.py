@@ -11,9 +11,11 @@ import pytest
 
 from pairvpr.config.compose import load, load_evaluations
 from pairvpr.config.schema import BuildIndexConfig, QueryConfig
-from pairvpr.distributed.evaluate import build, evaluate, query
+from pairvpr.distributed.build import build
+from pairvpr.distributed.evaluate import evaluate
 from pairvpr.distributed.parts import Parts
-from pairvpr.index import store
+from pairvpr.distributed.query import query
+from pairvpr.index.manifest import read_manifest
 from tests.support.runs import arguments, draw_city, single_machine_predictions
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -34,10 +36,10 @@ def test_shards_and_actors(city: Path, expected: bytes, tmp_path: Path, num_shar
     assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected
     assert content == json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert content["rejected_images"] == {"database": 1, "queries": 1}
-    manifest = store.read_manifest(str(tmp_path / "out" / "index"))
+    manifest = read_manifest(str(tmp_path / "out" / "index"))
     assert manifest is not None
     assert len(manifest.shards) == num_shards
-    assert sum(shard["count"] for shard in manifest.shards) == manifest.num_images
+    assert sum(shard.count for shard in manifest.shards) == manifest.num_images
     assert not (tmp_path / "out" / "index" / "parts").exists()
 
 

@@ -24,6 +24,7 @@ from pairvpr.retrieval.pipeline import Answer
 from tests.support.small import SMALL_CITY, shaken_model, small_evaluate_config, small_model_config
 
 FACTS = RunFacts(
+    index={"kind": "flat"},
     weights_sha256="ab" * 32,
     untrained=False,
     num_candidates=4,

@@ -22,6 +22,7 @@ from tests.support.small import small_model_config
 
 NUM_QUERIES = 40
 FACTS = RunFacts(
+    index={"kind": "flat"},
     weights_sha256="ab" * 32,
     untrained=False,
     num_candidates=3,

@@ -24,7 +24,14 @@ from pairvpr.config.benchmark_schema import (
     ToyCityConfig,
 )
 from pairvpr.config.compose import JOBS, help_text, load, load_evaluations
-from pairvpr.config.schema import BuildIndexConfig, CheckBenchmarkConfig, EvaluateConfig, QueryConfig
+from pairvpr.config.schema import (
+    BuildIndexConfig,
+    CheckBenchmarkConfig,
+    EvaluateConfig,
+    PlanConfig,
+    QueryConfig,
+    UpdateIndexConfig,
+)
 from pairvpr.config.train_schema import (
     ExportWeightsConfig,
     SearchCheckpointsConfig,
@@ -404,7 +411,7 @@ def test_help_explains_every_key(job: type) -> None:
     assert any(line.startswith(f"  {section}=  one of amstertime, ") for line in lines) == has_benchmark
     assert (f"with {section}= pitts250k_test, pitts30k_test, pitts30k_val:" in lines) == has_benchmark
     assert ("  datasets_root = null" in lines) == has_benchmark
-    assert ("  output = (required)" in lines) == (job is not CheckBenchmarkConfig)
+    assert ("  output = (required)" in lines) == (job not in (CheckBenchmarkConfig, PlanConfig, UpdateIndexConfig))
 
 
 # Method, section 2: width, blocks, heads, SwiGLU, millions of parameters in all.

@@ -65,9 +65,16 @@ def test_the_first_photo_that_can_not_be_read_is_the_one_named(tmp_path: Path, m
     description = description_of(tmp_path, 2, 4)
     for shard in store.shard_ranges(2, 4):
         rejected = {image_id: f"reason {image_id}" for image_id in range(shard.first_id, shard.stop_id)}
-        about = store.ShardDescription(shard.first_id, shard.count, 0, rejected, 0.0)
-        rows = np.empty((0, 16), np.float32)
-        store.write_shard_description(str(tmp_path), shard.shard, np.empty(0, np.int64), rows, about)
+        store.write_shard_description(
+            str(tmp_path),
+            shard.shard,
+            np.empty(0, np.int64),
+            np.empty((0, 16), np.float32),
+            first_id=shard.first_id,
+            count=shard.count,
+            rejected=rejected,
+            seconds=0.0,
+        )
     monkeypatch.setattr(ray, "get", lambda refs: refs)
     with pytest.raises(UserError, match="none of the 2 photos can be read, the first because of reason 0"):
         describe(description, "database", needs_a_readable_photo=True)

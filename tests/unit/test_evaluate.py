@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,15 @@ from pairvpr.data.claim import claim
 from pairvpr.data.manifest import folder_manifest
 from pairvpr.data.toy_benchmarks import write_sfxl_test
 from pairvpr.distributed import evaluate as steps
-from pairvpr.distributed.evaluate import Run, build, evaluate, prepare, query
+from pairvpr.distributed.build import build
+from pairvpr.distributed.evaluate import Run, evaluate, prepare
+from pairvpr.distributed.query import query
 from pairvpr.errors import IncompleteRunError, UserError
-from pairvpr.index import store
-from pairvpr.index.build import build_shard
+from pairvpr.index import make
+from pairvpr.index.manifest import StoredFile, commit
 from ray_jobs import command
 from tests.support.flaky import FlakyFileSystem
+from tests.support.index import FLAT, PLENTY_BYTES, describe_rows, write_index
 from tests.support.small import small_evaluate_config, small_model_config
 
 WEIGHTS_SHA256 = "weights_sha256"
@@ -77,14 +80,12 @@ def finish_index(run: Run, **changes: Any) -> None:
     """An index of the run's database as `build_index` leaves it, and `changes` to its manifest."""
     images, dim = run.benchmark.database, run.config.model.descriptor_dim
     claim(run.index, run.index_settings(), "index.path")
-    images.write(storage.join(run.index, "images.parquet"))
-    about = store.ShardDescription(0, len(images), len(images), {}, 0.0)
     rows = np.eye(len(images), dim, dtype=np.float32)
-    store.write_shard_description(run.index, 0, np.arange(len(images)), rows, about)
-    store.finish_description(run.index, images, [about])
+    describe_rows(run.index, images, rows, [])
     made_by = {"name": "small", WEIGHTS_SHA256: run.weights.sha256}
-    manifest = store.IndexManifest(made_by, dim, len(images), images.root, [build_shard(run.index, 0)])
-    store.write_manifest(run.index, replace(manifest, **changes))
+    draft = make.first_generation(run.index, images, 1, made_by, dim)
+    manifest = make.make_index(run.index, draft, FLAT, PLENTY_BYTES, make.InThisProcess())
+    commit(run.index, replace(manifest, **changes))
 
 
 def mistake(call: Callable[[], object]) -> str:
@@ -110,7 +111,8 @@ def test_a_finished_index_is_taken(config: EvaluateConfig, has_settings: bool) -
         ({"num_images": 4}, "num_images 4 there, 3 now"),
         ({"descriptor_dim": 8}, "descriptor_dim 8 there, 16 now"),
         ({"images_root": "/elsewhere"}, "images_root /elsewhere there"),
-        ({"shards": [{}, {}]}, "num_shards 2 there, 1 now"),
+        ({"shards": []}, "num_shards 0 there, 1 now"),
+        ({"removed": [StoredFile(path="x", bytes=1, sha256="")]}, "generation's updates 1 there, 0 now"),
     ],
 )
 def test_a_finished_index_without_settings_is_checked(
@@ -209,9 +211,7 @@ def test_other_weights_are_still_refused(config: EvaluateConfig) -> None:
 )
 def test_queries_need_the_photos_of_the_index(config: EvaluateConfig, tmp_path: Path, gone: str, words: str) -> None:
     database = folder_manifest(f"{tmp_path}/database", "database")
-    database.write(f"{tmp_path}/index/images.parquet")
-    content = store.IndexManifest({"name": "small", WEIGHTS_SHA256: "ab"}, 16, 3, database.root, [{}])
-    storage.write_json(f"{tmp_path}/index/manifest.json", asdict(content))
+    write_index(f"{tmp_path}/index", [], np.eye(3, 16, dtype=np.float32), images=database)
     target = tmp_path / gone
     shutil.rmtree(target) if target.is_dir() else target.unlink()
     asked = QueryConfig(
@@ -259,7 +259,7 @@ def test_a_benchmark_that_fails_does_not_keep_the_next_from_running(
 ) -> None:
     answered: list[str] = []
 
-    def answer(run: Run, _: object) -> dict[str, Any]:
+    def answer(run: Run, _: object, __: object) -> dict[str, Any]:
         answered.append(run.benchmark.name)
         if run.benchmark.name == "first":
             raise IncompleteRunError("unit 3 failed")

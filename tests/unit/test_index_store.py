@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import threading
 from dataclasses import asdict, replace
 from pathlib import Path
 from uuid import uuid4
@@ -13,17 +15,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pairvpr.config.schema import BuildConfig, IndexKind
 from pairvpr.data import storage
+from pairvpr.data.local_cache import LocalCache
 from pairvpr.data.manifest import Manifest
 from pairvpr.errors import UserError
 from pairvpr.index import store
-from pairvpr.index.build import FILES, build_shard
-from pairvpr.index.merge import merge_top_k
-from pairvpr.index.search import load_shard, search
+from pairvpr.index.make import InThisProcess, first_generation, make_index
+from pairvpr.index.manifest import (
+    FORMAT_VERSION,
+    IndexManifest,
+    check_model,
+    commit,
+    generation_url,
+    read_images,
+    read_manifest,
+)
+from pairvpr.index.reader import OpenIndex, search_index
+from tests.support.index import FLAT, MODEL, PLENTY_BYTES, describe_rows, write_index
 
-MODEL = {"name": "small", "weights_sha256": "ab" * 32}
 PATHS = [f"{number:02d}.jpg" for number in range(11)]
 REJECTED = {2: "UnidentifiedImageError: no photo", 10: "OSError: truncated", 9: "FileNotFoundError: no such file"}
+KEPT = [image_id for image_id in range(11) if image_id not in REJECTED]
+FILES = ("ids.npy", "descriptors.npy", "index.faiss")
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -36,108 +50,86 @@ def descriptors_of(ids: list[int]) -> np.ndarray:
     return np.array([[image_id, image_id % 3, 1, 0] for image_id in ids], np.float32).reshape(-1, 4)
 
 
-def write_index(directory: str, num_shards: int = 3) -> store.IndexManifest:
-    """An index of `PATHS` without the rejected ones, shard by shard as the jobs do it."""
-    images = Manifest.of("/photos", PATHS)
-    images.write(storage.join(directory, "images.parquet"))
-    described = []
-    for shard in store.shard_ranges(len(PATHS), num_shards):
-        covered = range(shard.first_id, shard.stop_id)
-        ids = [image_id for image_id in covered if image_id not in REJECTED]
-        about = store.ShardDescription(
-            first_id=shard.first_id,
-            count=shard.count,
-            num_rows=len(ids),
-            rejected={image_id: error for image_id, error in REJECTED.items() if image_id in covered},
-            seconds=0.5,
-        )
-        assert store.read_shard_description(directory, shard.shard) is None
-        store.write_shard_description(directory, shard.shard, np.array(ids, np.int64), descriptors_of(ids), about)
-        assert store.read_shard_description(directory, shard.shard) == about
-        described.append(about)
-    assert store.read_description(directory) is None
-    store.finish_description(directory, images, described)
-    manifest = store.IndexManifest(
-        model=MODEL,
-        descriptor_dim=4,
-        num_images=len(PATHS),
-        images_root="/photos",
-        shards=[build_shard(directory, shard) for shard in range(num_shards)],
-    )
-    assert store.read_manifest(directory) is None
-    store.write_manifest(directory, manifest)
-    return manifest
+def small_index(directory: str) -> IndexManifest:
+    return write_index(directory, PATHS, descriptors_of(list(range(11))), [3, 7], rejected=REJECTED)
 
 
-def test_round_trip(directory: str) -> None:
-    manifest = write_index(directory)
-    assert store.read_manifest(directory) == manifest
-    assert store.read_description(directory) == {
-        "num_images": 11,
-        "num_shards": 3,
-        "num_rejected": 3,
-        "seconds": 1.5,
-    }
+def open_index(directory: str, manifest: IndexManifest, tmp_path: Path) -> OpenIndex:
+    return OpenIndex(directory, manifest, LocalCache(tmp_path / "cache", 1 << 30))
+
+
+def test_round_trip(directory: str, tmp_path: Path) -> None:
+    manifest = small_index(directory)
+    assert read_manifest(directory) == manifest
+    about = {"num_images": 11, "num_shards": 3, "num_rejected": 3, "seconds": 1.5}
+    assert store.read_description(directory) == about
+    assert (manifest.num_images, manifest.num_rejected, manifest.num_live) == (11, 3, 8)
+    assert read_images(directory, manifest).paths == PATHS
     ids, descriptors = store.read_descriptors(directory)
-    kept = [image_id for image_id in range(11) if image_id not in REJECTED]
-    assert ids.tolist() == kept
-    np.testing.assert_array_equal(descriptors, descriptors_of(kept))
+    assert ids.tolist() == KEPT
+    np.testing.assert_array_equal(descriptors, descriptors_of(KEPT))
     queries = descriptors_of([2, 7])
-    parts = []
-    for shard, row in enumerate(manifest.shards):
-        loaded = load_shard(directory, shard, row["sha256"])
-        parts.append(search(loaded, queries, 3, num_threads=1))
-    distances, found = merge_top_k(parts, 3)
+    distances, found = search_index(open_index(directory, manifest, tmp_path), queries, 3, num_threads=1)
     brute = ((queries[:, None] - descriptors[None]) ** 2).sum(axis=2)
-    assert found.tolist() == [[kept[row] for row in np.lexsort((kept, line))[:3]] for line in brute]
+    assert found.tolist() == [[KEPT[row] for row in np.lexsort((KEPT, line))[:3]] for line in brute]
     np.testing.assert_array_equal(distances, np.sort(brute, axis=1)[:, :3])
 
 
 def test_the_files_are_those_of_the_format(tmp_path: Path) -> None:
-    write_index(str(tmp_path))
-    names = {"manifest.json", "described.json", "images.parquet", "rejected.parquet"}
+    small_index(str(tmp_path))
+    names = {"manifest.json", "generations/000001.json", "described.json", "images.parquet", "rejected.parquet"}
     for shard in range(3):
-        names |= {f"shards/{shard:05d}/{name}" for name in (*FILES, "described.json")}
+        names |= {f"shards/{shard:05d}/{name}" for name in (*FILES, "described.json", "index.faiss.json")}
     assert set(storage.list_files(str(tmp_path))) == names
     rejected = pq.read_table(tmp_path / "rejected.parquet")
     assert rejected.schema == store.REJECTED_SCHEMA
     assert rejected.to_pylist() == [
         {"path": PATHS[image_id], "error": error} for image_id, error in sorted(REJECTED.items())
     ]
-    content = storage.read_json(str(tmp_path / "manifest.json"))
-    assert (content["format_version"], content["metric"], content["kind"], content["factory"]) == (
-        1,
-        "L2",
-        "flat",
-        "Flat",
-    )
-    shard = tmp_path / "shards" / "00001"
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    assert {name: content[name] for name in ("format_version", "generation", "metric", "kind", "factory")} == {
+        "format_version": 2,
+        "generation": 1,
+        "metric": "L2",
+        "kind": "flat",
+        "factory": "Flat",
+    }
     row = content["shards"][1]
-    assert (row["first_id"], row["count"], row["num_rows"]) == (3, 4, 4)
+    assert (row["path"], row["first_id"], row["count"], row["num_rows"]) == ("shards/00001", 3, 4, 4)
     for name in FILES:
-        assert row["bytes"][name] == (shard / name).stat().st_size
-        assert row["sha256"][name] == storage.sha256(str(shard / name))
-    ids, descriptors = np.load(shard / "ids.npy"), np.load(shard / "descriptors.npy", mmap_mode="r")
+        path = tmp_path / "shards/00001" / name
+        assert row["files"][name] == {
+            "path": f"shards/00001/{name}",
+            "bytes": path.stat().st_size,
+            "sha256": storage.sha256(str(path)),
+        }
+    ids = np.load(tmp_path / "shards/00001/ids.npy")
+    descriptors = np.load(tmp_path / "shards/00001/descriptors.npy", mmap_mode="r")
     assert (ids.dtype, ids.tolist()) == (np.int64, [3, 4, 5, 6])
     assert (descriptors.dtype, descriptors.shape) == (np.float32, (4, 4))
-    index = faiss.read_index(str(shard / "index.faiss"))
+    index = faiss.read_index(str(tmp_path / "shards/00001/index.faiss"))
     np.testing.assert_array_equal(index.reconstruct_n(0, 4), descriptors)
 
 
-def test_building_a_shard_twice_gives_the_same_bytes(tmp_path: Path) -> None:
-    manifest = write_index(str(tmp_path))
-    before = (tmp_path / "shards/00000/index.faiss").read_bytes()
-    assert build_shard(str(tmp_path), 0) == manifest.shards[0]
-    assert (tmp_path / "shards/00000/index.faiss").read_bytes() == before
+def test_made_twice_it_has_the_same_bytes(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).standard_normal((3000, 16)).astype(np.float32)
+    paths = [f"{number:04d}.jpg" for number in range(3000)]
+    config = BuildConfig(kind=IndexKind.ivf_rabitq, num_lists=16)
+    write_index(str(tmp_path / "once"), paths, rows, [1000], config=config)
+    write_index(str(tmp_path / "again"), paths, rows, [1000], config=config)
+    files = storage.list_files(str(tmp_path / "once"))
+    assert "trained-ivf16-rabitq.faiss" in files
+    assert files == storage.list_files(str(tmp_path / "again"))
+    for name in files:
+        assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
 
 
 def test_a_shard_of_rejected_photos_alone(tmp_path: Path) -> None:
-    about = store.ShardDescription(first_id=0, count=1, num_rows=0, rejected={0: "broken"}, seconds=0.0)
-    store.write_shard_description(str(tmp_path), 0, np.empty(0, np.int64), np.empty((0, 4), np.float32), about)
-    row = build_shard(str(tmp_path), 0)
-    shard = load_shard(str(tmp_path), 0, row["sha256"])
-    distances, ids = search(shard, descriptors_of([1, 2]), 5, num_threads=1)
-    assert distances.shape == ids.shape == (2, 0)
+    index = str(tmp_path / "index")
+    manifest = write_index(index, PATHS[:3], descriptors_of([0, 1, 2]), [1], rejected={0: "broken"})
+    assert manifest.shards[0].num_rows == 0
+    _, found = search_index(open_index(index, manifest, tmp_path), descriptors_of([1, 2]), 5, num_threads=1)
+    assert found.tolist() == [[1, 2], [2, 1]]
 
 
 @given(st.integers(0, 200), st.integers(1, 30))
@@ -156,51 +148,187 @@ def flip(url: str, position: int) -> None:
     storage.write_bytes(url, bytes(data))
 
 
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("position", [0, 60, -1])
-def test_a_flipped_byte_is_refused_by_name(directory: str, position: int) -> None:
-    manifest = write_index(directory)
-    url = store.shard_url(directory, 1, "index.faiss")
+def test_a_flipped_byte_is_refused_by_name(directory: str, tmp_path: Path, name: str, position: int) -> None:
+    manifest = small_index(directory)
+    url = storage.join(directory, "shards/00001", name)
     flip(url, position)
+    opened = open_index(directory, manifest, tmp_path)
     with pytest.raises(UserError) as caught:
-        load_shard(directory, 1, manifest.shards[1]["sha256"])
+        _ = opened.descriptors(1) if name == "descriptors.npy" else opened.shard(1)
     assert url in str(caught.value)
     assert "damaged" in str(caught.value)
-    load_shard(directory, 0, manifest.shards[0]["sha256"])
+    opened.shard(0)
+    opened.descriptors(0)
+
+
+@pytest.mark.parametrize("kind", [IndexKind.flat_8bit, IndexKind.ivf_rabitq])
+def test_a_flipped_byte_of_what_shards_share(tmp_path: Path, kind: IndexKind) -> None:
+    rows = np.random.default_rng(0).standard_normal((800, 8)).astype(np.float32)
+    config = BuildConfig(kind=kind, num_lists=16 if kind is IndexKind.ivf_rabitq else None)
+    manifest = write_index(str(tmp_path / "index"), [f"{i:03d}.jpg" for i in range(800)], rows, config=config)
+    assert manifest.trained is not None
+    url = str(tmp_path / "index" / manifest.trained.path)
+    flip(url, 100)
+    with pytest.raises(UserError, match="damaged") as caught:
+        open_index(str(tmp_path / "index"), manifest, tmp_path)
+    assert url in str(caught.value)
+
+
+def test_a_missing_file_is_named(directory: str, tmp_path: Path) -> None:
+    manifest = small_index(directory)
+    url = storage.join(directory, "shards/00002/index.faiss")
+    storage.remove_file(url)
+    with pytest.raises(UserError, match="is missing") as caught:
+        open_index(directory, manifest, tmp_path).shard(2)
+    assert url in str(caught.value)
+
+
+def test_a_shard_of_another_width_or_length_is_refused(tmp_path: Path) -> None:
+    index = str(tmp_path / "index")
+    manifest = small_index(index)
+    with pytest.raises(UserError, match=r"index\.faiss: 4 values a row, the manifest has 8"):
+        open_index(index, replace(manifest, descriptor_dim=8), tmp_path).shard(0)
+    longer = replace(manifest.shards[0], num_rows=9)
+    with pytest.raises(UserError, match=r"index\.faiss: 2 rows, the manifest has 9"):
+        open_index(index, replace(manifest, shards=[longer]), tmp_path).shard(0)
+
+
+def test_descriptors_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    rows = descriptors_of(list(range(11)))
+    rows[5, 2], rows[8, 0] = np.nan, np.inf
+    with pytest.raises(UserError, match=r"shards/00001: the descriptor of image 5 is not finite \(1 of 4 are not\)"):
+        write_index(str(tmp_path), PATHS, rows, [3, 7])
+    assert read_manifest(str(tmp_path)) is None
 
 
 def test_no_manifest_no_index(tmp_path: Path) -> None:
-    assert store.read_manifest(str(tmp_path)) is None
-    assert store.read_manifest(str(tmp_path / "missing")) is None
+    assert read_manifest(str(tmp_path)) is None
+    assert read_manifest(str(tmp_path / "missing")) is None
     (tmp_path / "file").touch()
-    assert store.read_manifest(str(tmp_path / "file")) is None
+    assert read_manifest(str(tmp_path / "file")) is None
 
 
-@pytest.mark.parametrize("version", [store.FORMAT_VERSION + 1, 0, None, "1"])
+@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 1, 0, None, "2"])
 def test_another_format_version_is_refused(directory: str, version: object) -> None:
-    manifest = write_index(directory)
-    content = asdict(manifest) | {"format_version": version, "something_new": 3}
+    content = asdict(small_index(directory)) | {"format_version": version, "something_new": 3}
     storage.write_json(storage.join(directory, "manifest.json"), content)
-    with pytest.raises(UserError, match=f"index format {version}; this version reads {store.FORMAT_VERSION}"):
-        store.read_manifest(directory)
+    with pytest.raises(UserError, match=f"index format {version}; this version reads {FORMAT_VERSION}"):
+        read_manifest(directory)
 
 
 @pytest.mark.parametrize(
-    "content", ["not json", "", "[]", "3", '"text"', "null", '{"format_version": 1}', '{"format_version": 1, "x": 2}']
+    "content",
+    ["not json", "", "[]", "3", '"text"', "null", '{"format_version": 2}', '{"format_version": 2, "x": 2}'],
 )
 def test_a_manifest_of_something_else_is_a_users_mistake(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(UserError) as caught:
-        store.read_manifest(str(tmp_path))
+        read_manifest(str(tmp_path))
     assert str(tmp_path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shards": [3]},
+        {"shards": None},
+        {"model": []},
+        {"model": {"name": "x"}},
+        {"images": [{}]},
+        {"trained": {"path": "x"}},
+        {"removed": ["x"]},
+    ],
+)
+def test_a_manifest_with_wrong_parts_is_a_users_mistake(tmp_path: Path, change: dict[str, object]) -> None:
+    content = asdict(small_index(str(tmp_path))) | change
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="is not the manifest of an index"):
+        read_manifest(str(tmp_path))
+
+
 def test_an_index_of_other_weights_is_refused(tmp_path: Path) -> None:
-    manifest = write_index(str(tmp_path))
-    store.check_model(str(tmp_path), manifest, name="renamed", weights_sha256="ab" * 32)
+    manifest = small_index(str(tmp_path))
+    check_model(str(tmp_path), manifest, name="renamed", weights_sha256="ab" * 32)
     with pytest.raises(UserError) as caught:
-        store.check_model(str(tmp_path), manifest, name="vitb", weights_sha256="cd" * 32)
+        check_model(str(tmp_path), manifest, name="vitb", weights_sha256="cd" * 32)
     for part in (str(tmp_path), "small", "vitb", "abababababab", "cdcdcdcdcdcd"):
         assert part in str(caught.value)
     other = replace(manifest, model=MODEL | {"weights_sha256": "ab" * 31 + "ac"})
     with pytest.raises(UserError):
-        store.check_model(str(tmp_path), other, name="small", weights_sha256="ab" * 32)
+        check_model(str(tmp_path), other, name="small", weights_sha256="ab" * 32)
+
+
+def test_a_generation_is_made_by_one_writer(directory: str) -> None:
+    manifest = small_index(directory)
+    second = replace(manifest, generation=2, num_removed=1)
+    commit(directory, second)
+    commit(directory, second)  # as a writer that did not hear of its success would
+    with pytest.raises(UserError, match="another writer changed the index meanwhile"):
+        commit(directory, replace(second, num_removed=2))
+    assert read_manifest(directory) == second
+
+
+def test_of_many_writers_at_once_one_succeeds(tmp_path: Path) -> None:
+    index = str(tmp_path)
+    manifest = small_index(index)
+    outcomes: list[int | None] = []
+
+    def write(number: int) -> None:
+        try:
+            commit(index, replace(manifest, generation=2, num_removed=number))
+            outcomes.append(number)
+        except UserError:
+            outcomes.append(None)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (winner,) = [number for number in outcomes if number is not None]
+    found = read_manifest(index)
+    assert found is not None
+    assert (len(outcomes), found.num_removed) == (16, winner)
+
+
+def test_a_generation_whose_copy_was_not_made_is_found(directory: str) -> None:
+    manifest = small_index(directory)
+    third = replace(manifest, generation=3)
+    for later in (replace(manifest, generation=2), third):
+        storage.write_json(generation_url(directory, later.generation), asdict(later))
+    assert read_manifest(directory) == third
+
+
+def test_images_that_do_not_fit_the_manifest_are_refused(directory: str) -> None:
+    manifest = small_index(directory)
+    Manifest.of("/photos", PATHS[:4]).write(storage.join(directory, "images.parquet"))
+    with pytest.raises(UserError, match=r"images\.parquet: 4 photos, the manifest has 11"):
+        read_images(directory, manifest)
+
+
+def test_another_kind_from_the_same_descriptors(tmp_path: Path) -> None:
+    index = str(tmp_path / "index")
+    first = small_index(index)
+    draft = replace(first, generation=2)
+    second = make_index(index, draft, BuildConfig(kind=IndexKind.flat_fp16), PLENTY_BYTES, InThisProcess())
+    commit(index, second)
+    assert read_manifest(index) == second
+    queries = descriptors_of([4, 6])
+    answers = [
+        search_index(open_index(index, manifest, tmp_path), queries, 4, num_threads=1) for manifest in (first, second)
+    ]
+    np.testing.assert_array_equal(answers[0][1], answers[1][1])
+
+
+def test_a_description_continues_ids(tmp_path: Path) -> None:
+    images = Manifest.of("/photos", ["x.jpg", "y.jpg", "z.jpg"])
+    describe_rows(str(tmp_path), images, descriptors_of([1, 2, 3]), [1], {1: "broken"}, first_id=100)
+    ids, _ = store.read_descriptors(str(tmp_path))
+    assert ids.tolist() == [100, 102]
+    assert pq.read_table(tmp_path / "images.parquet").column("image_id").to_pylist() == [100, 101, 102]
+    assert pq.read_table(tmp_path / "rejected.parquet").to_pylist() == [{"path": "y.jpg", "error": "broken"}]
+    draft = first_generation(str(tmp_path), images, 2, MODEL, 4)
+    assert [(entry.first_id, entry.count) for entry in draft.shards] == [(100, 1), (101, 2)]
+    assert FLAT.kind is IndexKind.flat

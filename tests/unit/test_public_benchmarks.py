@@ -86,6 +86,7 @@ def test_msls_val_is_reported_by_city(root: Path, model: PairVPR) -> None:
     benchmark, config = benchmark_of(root, "msls_val"), small_evaluate_config("unused", num_candidates=4)
     answers = pipeline.run(benchmark, model, config)
     facts = RunFacts(
+        index={"kind": "flat"},
         weights_sha256="ab" * 32,
         untrained=True,
         num_candidates=4,

@@ -21,6 +21,7 @@ from pairvpr.retrieval.pipeline import Answer
 from tests.support.small import small_model_config
 
 FACTS = RunFacts(
+    index={"kind": "flat"},
     weights_sha256="ab" * 32,
     untrained=True,
     num_candidates=5,

@@ -94,7 +94,8 @@ class ContraryIndex:
         self.rows = rows
         self.ntotal = len(rows)
 
-    def search(self, queries: Rows, k: int) -> Found:
+    def search(self, queries: Rows, k: int, params: None = None) -> Found:
+        assert params is None
         distances = ((queries[:, None] - self.rows[None]) ** 2).sum(axis=2)
         order = np.array([sorted(range(self.ntotal), key=lambda row: (line[row], -row))[:k] for line in distances])
         return np.take_along_axis(distances, order, 1), order

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import fsspec
+import fsspec.config
 import pytest
+import s3fs
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from pairvpr.data import storage
 from pairvpr.errors import UserError
@@ -211,6 +216,155 @@ def test_an_unknown_protocol_is_a_users_mistake() -> None:
         storage.read_bytes("nosuch://bucket/x")
 
 
+def test_a_name_is_created_once(place: str) -> None:
+    url = storage.join(place, "a", "commit.json")
+    assert storage.create_exclusively(url, b"first")
+    assert not storage.create_exclusively(url, b"other")
+    assert not storage.create_exclusively(url, b"")
+    assert storage.create_exclusively(url, b"first")  # a try that never heard its answer
+    assert storage.read_bytes(url) == b"first"
+    assert storage.list_files(place) == ["a/commit.json"]
+    storage.remove_file(url)
+    assert storage.create_exclusively(url, b"other")
+    assert storage.read_bytes(url) == b"other"
+
+
+def test_of_many_that_create_one_name_exactly_one_does(tmp_path: Path) -> None:
+    values = [bytes([number]) * 100_000 for number in range(16)]
+    barrier = threading.Barrier(len(values))
+
+    def create(url: str, value: bytes) -> bool:
+        barrier.wait()
+        return storage.create_exclusively(url, value)
+
+    with ThreadPoolExecutor(len(values)) as threads:
+        for attempt in range(20):
+            url = str(tmp_path / str(attempt))
+            created = list(threads.map(lambda value, url=url: create(url, value), values))
+            assert created.count(True) == 1
+            assert storage.read_bytes(url) == values[created.index(True)]
+    assert len(storage.list_files(str(tmp_path))) == 20  # no temporary file is left
+
+
+def test_readers_never_see_half_of_a_created_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = str(tmp_path / "file")
+    sizes: list[bool] = []
+    fsync = storage.os.fsync
+    monkeypatch.setattr(storage.os, "fsync", lambda file: (sizes.append(storage.exists(url)), fsync(file)))
+    assert storage.create_exclusively(url, b"x" * 1000)
+    assert sizes == [False]
+
+
+def test_a_name_that_is_freed_meanwhile_is_created(flaky: type[FlakyFileSystem]) -> None:
+    storage.write_bytes(URL, b"other")
+    cat_file = FlakyFileSystem.cat_file
+
+    def gone(self: FlakyFileSystem, path: str) -> bytes:
+        self.rm_file(path)
+        return cat_file(self, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FlakyFileSystem, "cat_file", gone)
+        assert storage.create_exclusively(URL, b"value")
+    assert storage.read_bytes(URL) == b"value"
+
+
+def test_a_store_that_contradicts_itself_is_not_asked_forever(flaky: type[FlakyFileSystem]) -> None:
+    flaky.error = FileExistsError("taken")
+    flaky.failures_left["pipe_file"] = 1000
+    with pytest.raises(storage.StorageError, match="the store says that it is there and that it is not"):
+        storage.create_exclusively(URL, b"value")
+    assert flaky.requests["pipe_file"] == storage.NUM_TRIES
+
+
+class S3LikeError(OSError):
+    """What s3fs makes of an error of S3."""
+
+    def __init__(self, code: str) -> None:
+        super().__init__(22, "At least one of the pre-conditions you specified did not hold")
+        self.__cause__ = RuntimeError(code)
+        self.__cause__.response = {"Error": {"Code": code}}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("code", ["PreconditionFailed", "412"])
+def test_a_failed_condition_means_that_the_name_is_taken(flaky: type[FlakyFileSystem], code: str) -> None:
+    storage.write_bytes(URL, b"value")
+    flaky.requests.clear()
+    flaky.error = S3LikeError(code)
+    flaky.failures_left["pipe_file"] = 2
+    assert storage.create_exclusively(URL, b"value")
+    assert not storage.create_exclusively(URL, b"other")
+    assert flaky.requests["pipe_file"] == 2
+
+
+def test_an_upload_that_the_store_forgot_is_sent_again(flaky: type[FlakyFileSystem]) -> None:
+    error = FileNotFoundError("The specified multipart upload does not exist.")
+    error.__cause__ = S3LikeError("NoSuchUpload").__cause__
+    flaky.error = error
+    flaky.failures_left["put_file"] = 2
+    _written_locally(URL)
+    assert storage.read_bytes(URL) == b"value"
+
+
+@pytest.fixture
+def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Settings of S3 as on a bare machine."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setattr(fsspec.config, "conf", {})
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("relative", True),
+        ("/path", True),
+        ("file:///path", True),
+        ("s3://bucket/x", True),
+        ("s3a://bucket/x", True),
+        ("memory://x", False),
+        ("flaky://x", False),
+    ],
+)
+def test_creation_is_atomic_on_disks_and_on_aws(aws: None, url: str, expected: bool) -> None:
+    assert storage.has_atomic_creation(url) is expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("AWS_DEFAULT_REGION", "eu-central-1", True),
+        ("AWS_DEFAULT_REGION", "cn-north-1", True),
+        ("AWS_ENDPOINT_URL", "http://127.0.0.1:8080", False),
+        ("AWS_ENDPOINT_URL_S3", "https://s3.example.org", False),
+        ("AWS_ENDPOINT_URL", "https://amazonaws.com.example.org", False),
+        ("AWS_ENDPOINT_URL", "https://s3.eu-west-1.amazonaws.com", True),
+    ],
+)
+def test_creation_is_not_atomic_at_another_endpoint(
+    aws: None, monkeypatch: pytest.MonkeyPatch, name: str, value: str, expected: bool
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert storage.has_atomic_creation("s3://bucket/x") is expected
+
+
+@pytest.mark.parametrize("settings", [{"endpoint_url": "http://h"}, {"client_kwargs": {"endpoint_url": "http://h"}}])
+def test_fsspecs_settings_are_heard_too(aws: None, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]) -> None:
+    monkeypatch.setitem(fsspec.config.conf, "s3", settings)
+    assert not storage.has_atomic_creation("s3://bucket/x")
+
+
+def test_aws_profiles_are_heard_too(aws: None, tmp_path: Path) -> None:
+    (tmp_path / "config").write_text("[default]\nendpoint_url = https://s3.example.org\n")
+    assert not storage.has_atomic_creation("s3://bucket/x")
+
+
 URL = "flaky://bucket/folder/file"
 
 
@@ -301,3 +455,155 @@ def test_the_pauses_grow(flaky: type[FlakyFileSystem], monkeypatch: pytest.Monke
     flaky.failures_left["cat_file"] = storage.NUM_TRIES - 1
     assert storage.read_bytes(URL) == b"value"
     assert pauses_s == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8]
+
+
+UPLOADS = pytest.mark.parametrize("write", [lambda: storage.write_bytes(URL, b"value"), lambda: _written_locally(URL)])
+
+
+def _damage_uploads(monkeypatch: pytest.MonkeyPatch, damages: list[Callable[[FlakyFileSystem, str], None]]) -> None:
+    """What befalls the next uploads, one after the other."""
+
+    def damaged(upload: Callable[..., None]) -> Callable[..., None]:
+        def upload_and_damage(self: FlakyFileSystem, *args: Any, **kwargs: Any) -> None:
+            upload(self, *args, **kwargs)
+            if damages:
+                damages.pop(0)(self, self._strip_protocol(URL))
+
+        return upload_and_damage
+
+    monkeypatch.setattr(FlakyFileSystem, "pipe_file", damaged(FlakyFileSystem.pipe_file))
+    monkeypatch.setattr(FlakyFileSystem, "put_file", damaged(FlakyFileSystem.put_file))
+
+
+def _hold(data: bytes) -> Callable[[FlakyFileSystem, str], None]:
+    return lambda filesystem, path: MemoryFileSystem.pipe_file(filesystem, path, data)
+
+
+def _tell_etags(monkeypatch: pytest.MonkeyPatch, etag: Callable[[bytes], str]) -> None:
+    """Let the store say the ETag of what it holds."""
+    info = FlakyFileSystem.info
+
+    def with_etag(self: FlakyFileSystem, path: str, **kwargs: Any) -> dict[str, Any]:
+        return {**info(self, path, **kwargs), "ETag": etag(self.store[self._strip_protocol(path)].getvalue())}
+
+    monkeypatch.setattr(FlakyFileSystem, "info", with_etag)
+
+
+def _quoted_md5(data: bytes) -> str:
+    return f'"{hashlib.md5(data).hexdigest()}"'
+
+
+@UPLOADS
+def test_a_file_that_arrived_short_or_not_at_all_is_sent_again(
+    flaky: type[FlakyFileSystem], monkeypatch: pytest.MonkeyPatch, write: Callable[[], None]
+) -> None:
+    damages = [_hold(b"val"), _hold(b""), _hold(b"value and more"), lambda filesystem, path: filesystem.rm_file(path)]
+    _damage_uploads(monkeypatch, damages)
+    write()
+    assert damages == []
+    assert storage.read_bytes(URL) == b"value"
+
+
+@UPLOADS
+def test_a_file_that_arrived_with_other_bytes_is_sent_again(
+    flaky: type[FlakyFileSystem], monkeypatch: pytest.MonkeyPatch, write: Callable[[], None]
+) -> None:
+    damages = [_hold(b"vxlue"), _hold(b"VALUE")]
+    _damage_uploads(monkeypatch, damages)
+    _tell_etags(monkeypatch, _quoted_md5)
+    write()
+    assert damages == []
+    assert storage.read_bytes(URL) == b"value"
+
+
+@UPLOADS
+def test_a_store_that_damages_every_file_is_told(
+    flaky: type[FlakyFileSystem], monkeypatch: pytest.MonkeyPatch, write: Callable[[], None]
+) -> None:
+    _damage_uploads(monkeypatch, [_hold(b"vxlue")] * storage.NUM_TRIES)
+    _tell_etags(monkeypatch, _quoted_md5)
+    with pytest.raises(storage.StorageError, match=f"^{URL}: OSError: other bytes arrived than were sent$"):
+        write()
+
+
+@UPLOADS
+@pytest.mark.parametrize(
+    ("etag", "num_reads"), [(_quoted_md5(b"encrypted"), 1), (f'{_quoted_md5(b"")[:-1]}-3"', 0), ("", 0), ("0x8DA", 0)]
+)
+def test_etags_that_are_no_md5_of_the_bytes_are_no_fault(
+    flaky: type[FlakyFileSystem],
+    monkeypatch: pytest.MonkeyPatch,
+    write: Callable[[], None],
+    etag: str,
+    num_reads: int,
+) -> None:
+    _tell_etags(monkeypatch, lambda _: etag)
+    opened: list[str] = []
+    open_file = FlakyFileSystem.open
+
+    def counted(self: FlakyFileSystem, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+        opened.extend([path] if mode == "rb" else [])
+        return open_file(self, path, mode, **kwargs)
+
+    monkeypatch.setattr(FlakyFileSystem, "open", counted)
+    write()
+    assert len(opened) == num_reads
+    assert flaky.requests["pipe_file"] + flaky.requests["put_file"] == 1
+    assert storage.read_bytes(URL) == b"value"
+
+
+class ClientPayloadError(Exception):
+    """As aiohttp calls half an answer."""
+
+
+class HTTPClientError(Exception):
+    """As botocore calls a broken connection, of which there are several kinds."""
+
+
+class ConnectionClosedError(HTTPClientError):
+    """One of them."""
+
+
+class NoCredentialsError(Exception):
+    """As botocore says that asking again is in vain."""
+
+
+@pytest.mark.parametrize("error", [ClientPayloadError("cut"), ConnectionClosedError("cut")])
+def test_half_an_answer_is_asked_for_again(flaky: type[FlakyFileSystem], error: Exception) -> None:
+    storage.write_bytes(URL, b"value")
+    flaky.error = error
+    flaky.failures_left["cat_file"] = 3
+    assert storage.read_bytes(URL) == b"value"
+
+
+def test_a_clients_other_errors_are_final(flaky: type[FlakyFileSystem]) -> None:
+    storage.write_bytes(URL, b"value")
+    flaky.error = NoCredentialsError("Unable to locate credentials")
+    flaky.failures_left["cat_file"] = 1000
+    with pytest.raises(storage.StorageError, match=f"^{URL}: NoCredentialsError: Unable to locate credentials$"):
+        storage.read_bytes(URL)
+    assert flaky.requests["cat_file"] == 1
+
+
+def test_reads_of_an_open_file_outlast_a_busy_store(
+    flaky: type[FlakyFileSystem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = bytes(range(256)) * 1000
+    storage.write_bytes(URL, data)
+    failures = iter([True, True, False] * 1000)
+    read = MemoryFile.read
+
+    def flaky_read(self: MemoryFile, size: int = -1) -> bytes:
+        if next(failures):
+            raise OSError("503 slow down")
+        return read(self, size)
+
+    monkeypatch.setattr(MemoryFile, "read", flaky_read, raising=False)
+    with storage.open_input(URL) as file:
+        assert file.read(1000) == data[:1000]
+        assert file.tell() == 1000
+        file.seek(-5000, 2)
+        assert file.read() == data[-5000:]
+        file.seek(3)
+        assert file.read(200_000) == data[3:200_003]
+    assert storage.sha256(URL) == hashlib.sha256(data).hexdigest()

@@ -1,0 +1,221 @@
+"""Candidates of described queries, from the shards of an index. Q queries, k results, S rows of a short list."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from numpy.typing import NDArray
+
+from pairvpr.config.schema import IndexKind, SearchConfig
+from pairvpr.data import storage
+from pairvpr.data.local_cache import LocalCache
+from pairvpr.distributed.pool import PoolActor, SupervisedPool
+from pairvpr.distributed.progress import Progress, say
+from pairvpr.distributed.runtime import cpus_of_a_shard
+from pairvpr.errors import IncompleteRunError
+from pairvpr.index import choose, store
+from pairvpr.index.filters import Filters, Places, search_filtered
+from pairvpr.index.manifest import IndexManifest
+from pairvpr.index.merge import Found, merge_top_k
+from pairvpr.index.reader import OpenIndex, short_list_length
+from pairvpr.index.search import NO_ID, Effort, rescore, search
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Retrieval's answer for the queries that could be read: ids (Q,), candidates and squared distances (Q, k).
+
+    A query whose filter allows fewer than k photos has ids -1 at its end.
+    """
+
+    query_ids: NDArray[np.int64]
+    squared_distances: NDArray[np.float32]
+    ids: NDArray[np.int64]
+    seconds: float
+
+    def of(self, row: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Candidates and distances of one query, best first."""
+        num_found = int((self.ids[row] != NO_ID).sum())
+        return self.ids[row, :num_found], self.squared_distances[row, :num_found]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What shard actors are asked: the k nearest, or of codes a short list, of `queries` (Q, G)."""
+
+    index: str
+    manifest: IndexManifest
+    queries: NDArray[np.float32]
+    k: int
+    filters: Filters | None = None
+    places: Places | None = None
+
+
+def retrieve(
+    index: str,
+    manifest: IndexManifest,
+    queries: str,
+    k: int,
+    config: SearchConfig,
+    url: str,
+    filters: tuple[Filters, Places] | None = None,
+) -> Candidates:
+    """The k nearest photos of an index for each described query; kept as Parquet under `url`, and reused.
+
+    `filters` has a line for each query photo, readable or not.
+    """
+    if storage.exists(url):
+        say("retrieve: finished earlier, skipped")
+        return read_candidates(url)
+    query_ids, descriptors = store.read_descriptors(queries)
+    question = Question(index, manifest, descriptors, k)
+    if filters is not None:
+        question = Question(index, manifest, descriptors, k, Filters(filters[0].conditions[query_ids]), filters[1])
+    found, seconds = ask(question, config)
+    candidates = Candidates(query_ids, *found, seconds)
+    _write_candidates(url, candidates)
+    return candidates
+
+
+def ask(question: Question, config: SearchConfig) -> tuple[Found, float]:
+    """The k nearest over all shards, (Q, k) or as many as there are, and the seconds of work that took.
+
+    Raises `IncompleteRunError` where a shard gave no answer: an answer is never that of some of the shards.
+    """
+    manifest = question.manifest
+    num_shards = len(manifest.shards)
+    num_actors = min(num_shards, config.num_actors or max(1, int(ray.cluster_resources().get("CPU", 2) // 2)))
+    effort = Effort(**manifest.effort)
+    if config.num_probes is not None:
+        effort = Effort(config.num_probes, effort.num_rescored)
+    make_actor = _ShardActor.options(num_cpus=cpus_of_a_shard()).remote
+    reference = ray.put(question)
+    with SupervisedPool[_Unit](lambda: make_actor(reference, effort, config), num_actors, "retrieve") as pool:
+        work = _Work(pool, question.index)
+        length = short_list_length(manifest, effort, question.k)
+        best: list[Found] = []
+
+        def merge(found: Found) -> None:
+            best[:] = [merge_top_k([*best, found], length)]
+
+        work.on_all_shards("retrieve", num_shards, None, merge)
+        if choose.KINDS[IndexKind(manifest.kind)].is_rescored:
+            ids = best[0][1]
+            distances = np.full(ids.shape, np.inf, np.float32)
+            work.on_all_shards(
+                "rescore", num_shards, ray.put(ids), lambda found: np.minimum(distances, found, distances)
+            )
+            best = [merge_top_k([(distances, ids)], question.k)]
+    return best[0], work.seconds
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """A shard to search, or (with short lists) to rescore."""
+
+    shard: int
+    short_lists: Any = None
+
+
+class _Work:
+    """Asks every shard something, and adds up the seconds."""
+
+    def __init__(self, pool: SupervisedPool[_Unit], index: str) -> None:
+        self.pool = pool
+        self.index = index
+        self.seconds = 0.0
+
+    def on_all_shards(self, what: str, num_shards: int, short_lists: Any, on_answer: Callable[[Any], object]) -> None:
+        """`on_answer` gets each shard's answer, in no fixed order."""
+        progress = Progress(what, num_shards, "shards")
+
+        def on_done(_: int, answer: tuple[Any, float]) -> None:
+            on_answer(answer[0])
+            self.seconds += answer[1]
+            progress.add(1)
+
+        failed = self.pool.run({shard: _Unit(shard, short_lists) for shard in range(num_shards)}, on_done)
+        if failed:
+            raise IncompleteRunError("; ".join(f"shard {n:05d} of {self.index}: {why}" for n, why in failed.items()))
+        progress.finish()
+
+
+@ray.remote
+class _ShardActor(PoolActor):
+    """Searches one shard at a time."""
+
+    def __init__(self, question: Question, effort: Effort, config: SearchConfig) -> None:
+        self.question = question
+        self.effort = effort
+        self.num_threads = config.num_threads_per_actor
+        cache = LocalCache(cache_directory(config), int(config.cache_gib * 2**30))
+        self.opened = OpenIndex(question.index, question.manifest, cache, memory_map=config.memory_map)
+
+    def run(self, unit: _Unit) -> tuple[Any, float]:
+        started_s = time.perf_counter()
+        found = self._searched(unit.shard) if unit.short_lists is None else self._rescored(unit)
+        return found, time.perf_counter() - started_s
+
+    def _searched(self, number: int) -> Found:
+        question, shard = self.question, self.opened.shard(number)
+        length = short_list_length(question.manifest, self.effort, question.k)
+        if question.filters is None or question.places is None:
+            return search(shard, question.queries, length, num_threads=self.num_threads, effort=self.effort)
+        return search_filtered(
+            shard,
+            question.queries,
+            length,
+            question.filters,
+            question.places,
+            num_threads=self.num_threads,
+            effort=self.effort,
+        )
+
+    def _rescored(self, unit: _Unit) -> NDArray[np.float32]:
+        return rescore(
+            self.opened.descriptors(unit.shard),
+            self.opened.ids(unit.shard),
+            self.question.queries,
+            ray.get(unit.short_lists),
+            num_threads=self.num_threads,
+        )
+
+
+def cache_directory(config: SearchConfig) -> Path:
+    """Where shards of an index that lies elsewhere are kept on this machine."""
+    return Path(config.cache_dir) if config.cache_dir else Path(tempfile.gettempdir()) / "pairvpr-cache"
+
+
+def _write_candidates(url: str, candidates: Candidates) -> None:
+    table = pa.table(
+        {
+            "query_id": pa.array(candidates.query_ids),
+            "candidates": pa.array(list(candidates.ids), pa.list_(pa.int64())),
+            "squared_distances": pa.array(list(candidates.squared_distances), pa.list_(pa.float32())),
+        }
+    ).replace_schema_metadata({"seconds": repr(candidates.seconds)})
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    storage.write_bytes(url, sink.getvalue())
+
+
+def read_candidates(url: str) -> Candidates:
+    """What `retrieve` kept."""
+    table = pq.read_table(io.BytesIO(storage.read_bytes(url)))
+    num_queries = table.num_rows
+    distances, ids = (
+        table.column(name).combine_chunks().flatten().to_numpy().reshape(num_queries, -1 if num_queries else 0)
+        for name in ("squared_distances", "candidates")
+    )
+    seconds = float((table.schema.metadata or {})[b"seconds"])
+    return Candidates(table.column("query_id").to_numpy(), distances, ids, seconds)

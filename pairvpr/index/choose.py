@@ -1,0 +1,159 @@
+"""Which kind of index: what each takes in memory, and which ones a budget leaves.
+
+n rows, G descriptor width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pairvpr.config.schema import BuildConfig, IndexKind
+from pairvpr.errors import UserError
+
+GIB = 2**30
+BYTES_OF_AN_ID = 8
+ROWS_PER_LIST_IN_TRAINING = 39
+"""What faiss's k-means asks for at least."""
+MOST_LISTS, FEWEST_LISTS = 65_536, 16
+RABITQ_FACTORS_BYTES = 8
+IMAGES_PER_SHARD = 250_000
+BYTES_ADDED_AT_ONCE = 32 << 20
+MOST_TRAINING_BYTES = 640 << 20
+ROWS_PER_LIST, FEWEST_TRAINING_ROWS = 64, 1 << 16
+"""Of the sample that an index learns from."""
+
+
+@dataclass(frozen=True)
+class KindOfIndex:
+    """A way to keep descriptors, and what follows from it."""
+
+    kind: IndexKind
+    codec: str
+    """faiss's name of what is kept of a row."""
+    bits_per_value: int
+    has_lists: bool
+    is_rescored: bool = False
+    """Whether codes only make a short list, whose distances come from the stored descriptors."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every row (as it is kept) is compared with every query."""
+        return not self.has_lists
+
+    @property
+    def needs_training(self) -> bool:
+        """Whether the index learns from a sample of the rows before any is added."""
+        return self.has_lists or self.kind is IndexKind.flat_8bit
+
+
+KINDS = {
+    about.kind: about
+    for about in (
+        KindOfIndex(IndexKind.flat, "Flat", 32, has_lists=False),
+        KindOfIndex(IndexKind.flat_fp16, "SQfp16", 16, has_lists=False),
+        KindOfIndex(IndexKind.flat_8bit, "SQ8", 8, has_lists=False),
+        KindOfIndex(IndexKind.ivf_fp16, "SQfp16", 16, has_lists=True),
+        KindOfIndex(IndexKind.ivf_8bit, "SQ8", 8, has_lists=True),
+        KindOfIndex(IndexKind.ivf_rabitq, "RaBitQ", 1, has_lists=True, is_rescored=True),
+    )
+}
+PREFERRED = (IndexKind.flat, IndexKind.ivf_fp16, IndexKind.ivf_8bit, IndexKind.ivf_rabitq)
+"""What `auto` tries, in this order: exact wherever it fits, then the most faithful codes that fit."""
+
+
+def default_num_shards(num_images: int) -> int:
+    """Shards of an index, unless `index.num_shards` says otherwise."""
+    return max(1, -(-num_images // IMAGES_PER_SHARD))
+
+
+def num_training_rows(num_rows: int, descriptor_dim: int, num_lists: int) -> int:
+    """Rows of the sample that an index learns from: bounded by memory, whatever n. 0 lists: it has none."""
+    most = MOST_TRAINING_BYTES // (4 * descriptor_dim)
+    return min(num_rows, most, max(ROWS_PER_LIST * num_lists, FEWEST_TRAINING_ROWS))
+
+
+def default_num_lists(num_rows: int) -> int:
+    """A power of two near 2 sqrt(n): visiting a share of the lists then costs about what finding them costs."""
+    wanted = 2 ** round(math.log2(max(1.0, 2 * math.sqrt(num_rows))))
+    return max(FEWEST_LISTS, min(MOST_LISTS, wanted))
+
+
+def factory_string(kind: IndexKind, num_lists: int) -> str:
+    """faiss's name of the index."""
+    about = KINDS[kind]
+    return f"IVF{num_lists},{about.codec}" if about.has_lists else about.codec
+
+
+def bytes_per_row(kind: IndexKind, descriptor_dim: int) -> int:
+    """What one row takes in a loaded index, its image id included."""
+    about = KINDS[kind]
+    bytes_of_codes = descriptor_dim * about.bits_per_value // 8
+    if about.is_rescored:
+        bytes_of_codes += RABITQ_FACTORS_BYTES
+    return bytes_of_codes + BYTES_OF_AN_ID * (2 if about.has_lists else 1)  # lists name their rows
+
+
+def index_bytes(kind: IndexKind, num_rows: int, descriptor_dim: int, num_lists: int | None = None) -> int:
+    """What all shards of an index take together, loaded; the lists' centres are shared."""
+    centres = 0
+    if KINDS[kind].has_lists:
+        centres = 4 * descriptor_dim * (num_lists or default_num_lists(num_rows))
+    return num_rows * bytes_per_row(kind, descriptor_dim) + centres
+
+
+def kinds_that_fit(num_rows: int, descriptor_dim: int, budget_bytes: float, config: BuildConfig) -> list[IndexKind]:
+    """The kinds of `PREFERRED` that fit into the budget, best first. Too few rows make no lists: then flat alone."""
+    num_lists = config.num_lists or default_num_lists(num_rows)
+    enough = num_rows >= ROWS_PER_LIST_IN_TRAINING * num_lists
+    return [
+        kind
+        for kind in PREFERRED
+        if (enough or not KINDS[kind].has_lists)
+        and index_bytes(kind, num_rows, descriptor_dim, num_lists) <= budget_bytes
+    ]
+
+
+def kinds_to_try(num_rows: int, descriptor_dim: int, budget_bytes: float, config: BuildConfig) -> list[IndexKind]:
+    """What to build, and what instead if its measured recall falls short: `index.kind`, or what `auto` stands for.
+
+    Raises `UserError`, with the numbers, where nothing fits and `index.allow_overcommit` does not insist.
+    """
+    budget = f"{budget_bytes / GIB:.2f} GiB (index.memory_budget_gib)"
+    if config.kind is not IndexKind.auto:
+        _check_enough_rows(num_rows, config)
+        needed = index_bytes(config.kind, num_rows, descriptor_dim, config.num_lists)
+        if needed > budget_bytes and not config.allow_overcommit:
+            raise UserError(
+                f"index.kind={config.kind}: {num_rows:,} x {descriptor_dim} descriptors take {needed / GIB:.2f} GiB in "
+                f"search, more than {budget}; expected {_smaller(num_rows, descriptor_dim, config, needed)}"
+                "a larger budget, or index.allow_overcommit=true"
+            )
+        return [config.kind]
+    fitting = kinds_that_fit(num_rows, descriptor_dim, budget_bytes, config)
+    if fitting:
+        return fitting
+    smallest = min(PREFERRED, key=lambda kind: index_bytes(kind, num_rows, descriptor_dim, config.num_lists))
+    if config.allow_overcommit:
+        return [smallest]
+    needed = index_bytes(smallest, num_rows, descriptor_dim, config.num_lists)
+    raise UserError(
+        f"index.kind=auto: no kind of index for {num_rows:,} x {descriptor_dim} descriptors fits into {budget}: the "
+        f"smallest, {smallest}, takes {needed / GIB:.2f} GiB; expected a larger budget, or index.allow_overcommit=true"
+    )
+
+
+def _check_enough_rows(num_rows: int, config: BuildConfig) -> None:
+    num_lists = config.num_lists or default_num_lists(num_rows)
+    if KINDS[config.kind].has_lists and num_rows < num_lists:
+        raise UserError(
+            f"index.kind={config.kind}: {num_rows:,} photos can't fill {num_lists:,} lists; expected index.kind=flat "
+            "or fewer index.num_lists"
+        )
+
+
+def _smaller(num_rows: int, descriptor_dim: int, config: BuildConfig, needed: int) -> str:
+    """Kinds that take less, as the beginning of a list of choices."""
+    sizes = {kind: index_bytes(kind, num_rows, descriptor_dim, config.num_lists) for kind in KINDS}
+    smaller = [f"{kind} ({size / GIB:.2f} GiB)" for kind, size in sizes.items() if size < needed]
+    return f"{', '.join(smaller)}, " if smaller else ""

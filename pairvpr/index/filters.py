@@ -1,0 +1,94 @@
+"""Where and when: which photos a query may find. Q queries, n photos or rows, k results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pairvpr.index.merge import Found
+from pairvpr.index.search import NO_ID, Effort, Shard, search
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where all photos of an index were taken, by id: UTM (n, 2), heading (n,) in degrees; NaN = not known."""
+
+    utm_m: NDArray[np.float64]
+    heading_deg: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Filters:
+    """One line of conditions for each query, (Q, 9); NaN = no condition.
+
+    Columns: east and north of a prior position and the radius around it; west, south, east, north of a box, all in
+    metres; a heading and how far from it, in degrees. A photo whose position (or heading) is not known meets no
+    condition on it.
+    """
+
+    conditions: NDArray[np.float64]
+
+    @classmethod
+    def of(
+        cls,
+        num_queries: int,
+        *,
+        near: NDArray[np.float64] | None = None,
+        radius_m: float | None = None,
+        box: NDArray[np.float64] | None = None,
+        heading_deg: NDArray[np.float64] | None = None,
+        within_deg: float | None = None,
+    ) -> Filters:
+        """Conditions for all queries, or (with arrays of Q rows) for each: near (2,), box (4,), heading ()."""
+        conditions = np.full((num_queries, 9), np.nan)
+        if near is not None and radius_m is not None:
+            conditions[:, 0:2], conditions[:, 2] = near, radius_m
+        if box is not None:
+            conditions[:, 3:7] = box
+        if heading_deg is not None and within_deg is not None:
+            conditions[:, 7], conditions[:, 8] = heading_deg, within_deg
+        return cls(conditions)
+
+    def groups(self) -> Iterator[tuple[NDArray[np.float64], NDArray[np.int64]]]:
+        """Each different line, and the queries it is for."""
+        lines, which = np.unique(self.conditions, axis=0, return_inverse=True)
+        for number, line in enumerate(lines):
+            yield line, np.flatnonzero(which.reshape(-1) == number)
+
+
+def allowed(line: NDArray[np.float64], places: Places, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """(n,) which of the photos `ids` meet the conditions of one line."""
+    is_allowed = np.ones(len(ids), np.bool_)
+    utm_m = places.utm_m[ids]
+    if not np.isnan(line[:3]).any():
+        is_allowed &= ((utm_m - line[:2]) ** 2).sum(axis=1) <= line[2] ** 2
+    if not np.isnan(line[3:7]).any():
+        is_allowed &= (utm_m >= line[3:5]).all(axis=1) & (utm_m <= line[5:7]).all(axis=1)
+    if not np.isnan(line[7:9]).any():
+        apart_deg = np.abs((places.heading_deg[ids] - line[7] + 180) % 360 - 180)
+        is_allowed &= apart_deg <= line[8]
+    return is_allowed
+
+
+def search_filtered(
+    shard: Shard,
+    queries: NDArray[np.float32],
+    k: int,
+    filters: Filters,
+    places: Places,
+    *,
+    num_threads: int,
+    effort: Effort = Effort(),  # noqa: B008  (frozen)
+) -> Found:
+    """As `search`, of the photos that each query's filter allows: (Q, k), padded by id -1 at an infinite distance."""
+    distances = np.full((len(queries), k), np.inf, np.float32)
+    ids = np.full((len(queries), k), NO_ID, np.int64)
+    for line, chosen in filters.groups():
+        is_allowed = allowed(line, places, shard.ids)
+        found = search(shard, queries[chosen], k, num_threads=num_threads, effort=effort, is_allowed=is_allowed)
+        columns = found[0].shape[1]
+        distances[chosen, :columns], ids[chosen, :columns] = found
+    return distances, ids

@@ -1,0 +1,246 @@
+"""`manifest.json`: what an index consists of, and its generations.
+
+Each change of an index is a new generation: a complete manifest of its own, `generations/000001.json` and so on, that
+is created only if nobody else has made that generation yet. `manifest.json` is a copy of the newest one; where a
+writer died before it had made the copy, readers find the generation behind it by its name. A generation is never
+changed, and neither are the files it names, so readers keep the one they opened.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from pairvpr.data import claim, storage
+from pairvpr.data.manifest import SCHEMA, Manifest
+from pairvpr.errors import UserError
+
+T = TypeVar("T")
+
+FORMAT_VERSION = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFile:
+    """A file of the index: its path below the directory, its size and its digest."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTable:
+    """Photos of the ids [first_id, first_id + count): a Parquet file of their paths and positions."""
+
+    file: StoredFile
+    first_id: int
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    """A shard: the ids [first_id, first_id + count) are here or nowhere, `num_rows` of them are, in files by name.
+
+    `num_removed` rows are of photos that were removed later.
+    """
+
+    path: str
+    first_id: int
+    count: int
+    num_rows: int
+    num_removed: int
+    files: dict[str, StoredFile]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexManifest:
+    """One generation of an index; every path in it is relative to the index directory.
+
+    `images` and `shards` cover the ids 0..num_images-1 in order. `removed` are .npy files of ids (int64, ascending).
+    `trained` is the empty index that all shards share the lists' centres and codes of; `effort` how far a search looks
+    in it, and `measured` what recall that has.
+    """
+
+    generation: int
+    model: dict[str, str]
+    descriptor_dim: int
+    kind: str
+    factory: str
+    num_images: int
+    num_rejected: int
+    num_removed: int
+    images_root: str
+    images: list[ImageTable]
+    removed: list[StoredFile]
+    shards: list[ShardEntry]
+    trained: StoredFile | None = None
+    effort: dict[str, int] = field(default_factory=dict)
+    measured: dict[str, Any] | None = None
+    metric: str = "L2"
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def num_live(self) -> int:
+        """Photos that a search can find."""
+        return sum(entry.num_rows - entry.num_removed for entry in self.shards)
+
+
+def stored_file(directory: str, path: str) -> StoredFile:
+    """Size and digest of a file that is there."""
+    url = storage.join(directory, path)
+    return StoredFile(path=path, bytes=storage.size_bytes(url), sha256=storage.sha256(url))
+
+
+def commit(directory: str, manifest: IndexManifest) -> None:
+    """Publish a generation: from now on it is the index.
+
+    Doing it again is harmless. Raises `UserError` where another writer made this generation first, with other content.
+    """
+    data = (json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n").encode()
+    url = generation_url(directory, manifest.generation)
+    if not storage.create_exclusively(url, data) and storage.read_bytes(url) != data:
+        raise UserError(
+            f"{directory}: another writer changed the index meanwhile (generation {manifest.generation} is its own); "
+            "nothing is lost: the same line again makes this change on top of that one"
+        )
+    storage.write_bytes(storage.join(directory, "manifest.json"), data)
+
+
+def generation_url(directory: str, generation: int) -> str:
+    """Where a generation's manifest lies."""
+    return storage.join(directory, "generations", f"{generation:06d}.json")
+
+
+def read_manifest(directory: str) -> IndexManifest | None:
+    """The newest generation, or None where there is no finished index.
+
+    Raises `UserError` for another format, for what is not the manifest of an index, and for what can't be read.
+    """
+    manifest = _read(storage.join(directory, "manifest.json"), directory)
+    following = manifest
+    while following is not None:
+        manifest = following
+        following = _read(generation_url(directory, manifest.generation + 1), directory)
+    return manifest
+
+
+def _read(url: str, directory: str) -> IndexManifest | None:
+    try:
+        content = storage.read_json(url)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"{url}: can't be read: {storage.reason(error)}") from error
+    except ValueError as error:
+        raise UserError(f"{url} is not the manifest of an index: {storage.reason(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{url} is not the manifest of an index: expected an object")
+    version = content.get("format_version")
+    if version != FORMAT_VERSION:
+        advice = (
+            "a newer pairvpr reads it" if isinstance(version, int) and version > FORMAT_VERSION else "build it again"
+        )
+        raise UserError(f"{directory}: index format {version}; this version reads {FORMAT_VERSION}; {advice}")
+    try:
+        return _manifest(content)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{url} is not the manifest of an index: {storage.reason(error)}") from error
+
+
+def _manifest(content: dict[str, Any]) -> IndexManifest:
+    """Raises `ValueError` or `TypeError` for what is missing, unknown or of another type."""
+    values = _checked(IndexManifest, content)
+    values["images"] = [
+        ImageTable(**{**_checked(ImageTable, table), "file": _file(table["file"])}) for table in values["images"]
+    ]
+    values["removed"] = [_file(file) for file in values["removed"]]
+    values["trained"] = None if values["trained"] is None else _file(values["trained"])
+    values["shards"] = [
+        ShardEntry(
+            **{**_checked(ShardEntry, entry), "files": {name: _file(file) for name, file in entry["files"].items()}}
+        )
+        for entry in values["shards"]
+    ]
+    if not {"name", "weights_sha256"} <= values["model"].keys():
+        raise ValueError("expected model with name and weights_sha256")
+    return IndexManifest(**values)
+
+
+def _file(content: Any) -> StoredFile:
+    return StoredFile(**_checked(StoredFile, content))
+
+
+def _checked(of: type, content: Any) -> dict[str, Any]:
+    """The object's values, if it has exactly the fields of a dataclass."""
+    if not isinstance(content, dict):
+        raise ValueError(f"expected an object, found {type(content).__name__}")
+    wrong = sorted(content.keys() ^ {item.name for item in fields(of)})
+    if wrong:
+        raise ValueError(f"missing or unknown {', '.join(wrong)}")
+    return dict(content)
+
+
+def read_images(directory: str, manifest: IndexManifest) -> Manifest:
+    """All photos of a generation, removed and rejected ones too; an id is a position.
+
+    Raises `UserError` where a table is missing or damaged.
+    """
+    tables = []
+    for part in manifest.images:
+        url = storage.join(directory, part.file.path)
+        try:
+            table = Manifest.read(url, manifest.images_root).table
+        except FileNotFoundError as error:
+            raise UserError(f"index {directory}: its {part.file.path} is missing; build the index again") from error
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{url}: can't be read: {storage.reason(error)}") from error
+        if len(table) != part.count:
+            raise UserError(f"{url}: {len(table):,} photos, the manifest has {part.count:,}; build the index again")
+        tables.append(table)
+    together = pa.concat_tables(tables)
+    ids = pa.array(np.arange(len(together)))
+    return Manifest(manifest.images_root, together.set_column(0, SCHEMA.field(0), ids))
+
+
+def check_model(
+    directory: str,
+    manifest: IndexManifest,
+    *,
+    name: str,
+    weights_sha256: str,
+    model: Mapping[str, Any] | None = None,
+) -> None:
+    """Raise `UserError` unless the index was made by these weights.
+
+    With `model` (section `model` of the settings of a run) also unless its `settings.json`, where there is one, has
+    the same network and image size; names and number formats may differ.
+    """
+    made_by = manifest.model
+    if made_by["weights_sha256"] != weights_sha256:
+        raise UserError(
+            f"index {directory} was made by model {made_by['name']} with weights {made_by['weights_sha256'][:12]}, "
+            f"not by {name} with weights {weights_sha256[:12]}; expected the same weights"
+        )
+    if model is None:
+        return
+    try:
+        settings = storage.read_json(storage.join(directory, claim.FILE))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise UserError(f"index {directory}: its {claim.FILE} is not readable: {storage.reason(error)}") from error
+    if not isinstance(settings, dict) or not isinstance(settings.get("model"), dict):
+        return
+    there, here = (
+        {key: value for key, value in section.items() if key not in ("name", "precision")}
+        for section in (settings["model"], model)
+    )
+    differences = claim.differences({"model": there}, {"model": here})
+    if differences:
+        raise UserError(f"index {directory} was made by another network: {'; '.join(differences)}; expected the same")

@@ -1,0 +1,93 @@
+"""What recall an approximate index has of the exact nearest, and how far it must look for what is wanted.
+
+Q held-out rows in the place of queries, k nearest, S codes on a short list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from pairvpr.index.merge import Found, merge_top_k
+from pairvpr.index.search import Effort
+
+K = 100
+RESCORED_STEPS = (200, 400, 800, 1600)
+ROWS_AT_ONCE = 1 << 16
+COST_OF_RESCORING = 25.0
+"""Of a row at its full width, in visits of a code."""
+NUM_STANDARD_ERRORS = 2.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """An effort and the recall it was measured to have: mean over Q, and its standard error."""
+
+    effort: Effort
+    recall: float
+    standard_error: float
+
+    def reaches(self, target: float) -> bool:
+        """Whether the true recall is very likely at least `target`."""
+        return self.recall - NUM_STANDARD_ERRORS * self.standard_error >= target
+
+
+def exact_nearest(
+    rows: NDArray[np.float32], ids: NDArray[np.int64], queries: NDArray[np.float32], k: int, num_threads: int
+) -> Found:
+    """The k nearest of mapped rows (n, G), read piece by piece."""
+    faiss.omp_set_num_threads(num_threads)
+    best: Found = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+    for first in range(0, len(rows), ROWS_AT_ONCE):
+        piece = np.ascontiguousarray(rows[first : first + ROWS_AT_ONCE])
+        distances, found = faiss.knn(queries, piece, min(k, len(piece)))
+        best = merge_top_k([best, (distances, ids[first + found])], k)
+    return best
+
+
+def without_self(found: Found, own_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Ids (Q, k) less each query's own row (or the last one where it is not among them)."""
+    ids = found[1]
+    is_own = ids == own_ids[:, None]
+    is_own[~is_own.any(axis=1), -1] = True
+    return ids[~is_own].reshape(len(ids), -1)
+
+
+def probe_steps(num_lists: int) -> list[int]:
+    """Numbers of lists to try: powers of two up to all of them."""
+    first = max(1, num_lists // 512)
+    steps = [first << i for i in range(20) if first << i < num_lists]
+    return [*steps, num_lists]
+
+
+def recall(found: NDArray[np.int64], exact: NDArray[np.int64]) -> tuple[float, float]:
+    """Mean share of the exact ids (Q, k) that are found (Q, k), and its standard error."""
+    shares = [len(np.intersect1d(line, truth)) / len(truth) for line, truth in zip(found, exact, strict=True)]
+    return float(np.mean(shares)), float(np.std(shares) / np.sqrt(len(shares)))
+
+
+def cheapest(steps: Sequence[Step], target: float, num_rows: int, num_lists: int) -> Step:
+    """The step that costs least of those that reach the target, or the one of the highest recall if none does."""
+    enough = [step for step in steps if step.reaches(target)]
+    if not enough:
+        return max(steps, key=lambda step: (step.recall, -step.effort.num_probes))
+    return min(enough, key=lambda step: (_cost(step.effort, num_rows, num_lists), -step.recall))
+
+
+def _cost(effort: Effort, num_rows: int, num_lists: int) -> float:
+    return num_rows * effort.num_probes / num_lists + COST_OF_RESCORING * effort.num_rescored
+
+
+def as_measured(chosen: Step, steps: Sequence[Step], target: float, num_queries: int, k: int) -> dict[str, object]:
+    """What the manifest says of it."""
+    return {
+        "what": f"recall of the exact {k} nearest, over {num_queries} held-out rows of the index",
+        "target_recall": target,
+        "recall": round(chosen.recall, 4),
+        "standard_error": round(chosen.standard_error, 4),
+        "curve": [asdict(step.effort) | {"recall": round(step.recall, 4)} for step in steps],
+    }

@@ -1,0 +1,126 @@
+"""An index opened for search: the shards of one generation, checked, in memory or mapped. n rows, G values a row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from pairvpr.config.schema import IndexKind
+from pairvpr.data import storage
+from pairvpr.data.local_cache import LocalCache
+from pairvpr.errors import UserError
+from pairvpr.index import build, choose, store
+from pairvpr.index.manifest import IndexManifest, ShardEntry, StoredFile
+from pairvpr.index.merge import Found, merge_top_k
+from pairvpr.index.search import Effort, Shard, rescore, search
+
+LEAST_RESCORED_PER_RESULT = 2
+
+
+class OpenIndex:
+    """One generation of an index. `cache` keeps local copies of files that lie elsewhere.
+
+    With `memory_map` a shard's faiss file stays on disk and is mapped; else it is read into memory.
+    """
+
+    def __init__(self, directory: str, manifest: IndexManifest, cache: LocalCache, *, memory_map: bool = False) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        self.spec = build.spec_of(manifest.kind, manifest.factory)
+        self._cache = cache
+        self._flags = faiss.IO_FLAG_MMAP_IFC if memory_map else 0
+        self._trained: Any = None if manifest.trained is None else faiss.read_index(str(self._path(manifest.trained)))
+        self._removed = removed_ids(directory, manifest)
+
+    @property
+    def effort(self) -> Effort:
+        """How far a search looks unless it is told otherwise."""
+        return Effort(**self.manifest.effort)
+
+    def shard(self, number: int) -> Shard:
+        """A shard. Raises `UserError`, naming the file, where its bytes have changed or do not fit the manifest."""
+        entry = self.manifest.shards[number]
+        return Shard(self._index(entry), self.ids(number), self.is_removed(number) if entry.num_removed else None)
+
+    def is_removed(self, number: int) -> NDArray[np.bool_]:
+        """(n,) which rows of a shard are of removed photos."""
+        entry = self.manifest.shards[number]
+        first, stop = np.searchsorted(self._removed, [entry.first_id, entry.first_id + entry.count])
+        return np.isin(self.ids(number), self._removed[first:stop], assume_unique=True)
+
+    def ids(self, number: int) -> NDArray[np.int64]:
+        """Image ids (n,) of a shard's rows, ascending."""
+        entry = self.manifest.shards[number]
+        ids = np.load(self._path(entry.files["ids.npy"]), allow_pickle=False)
+        self._check(entry.files["ids.npy"], "rows", len(ids), entry.num_rows)
+        return ids
+
+    def descriptors(self, number: int) -> NDArray[np.float32]:
+        """The rows (n, G) of a shard, mapped."""
+        entry = self.manifest.shards[number]
+        file = entry.files["descriptors.npy"]
+        rows = np.load(self._path(file), mmap_mode="r", allow_pickle=False)
+        self._check(file, "rows", len(rows), entry.num_rows)
+        self._check(file, "values a row", rows.shape[1], self.manifest.descriptor_dim)
+        return rows
+
+    def _index(self, entry: ShardEntry) -> Any:
+        file = entry.files[self.spec.index_file]
+        index: Any = faiss.read_index(str(self._path(file)), self._flags)
+        self._check(file, "values a row", index.d, self.manifest.descriptor_dim)
+        self._check(file, "rows", index.ntotal, entry.num_rows)
+        if self._trained is not None and self.spec.num_lists:
+            index.own_fields = False
+            index.quantizer = self._trained.quantizer
+            index.referenced_objects = [self._trained]
+        return index
+
+    def _path(self, file: StoredFile) -> Path:
+        url = storage.join(self.directory, file.path)
+        try:
+            return self._cache.path(url, file.sha256, file.bytes)
+        except FileNotFoundError as error:
+            raise UserError(f"{url} is missing; build the index again") from error
+
+    def _check(self, file: StoredFile, what: str, found: int, expected: int) -> None:
+        if found != expected:
+            raise UserError(
+                f"{storage.join(self.directory, file.path)}: {found:,} {what}, the manifest has {expected:,}; "
+                "build the index again"
+            )
+
+
+def search_index(
+    opened: OpenIndex, queries: NDArray[np.float32], k: int, *, num_threads: int, effort: Effort | None = None
+) -> Found:
+    """The k nearest photos of each query (Q, G), shard after shard on this machine: (Q, k), or as many as there are."""
+    effort = effort or opened.effort
+    numbers = range(len(opened.manifest.shards))
+    length = short_list_length(opened.manifest, effort, k)
+    found = merge_top_k(
+        [search(opened.shard(number), queries, length, num_threads=num_threads, effort=effort) for number in numbers],
+        length,
+    )
+    if not choose.KINDS[opened.spec.kind].is_rescored:
+        return found
+    distances = [
+        rescore(opened.descriptors(number), opened.ids(number), queries, found[1], num_threads=num_threads)
+        for number in numbers
+    ]
+    return merge_top_k([(np.minimum.reduce(distances), found[1])], k)
+
+
+def short_list_length(manifest: IndexManifest, effort: Effort, k: int) -> int:
+    """How many of the nearest codes are kept over all shards; k where codes are the answer."""
+    is_rescored = choose.KINDS[IndexKind(manifest.kind)].is_rescored
+    return max(effort.num_rescored, LEAST_RESCORED_PER_RESULT * k) if is_rescored else k
+
+
+def removed_ids(directory: str, manifest: IndexManifest) -> NDArray[np.int64]:
+    """Ids of the photos that were removed, ascending."""
+    parts = [store.read_checked_array(directory, file) for file in manifest.removed]
+    return np.sort(np.concatenate([np.empty(0, np.int64), *parts]))

@@ -1,0 +1,75 @@
+"""Changes of an index as drafts of its next generation: photos added, removed, their rows cleared away.
+
+Files of a change lie below a prefix of its own; nothing that an earlier generation names is touched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pairvpr.index import build, store
+from pairvpr.index.make import Runner, build_shards, described_shards, own_cache
+from pairvpr.index.manifest import ImageTable, IndexManifest, ShardEntry, stored_file
+from pairvpr.index.reader import OpenIndex
+
+
+def with_added(
+    directory: str, draft: IndexManifest, prefix: str, num_shards: int, num_threads: int, runner: Runner
+) -> IndexManifest:
+    """The photos described below `prefix`, under ids behind all others, indexed as the rest is."""
+    entries = described_shards(directory, prefix, num_shards)
+    spec = build.spec_of(draft.kind, draft.factory)
+    entries = build_shards(directory, entries, spec, draft.trained, num_threads, runner)
+    table = stored_file(directory, f"{prefix}images.parquet")
+    count = sum(entry.count for entry in entries)
+    assert entries[0].first_id == draft.num_images, "ids continue those of the index"
+    return replace(
+        draft,
+        num_images=draft.num_images + count,
+        num_rejected=draft.num_rejected + sum(entry.count - entry.num_rows for entry in entries),
+        images=[*draft.images, ImageTable(file=table, first_id=draft.num_images, count=count)],
+        shards=[*draft.shards, *entries],
+    )
+
+
+def without(directory: str, draft: IndexManifest, prefix: str, gone: NDArray[np.int64]) -> IndexManifest:
+    """The ids `gone` (ascending, not removed before) are removed; their rows stay until their shard is compacted."""
+    file = store.write_array(directory, f"{prefix}removed.npy", gone)
+    entries = []
+    for entry in draft.shards:
+        first, stop = np.searchsorted(gone, [entry.first_id, entry.first_id + entry.count])
+        if stop > first:
+            ids = store.read_checked_array(directory, entry.files["ids.npy"])
+            num_here = int(np.isin(gone[first:stop], ids, assume_unique=True).sum())
+            entry = replace(entry, num_removed=entry.num_removed + num_here)
+        entries.append(entry)
+    return replace(draft, removed=[*draft.removed, file], num_removed=draft.num_removed + len(gone), shards=entries)
+
+
+def compacted(
+    directory: str, draft: IndexManifest, prefix: str, share: float, num_threads: int, runner: Runner
+) -> IndexManifest:
+    """Shards of which more than `share` is removed are written anew without those rows; ids stay what they are."""
+    numbers = [number for number, entry in enumerate(draft.shards) if entry.num_removed > share * entry.num_rows]
+    if not numbers:
+        return draft
+    arguments = [(directory, draft, number, f"{prefix}compacted/{number:05d}") for number in numbers]
+    entries = runner.run("compact", _compact_shard, arguments)
+    spec = build.spec_of(draft.kind, draft.factory)
+    entries = build_shards(directory, entries, spec, draft.trained, num_threads, runner)
+    by_number = dict(zip(numbers, entries, strict=True))
+    return replace(draft, shards=[by_number.get(number, entry) for number, entry in enumerate(draft.shards)])
+
+
+def _compact_shard(directory: str, manifest: IndexManifest, number: int, path: str) -> ShardEntry:
+    entry = manifest.shards[number]
+    with own_cache() as cache:
+        opened = OpenIndex(directory, manifest, cache)
+        ids, is_removed = opened.ids(number), opened.is_removed(number)
+        kept = ids[~is_removed], opened.descriptors(number)[~is_removed]
+    arrays = zip(store.ARRAYS, kept, strict=True)
+    files = {name: store.write_array(directory, f"{path}/{name}", array) for name, array in arrays}
+    return replace(entry, path=path, num_rows=len(kept[0]), num_removed=0, files=files)

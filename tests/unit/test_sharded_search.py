@@ -1,0 +1,297 @@
+"""Whatever the kind, the cuts, what is removed and what a filter allows: the answer is that of brute force."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from pairvpr.config.schema import BuildConfig, IndexKind
+from pairvpr.index import build
+from pairvpr.index.filters import Filters, Places, allowed, search_filtered
+from pairvpr.index.manifest import IndexManifest
+from pairvpr.index.merge import Found, merge_top_k
+from pairvpr.index.reader import OpenIndex, search_index
+from pairvpr.index.search import NO_ID, Effort
+from pairvpr.index.update import without
+from tests.support.index import opened, write_index
+
+Rows = NDArray[np.float32]
+EXACT = (IndexKind.flat, IndexKind.flat_fp16, IndexKind.flat_8bit)
+
+
+@dataclass(frozen=True)
+class City:
+    """Photos of small whole numbers, of which many are equal; where they were taken; what is broken and removed."""
+
+    rows: Rows
+    cuts: list[int]
+    rejected: set[int]
+    removed: NDArray[np.int64]
+    places: Places
+
+    @property
+    def live(self) -> NDArray[np.int64]:
+        gone = np.union1d(np.array(sorted(self.rejected), np.int64), self.removed)
+        return np.setdiff1d(np.arange(len(self.rows)), gone)
+
+
+@st.composite
+def cities(draw: st.DrawFn) -> City:
+    width, num_rows = draw(st.integers(1, 4)), draw(st.integers(3, 40))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    rows = generator.integers(0, draw(st.integers(1, 3)), (num_rows, width), endpoint=True).astype(np.float32)
+    cuts = sorted(draw(st.lists(st.integers(0, num_rows), max_size=4)))
+    share_rejected, share_removed = draw(st.sampled_from([0, 0.2])), draw(st.sampled_from([0, 0.3, 0.9]))
+    rejected = set(np.flatnonzero(generator.random(num_rows) < share_rejected).tolist()) - {0, 1, 2}
+    removed = np.flatnonzero(generator.random(num_rows) < share_removed)
+    utm_m = generator.integers(0, 4, (num_rows, 2)).astype(np.float64)
+    utm_m[generator.random(num_rows) < 0.1] = np.nan
+    headings = 90.0 * generator.integers(0, 4, num_rows)
+    return City(rows, cuts, rejected, removed, Places(utm_m, headings))
+
+
+@contextmanager
+def index_of(city: City, kind: IndexKind, cuts: list[int], *, memory_map: bool = False) -> Iterator[OpenIndex]:
+    config = BuildConfig(kind=kind, num_lists=3 if kind.startswith("ivf") else None, num_build_threads=1)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [f"{number:03d}.jpg" for number in range(len(city.rows))]
+        manifest = write_index(
+            folder, paths, city.rows, cuts, config=config, rejected=dict.fromkeys(city.rejected, "broken")
+        )
+        if len(city.removed):
+            manifest = without(folder, replace(manifest, generation=2), "updates/2/", city.removed)
+        assert manifest.num_live == len(city.live)
+        yield opened(folder, manifest, memory_map=memory_map)
+
+
+def brute_force(city: City, queries: Rows, k: int, is_allowed: NDArray[np.bool_] | None = None) -> Found:
+    """All distances in float64, ordered by (distance, id); (Q, k) padded."""
+    distances = np.full((len(queries), k), np.inf, np.float32)
+    ids = np.full((len(queries), k), NO_ID, np.int64)
+    for number, query in enumerate(queries):
+        live = city.live if is_allowed is None else city.live[is_allowed[number, city.live]]
+        squares = ((city.rows[live].astype(np.float64) - query) ** 2).sum(axis=1)
+        order = np.lexsort((live, squares))[:k]
+        distances[number, : len(order)], ids[number, : len(order)] = squares[order], live[order]
+    return distances, ids
+
+
+def trimmed(found: Found) -> Found:
+    columns = int((found[1] != NO_ID).sum(axis=1).max(initial=0))
+    return found[0][:, :columns], found[1][:, :columns]
+
+
+def queries_of(city: City, seed: int, num_queries: int) -> Rows:
+    return np.random.default_rng(seed).integers(0, 3, (num_queries, city.rows.shape[1])).astype(np.float32)
+
+
+@settings(max_examples=100)
+@given(cities(), st.integers(1, 45), st.integers(1, 30), st.integers(0, 2**32 - 1), st.booleans())
+@pytest.mark.parametrize("kind", [IndexKind.flat, IndexKind.flat_fp16])
+def test_exact_kinds_equal_brute_force(
+    kind: IndexKind, city: City, k: int, num_queries: int, seed: int, memory_map: bool
+) -> None:
+    queries = queries_of(city, seed, num_queries)
+    with index_of(city, kind, city.cuts, memory_map=memory_map) as index:
+        distances, ids = search_index(index, queries, k, num_threads=1)
+    expected = trimmed(brute_force(city, queries, k))
+    assert ids.shape == (num_queries, min(k, len(city.live)))
+    np.testing.assert_array_equal(ids, expected[1])
+    np.testing.assert_array_equal(distances, expected[0])
+
+
+@settings(max_examples=60)
+@given(cities(), st.integers(1, 45), st.integers(0, 2**32 - 1))
+def test_eight_bits_equal_brute_force_over_what_they_keep(city: City, k: int, seed: int) -> None:
+    """The values that 8 bits stand for are no whole numbers: equal but for rounding, and the same for all cuts."""
+    queries = queries_of(city, seed, 12)
+    with index_of(city, IndexKind.flat_8bit, city.cuts) as index:
+        found = search_index(index, queries, k, num_threads=1)
+        assert index.manifest.trained is not None
+        trained = faiss.read_index(f"{index.directory}/{index.manifest.trained.path}")
+        kept = trained.sa_decode(trained.sa_encode(city.rows))
+    expected = trimmed(brute_force(replace(city, rows=kept), queries, k))
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-4)
+    for query, ids, distances in zip(queries, found[1], found[0], strict=True):
+        assert len(set(ids.tolist())) == len(ids)
+        assert set(ids.tolist()) <= set(city.live.tolist())
+        np.testing.assert_allclose(((kept[ids] - query) ** 2).sum(axis=1), distances, atol=1e-4)
+    if not city.rejected and not len(city.removed):
+        with index_of(city, IndexKind.flat_8bit, []) as index:
+            whole = search_index(index, queries, k, num_threads=1)
+        np.testing.assert_array_equal(found[1], whole[1])
+        np.testing.assert_array_equal(found[0], whole[0])
+
+
+@settings(max_examples=60)
+@given(cities(), st.integers(1, 45), st.integers(0, 2**32 - 1), st.integers(1, 3))
+def test_lists_that_are_all_visited_equal_brute_force(city: City, k: int, seed: int, num_probes: int) -> None:
+    """Equal but for 16 bits of what a row is more than its list's centre. And k photos are found if there are k."""
+    queries = queries_of(city, seed, 12)
+    with index_of(city, IndexKind.ivf_fp16, city.cuts) as index:
+        all_lists = search_index(index, queries, k, num_threads=1, effort=Effort(3))
+        some = search_index(index, queries, k, num_threads=1, effort=Effort(num_probes))
+    expected = trimmed(brute_force(city, queries, k))
+    assert_nearly(all_lists, expected, city, queries)
+    assert some[1].shape == expected[1].shape
+    assert (some[1] != NO_ID).all()
+
+
+def assert_nearly(found: Found, expected: Found, city: City, queries: Rows) -> None:
+    """The distances of the right photos, up to 16 bits; and each is that of its photo."""
+    np.testing.assert_array_equal(found[1] == NO_ID, expected[1] == NO_ID)
+    np.testing.assert_allclose(found[0], expected[0], atol=0.01)
+    for query, ids, distances in zip(queries, found[1], found[0], strict=True):
+        there = ids != NO_ID
+        assert len(set(ids[there].tolist())) == there.sum()
+        true = ((city.rows[ids[there]] - query) ** 2).sum(axis=1)
+        np.testing.assert_allclose(distances[there], true, atol=0.01)
+
+
+@st.composite
+def conditions(draw: st.DrawFn, num_queries: int = 8) -> Filters:
+    """Each kind of condition for all queries, for each, or for none."""
+    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    near = draw(st.sampled_from(["none", "all", "each"]))
+    centers = generator.integers(0, 4, (num_queries, 2)).astype(np.float64)
+    has_box, has_heading = draw(st.booleans()), draw(st.booleans())
+    low = generator.integers(0, 3, 2).astype(np.float64)
+    return Filters.of(
+        num_queries,
+        near=None if near == "none" else centers if near == "each" else centers[0],
+        radius_m=None if near == "none" else draw(st.sampled_from([0.5, 1.0, 2.5])),
+        box=np.concatenate([low, low + generator.integers(0, 3, 2)]) if has_box else None,
+        heading_deg=90.0 * generator.integers(0, 4, num_queries) if has_heading else None,
+        within_deg=draw(st.sampled_from([10.0, 90.0])) if has_heading else None,
+    )
+
+
+def is_allowed(line: NDArray[np.float64], utm_m: NDArray[np.float64], heading_deg: float) -> bool:
+    """One photo, one line, spelt out."""
+    east, north, radius, west, south, box_east, box_north, heading, within = line.tolist()
+    answer = True
+    if not np.isnan(radius):
+        answer &= (utm_m[0] - east) ** 2 + (utm_m[1] - north) ** 2 <= radius**2
+    if not np.isnan(west):
+        answer &= west <= utm_m[0] <= box_east and south <= utm_m[1] <= box_north
+    if not np.isnan(heading):
+        turn = abs(heading_deg - heading) % 360
+        answer &= min(turn, 360 - turn) <= within
+    return bool(answer)
+
+
+@settings(max_examples=80)
+@given(cities(), conditions(), st.integers(1, 45), st.integers(0, 2**32 - 1), st.integers(1, 3))
+@pytest.mark.parametrize("kind", [IndexKind.flat, IndexKind.flat_fp16, IndexKind.ivf_fp16])
+def test_filters_equal_brute_force_over_what_they_allow(
+    kind: IndexKind, city: City, filters: Filters, k: int, seed: int, num_probes: int
+) -> None:
+    """Exact kinds: the same photos. Lists: as many, all allowed, and the same where all lists are visited."""
+    queries, places = queries_of(city, seed, 8), city.places
+    expected_allowed = np.array(
+        [
+            [is_allowed(line, utm_m, heading) for utm_m, heading in zip(places.utm_m, places.heading_deg, strict=True)]
+            for line in filters.conditions
+        ]
+    )
+    for line, flags in zip(filters.conditions, expected_allowed, strict=True):
+        np.testing.assert_array_equal(allowed(line, places, np.arange(len(city.rows))), flags)
+    expected = brute_force(city, queries, k, expected_allowed)
+    with index_of(city, kind, city.cuts) as index:
+        for effort in (Effort(num_probes), Effort(3)):
+            parts = [
+                search_filtered(index.shard(number), queries, k, filters, places, num_threads=1, effort=effort)
+                for number in range(len(index.manifest.shards))
+            ]
+            found = merge_top_k(parts, k)
+            np.testing.assert_array_equal(found[1] == NO_ID, expected[1] == NO_ID)
+            if kind is not IndexKind.ivf_fp16:
+                np.testing.assert_array_equal(found[1], expected[1])
+                np.testing.assert_array_equal(found[0], expected[0])
+            elif effort.num_probes == 3:
+                assert_nearly(found, expected, city, queries)
+            for number, ids in enumerate(found[1]):
+                assert expected_allowed[number, ids[ids != NO_ID]].all()
+
+
+def clustered(num_rows: int, seed: int) -> Rows:
+    generator = np.random.default_rng(seed)
+    rows = generator.standard_normal((20, 32))[generator.integers(0, 20, num_rows)]
+    rows = rows + 0.4 * generator.standard_normal((num_rows, 32))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", [IndexKind.ivf_fp16, IndexKind.ivf_8bit, IndexKind.ivf_rabitq])
+def test_shards_of_lists_equal_one_index(tmp_path: Path, kind: IndexKind) -> None:
+    """One set of centres, learnt from all rows: however the rows are cut, the same photos at the same distances.
+
+    As long as the lists that are visited hold enough rows of each shard; else more are visited there.
+    """
+    rows, queries = clustered(6000, 0), clustered(50, 1)
+    rows[3000:3200] = rows[:200]
+    paths = [f"{number:04d}.jpg" for number in range(6000)]
+    answers = []
+    for name, cuts in (("one", []), ("four", [2000, 2000, 4000])):
+        manifest = write_index(str(tmp_path / name), paths, rows, cuts, config=BuildConfig(kind=kind, num_lists=32))
+        index = opened(str(tmp_path / name), manifest)
+        answers.append(search_index(index, queries, 40, num_threads=1, effort=Effort(12, 200)))
+    np.testing.assert_array_equal(answers[0][1], answers[1][1])
+    np.testing.assert_array_equal(answers[0][0], answers[1][0])
+
+
+def test_the_measured_recall_is_that_of_brute_force(tmp_path: Path) -> None:
+    """`measured` against every distance written out, for the effort that was chosen and the whole curve."""
+    rows = clustered(5000, 2)
+    paths = [f"{number:04d}.jpg" for number in range(5000)]
+    config = BuildConfig(kind=IndexKind.ivf_rabitq, num_lists=32, target_recall=0.9)
+    manifest = write_index(str(tmp_path), paths, rows, [2000], config=config)
+    measured = manifest.measured
+    assert measured is not None
+    held_out = np.array([row for run in build.held_out_runs(5000) for row in run])
+    squares = ((rows[held_out, None].astype(np.float64) - rows[None]) ** 2).sum(axis=2)
+    squares[np.arange(len(held_out)), held_out] = np.inf
+    exact = np.argsort(squares, axis=1)[:, :100]
+    index = opened(str(tmp_path), manifest)
+    for step in ({"recall": measured["recall"], **manifest.effort}, *measured["curve"][::5]):
+        effort = Effort(step["num_probes"], step["num_rescored"])
+        _, found = search_index(index, rows[held_out], 101, num_threads=1, effort=effort)
+        others = [[i for i in line.tolist() if i != own][:100] for line, own in zip(found, held_out, strict=True)]
+        shares = [len(set(line) & set(truth.tolist())) / 100 for line, truth in zip(others, exact, strict=True)]
+        assert np.mean(shares) == pytest.approx(step["recall"], abs=2e-3)
+    assert measured["recall"] - 2 * measured["standard_error"] >= 0.9
+    assert manifest.effort["num_probes"] < 32
+
+
+def test_auto_takes_what_fits_and_reaches_the_recall(tmp_path: Path) -> None:
+    rows = clustered(5000, 3)
+    paths = [f"{number:04d}.jpg" for number in range(5000)]
+    sizes = {}
+    for name, budget_bytes in (("large", 5000 * 32 * 4 * 2), ("middle", 500_000), ("small", 200_000)):
+        config = BuildConfig(num_lists=32, target_recall=0.9)
+        manifest = write_index(str(tmp_path / name), paths, rows, [], config=config, budget_bytes=budget_bytes)
+        sizes[name] = manifest.kind
+        if manifest.measured is not None:
+            assert manifest.measured["recall"] >= 0.9
+    assert sizes == {"large": "flat", "middle": "ivf_fp16", "small": "ivf_rabitq"}
+
+
+def test_manifest_says_which_kind(tmp_path: Path) -> None:
+    rows = clustered(700, 4)
+    manifest: IndexManifest = write_index(
+        str(tmp_path),
+        [f"{i:03d}.jpg" for i in range(700)],
+        rows,
+        config=BuildConfig(kind=IndexKind.ivf_8bit, num_lists=16),
+    )
+    assert (manifest.kind, manifest.factory) == ("ivf_8bit", "IVF16,SQ8")
+    assert build.spec_of(manifest.kind, manifest.factory) == build.IndexSpec(IndexKind.ivf_8bit, 16)
