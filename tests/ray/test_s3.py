@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,15 @@ import torch
 
 from pairvpr.config.compose import load_evaluations
 from pairvpr.models.weights import untrained_state
-from tests.support.runs import arguments, run_job, single_machine_predictions, start_job, wait_until
+from tests.support.flaky_proxy import running_flaky_proxy
+from tests.support.runs import (
+    SMALL_NETWORK,
+    arguments,
+    run_job,
+    single_machine_predictions,
+    start_job,
+    wait_until,
+)
 from tests.support.swift_server import SwiftServer, running_swift
 
 
@@ -64,3 +73,52 @@ def test_everything_on_s3(city: Path, tmp_path: Path, swift: SwiftServer) -> Non
     assert store.exists("city/index/manifest.json")
     with store.open("city/index/images.parquet") as file:
         assert pq.read_table(file).num_rows == len(list((city / "database").iterdir()))
+
+
+def test_an_index_lives_on_a_store_that_fails_one_request_in_ten(
+    city: Path, tmp_path: Path, swift: SwiftServer
+) -> None:
+    """Built (and killed, and resumed), searched and updated: the answers are those of local disk."""
+    store = _filesystem(swift)
+    store.put(str(city / "database"), "city/living", recursive=True)
+    names = sorted(path.name for path in (city / "database").iterdir())
+    (tmp_path / "gone.txt").write_text("\n".join(names[:5]))
+    (tmp_path / "again.txt").write_text("\n".join(names[8:12]))
+    with running_flaky_proxy(swift.endpoint_url, 0.1, seed=0) as proxy:
+        environment = swift.environment | {"AWS_ENDPOINT_URL": proxy.endpoint_url}
+        remote = _Living("s3://city/living", "s3://city/living_index", city, tmp_path, "index.cache_gib=0.001")
+        builder = start_job("build_index", remote.build, **environment)
+        wait_until(lambda: store.exists("city/living_index/shards/00001/described.json"), "a described shard")
+        builder.kill()
+        builder.communicate()
+        for job, line in remote.jobs():
+            done = run_job(job, line, **environment)
+            assert done.returncode == 0, done.stderr
+        assert sum(proxy.failures.values()) > 0.05 * proxy.num_requests
+        assert len(proxy.failures) >= 4
+    local = _Living(str(tmp_path / "photos"), str(tmp_path / "index"), city, tmp_path)
+    shutil.copytree(city / "database", tmp_path / "photos")
+    for job, line in local.jobs():
+        done = run_job(job, line)
+        assert done.returncode == 0, done.stderr
+    assert pq.read_table(remote.predictions).equals(pq.read_table(local.predictions))
+    assert pq.read_table(local.predictions).num_rows == 13
+
+
+class _Living:
+    """Command lines of an index that is built, updated and asked."""
+
+    def __init__(self, photos: str, index: str, city: Path, folder: Path, *of_the_query: str) -> None:
+        network = [*SMALL_NETWORK, "describe.batch_size=4", "describe.num_threads_per_actor=1"]
+        output = folder / ("answers_remote" if "://" in index else "answers_local")
+        self.predictions = output / "predictions.parquet"
+        self.build = [f"database={photos}", f"output={index}", "index.num_shards=2", *network]
+        self.build += ["index.kind=ivf_rabitq", "index.num_lists=4"]
+        self.update = [f"index.path={index}", f"add={folder}/again.txt", f"remove={folder}/gone.txt", *network]
+        self.update += ["compact=true", "index.compact_share=0.1", "single_writer=true"]
+        self.query = [f"index.path={index}", f"queries={city}/queries", f"output={output}", *network]
+        self.query += ["rerank.num_candidates=3", "rerank.num_threads_per_actor=1", "index.num_threads_per_actor=1"]
+        self.query += [f"index.cache_dir={folder}/cache", *of_the_query]
+
+    def jobs(self) -> list[tuple[str, list[str]]]:
+        return [("build_index", self.build), ("update_index", self.update), ("query", self.query)]

@@ -80,3 +80,14 @@ def opened(directory: str, manifest: IndexManifest, *, memory_map: bool = False)
     """A local index, or one in memory, opened for search."""
     folder = Path(directory if storage.is_local(directory) else "/nonexistent")
     return OpenIndex(directory, manifest, LocalCache(folder, 1 << 40), memory_map=memory_map)
+
+
+def build_described(directory: str, kind: str) -> None:
+    """Make an index of a finished description of `/photos`, as a process of its own does that may be killed."""
+    images = Manifest.read(storage.join(directory, "images.parquet"), "/photos")
+    description = store.read_description(directory)
+    assert description is not None
+    print("ready", flush=True)
+    config = BuildConfig(kind=IndexKind(kind), num_lists=16 if kind.startswith("ivf") else None, num_build_threads=1)
+    draft = first_generation(directory, images, description["num_shards"], MODEL, 32)
+    commit(directory, make_index(directory, draft, config, PLENTY_BYTES, InThisProcess()))

@@ -1,0 +1,154 @@
+"""What a user can get wrong with update_index, filters and kinds of index: one line each, nothing written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pairvpr.config.compose import load
+from pairvpr.config.schema import BuildIndexConfig, QueryConfig, UpdateIndexConfig
+from pairvpr.data import storage
+from pairvpr.data.manifest import folder_manifest
+from pairvpr.distributed import build as building
+from pairvpr.distributed import query as querying
+from pairvpr.distributed import update as updating
+from pairvpr.errors import UserError
+from pairvpr.index.choose import kinds_to_try
+from tests.support.index import write_index
+from tests.support.runs import SMALL_NETWORK
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting Ray fails the test."""
+    for module in (building, querying, updating):
+        monkeypatch.setattr(module, "ray_session", lambda _: pytest.fail("Ray was started"))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """An index (of another model's weights) of three photos in `photos`, whose names hold no positions."""
+    for name in ("photos/a.png", "photos/b.png", "photos/sub/c.png", "queries/q.png", "elsewhere/x.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        Image.new("RGB", (30, 30)).save(tmp_path / name)
+    photos = folder_manifest(f"{tmp_path}/photos", "database")
+    write_index(f"{tmp_path}/index", [], np.eye(3, 16, dtype=np.float32), images=photos)
+    return tmp_path
+
+
+def mistake(call: Callable[[], object]) -> str:
+    with pytest.raises(UserError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def update(root: Path, *line: str) -> Callable[[], object]:
+    words = [f"index.path={root}/index", *SMALL_NETWORK, *(word.replace("ROOT", str(root)) for word in line)]
+    return lambda: updating.update_index(load(UpdateIndexConfig, words))
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ([], "nothing to do: expected one or more of add=..., remove=..., compact=true, index.kind=..."),
+        (["add=ROOT/elsewhere"], "not below ROOT/photos, where the index's photos are"),
+        (["add=ROOT/photos/none"], "add=ROOT/photos/none: no such folder"),
+        (["add=ROOT/none.txt"], "add=ROOT/none.txt: no such file"),
+        (["remove=ROOT/none.csv"], "remove=ROOT/none.csv: no such file"),
+        (["remove=ROOT/unknown.txt"], "z.png is not in the index (nor are 1 more)"),
+        (["remove=ROOT/photos/nothing"], "no photo of the index is below it"),
+        (["add=ROOT/list.txt", "remove=ROOT/list.txt"], "add and remove both name a.png"),
+        (["add=ROOT/words.txt"], "readme.md is no photo; expected .jpg"),
+        (["add=ROOT/empty.txt"], "no path in it"),
+        (["add=ROOT/photos", "positions=exif"], "positions=exif: added photos need metres"),
+        (["add=ROOT/photos", "positions=names"], "add: a.png has no coordinates in its name"),
+        (["add=ROOT/photos", "positions=table"], "expected positions=table and positions_table=FILE together"),
+        (["compact=true", "index.compact_share=1.5"], "index.compact_share=1.5: expected 0 to below 1"),
+        (["add=ROOT/photos"], "was made by model small with weights abababababab"),
+        (["compact=true", "index.path=ROOT/nothing"], "no finished index there"),
+    ],
+)
+def test_updates(root: Path, line: list[str], expected: str) -> None:
+    (root / "list.txt").write_text("a.png\n")
+    (root / "unknown.txt").write_text("a.png\nz.png\ny.png\n")
+    (root / "words.txt").write_text("a.png\nreadme.md\n")
+    (root / "empty.txt").write_text("\n")
+    before = storage.list_files(str(root))
+    assert expected.replace("ROOT", str(root)) in mistake(update(root, *line))
+    assert storage.list_files(str(root)) == before
+
+
+def test_a_store_that_can_not_tell_writers_apart(root: Path) -> None:
+    photos = folder_manifest(f"{root}/photos", "database")
+    write_index("memory://shared/index", [], np.eye(3, 16, dtype=np.float32), images=photos)
+    line = ["index.path=memory://shared/index", "compact=true"]
+    assert "expected single_writer=true, your word" in mistake(update(root, *line))
+    assert "was made by model small" in mistake(update(root, *line, "single_writer=true"))
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (["filter.near_m=-1"], "filter.near_m=-1.0: expected a number above 0"),
+        (["filter.center=[1,2]"], "filter.center is set: expected filter.near_m, too"),
+        (["filter.near_m=5", "filter.center=[1]"], "filter.center=[1.0]: expected [east, north] in metres"),
+        (["filter.box=[3,0,1,1]"], "expected west <= east and south <= north"),
+        (["filter.heading_deg=5"], "filter.heading_deg is set: expected filter.within_deg, too"),
+        (["filter.box=[0,0,1,1]", "filter.priors=x.csv"], "every condition has its value for all queries"),
+        (["filter.box=[0,0,1,1]"], "the index knows no photo's position"),
+        (["filter.within_deg=5", "filter.heading_deg=5"], "the index knows no photo's heading"),
+    ],
+)
+def test_filters(root: Path, line: list[str], expected: str) -> None:
+    words = [f"index.path={root}/index", f"queries={root}/queries", f"output={root}/out", *SMALL_NETWORK, *line]
+    assert expected in mistake(lambda: querying.query(load(QueryConfig, words)))
+    assert not (root / "out").exists()
+
+
+def test_queries_without_a_prior(root: Path) -> None:
+    photos = folder_manifest(f"{root}/photos", "database").with_positions(np.zeros((3, 2)))
+    write_index(f"{root}/placed", [], np.eye(3, 16, dtype=np.float32), images=photos)
+    words = [f"index.path={root}/placed", f"queries={root}/queries", f"output={root}/out", *SMALL_NETWORK]
+    message = mistake(lambda: querying.query(load(QueryConfig, [*words, "filter.near_m=5"])))
+    assert "queries: q.png has no coordinates in its name" in message
+    (root / "priors.csv").write_text("path,utm_east,utm_north\nz.png,1,2\n")
+    message = mistake(
+        lambda: querying.query(load(QueryConfig, [*words, "filter.near_m=5", f"filter.priors={root}/priors.csv"]))
+    )
+    assert "priors.csv" in message
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (["index.kind=hnsw"], "index.kind"),
+        (["index.kind=flat", "index.num_lists=4"], "index.kind=flat has no lists; expected one of ivf_fp16"),
+        (["index.target_recall=1.5"], "index.target_recall=1.5: expected above 0, at most 1"),
+        (["index.memory_budget_gib=0"], "index.memory_budget_gib=0.0: expected a number above 0"),
+        (["positions=names"], "database: a.png has no coordinates in its name"),
+    ],
+)
+def test_kinds_and_positions(root: Path, line: list[str], expected: str) -> None:
+    words = [f"database={root}/photos", f"output={root}/new", *SMALL_NETWORK, *line]
+    assert expected in mistake(lambda: building.build(load(BuildIndexConfig, words)))
+    assert not (root / "new").exists()
+
+
+def test_what_can_not_fit_is_refused_with_the_numbers() -> None:
+    words = ["database=x", "output=y", "index.memory_budget_gib=0.01"]
+    config = load(BuildIndexConfig, [*words, "index.kind=flat"]).index
+    message = mistake(lambda: kinds_to_try(100_000, 512, 0.01 * 2**30, config))
+    for part in ("100,000 x 512", "0.19 GiB", "0.01 GiB (index.memory_budget_gib)", "ivf_rabitq", "allow_overcommit"):
+        assert part in message
+    config = load(BuildIndexConfig, words).index
+    message = mistake(lambda: kinds_to_try(10_000_000, 512, 0.01 * 2**30, config))
+    assert "no kind of index for 10,000,000 x 512 descriptors fits" in message
+    insisted = load(BuildIndexConfig, [*words, "index.allow_overcommit=true"]).index
+    assert kinds_to_try(10_000_000, 512, 0.01 * 2**30, insisted) == ["ivf_rabitq"]
+    too_few = load(BuildIndexConfig, ["database=x", "output=y", "index.kind=ivf_8bit"]).index
+    assert "10 photos can't fill 16 lists" in mistake(lambda: kinds_to_try(10, 512, 1e9, too_few))
