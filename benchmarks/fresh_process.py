@@ -45,7 +45,7 @@ class Ran(Generic[T]):
 
 
 def call(function: Callable[..., T], *arguments: Any) -> Ran[T]:
-    """`function(*arguments)` in a process of its own. Raises `CalledProcessError` where that fails; its stderr says why."""
+    """`function(*arguments)` in a process of its own. Raises `CalledProcessError` where it fails; stderr says why."""
     with tempfile.TemporaryDirectory(prefix="pairvpr-") as folder:
         request, response = Path(folder) / "request", Path(folder) / "response"
         request.write_bytes(pickle.dumps((function.__module__, function.__qualname__, arguments)))

@@ -80,15 +80,13 @@ def draw(drawn: Drawn) -> bool:
     seen = np.sort(random.choice(drawn.num_rows, drawn.num_queries, replace=False))
     inner = _draw_rows(drawn.rows_file, drawn.num_rows, 1, mixture, seen)
     _draw_rows(drawn.added_file, drawn.num_added, 3, mixture, seen[:0])
-    inner = inner + SHIFT_OF_A_QUERY * random.standard_normal(inner.shape, dtype=np.float32)
+    inner += SHIFT_OF_A_QUERY * random.standard_normal(inner.shape, dtype=np.float32)
     np.save(drawn.queries_file, random.permutation(mixture.embedded(random, inner)))
     marker.write_text(json.dumps(wanted))
     return True
 
 
-def _draw_rows(
-    file: Path, num_rows: int, seed: int, mixture: _Mixture, seen: NDArray[np.int64]
-) -> NDArray[np.float32]:
+def _draw_rows(file: Path, num_rows: int, seed: int, mixture: _Mixture, seen: NDArray[np.int64]) -> NDArray[np.float32]:
     """Write rows (n, G), piece by piece; the inner points of the rows `seen` (ascending)."""
     kept = [np.empty((0, NUM_INNER), np.float32)]
     with file.open("wb") as sink:

@@ -18,15 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.fresh_process import FreshProcesses, Ran
-from benchmarks.index_rows import ROWS_AT_ONCE
-from pairvpr.config.schema import BuildConfig, ClusterConfig, IndexKind, SearchConfig
+from benchmarks.index_rows import NUM_VALUES, ROWS_AT_ONCE
+from pairvpr.config.schema import BuildConfig, ClusterConfig, SearchConfig
 from pairvpr.data import storage
 from pairvpr.data.local_cache import LocalCache
 from pairvpr.data.manifest import Manifest
 from pairvpr.index import build, choose, measure, store
 from pairvpr.index.make import InThisProcess, build_shards, first_generation, make_index
-from pairvpr.index.manifest import IndexManifest, commit, generation_url, stored_file
-from pairvpr.index.merge import Found
+from pairvpr.index.manifest import IndexManifest, commit, generation_url
 from pairvpr.index.reader import OpenIndex, search_index
 from pairvpr.index.search import Effort, Shard
 from pairvpr.index.update import with_added, without
@@ -36,6 +35,7 @@ faiss: Any = faiss_module
 MODEL = {"name": "drawn", "weights_sha256": "0" * 64}
 NUM_THREADS = 2
 NUM_TO_WARM_UP = 32
+UPDATE_STEPS: tuple[str, ...] = ("writing descriptors", "adding", "removing", "committing")
 
 
 @dataclass(frozen=True)
@@ -100,20 +100,15 @@ def draft(directory: str) -> IndexManifest:
     images = Manifest.read(storage.join(directory, "images.parquet"), "/photos")
     about = store.read_description(directory)
     assert about is not None, f"{directory} is not described"
-    return first_generation(directory, images, about["num_shards"], MODEL, build_width(directory))
-
-
-def build_width(directory: str) -> int:
-    """G of a described index."""
-    return store.read_array(storage.join(directory, store.shard_path(0), "descriptors.npy")).shape[1]
+    return first_generation(directory, images, about["num_shards"], MODEL, NUM_VALUES)
 
 
 def build_index(
-    directory: str, start: IndexManifest, config: BuildConfig, budget_bytes: float
+    directory: str, start: IndexManifest | None, config: BuildConfig, budget_bytes: float
 ) -> tuple[IndexManifest, list[Ran[None]]]:
-    """The next generation, each piece of work in a process of its own as on a cluster; and what they took."""
+    """A generation of an index, each piece of work in a process of its own as on a cluster; and what they took."""
     runner = FreshProcesses()
-    manifest = make_index(directory, start, config, budget_bytes, runner)
+    manifest = make_index(directory, start or draft(directory), config, budget_bytes, runner)
     commit(directory, manifest)
     return manifest, runner.ran
 
@@ -125,9 +120,7 @@ def build_alike(directory: str, other_directory: str, other: IndexManifest) -> I
         shutil.copyfile(Path(other_directory) / trained.path, Path(directory) / trained.path)
     spec = build.spec_of(other.kind, other.factory)
     shards = build_shards(directory, start.shards, spec, trained, NUM_THREADS, InThisProcess())
-    return replace(
-        start, kind=other.kind, factory=other.factory, trained=trained, shards=shards, effort=other.effort
-    )
+    return replace(start, kind=other.kind, factory=other.factory, trained=trained, shards=shards, effort=other.effort)
 
 
 def search_bare(rows_file: Path, queries: NDArray[np.float32], k: int) -> Asked:
@@ -224,8 +217,7 @@ def update(
     times_s.append(time.perf_counter())
     written = [file for file in (Path(directory) / prefix).rglob("*") if file.is_file()]
     written += [Path(generation_url(directory, generation)), Path(directory) / "manifest.json"]
-    steps = ("writing descriptors", "adding", "removing", "committing")
-    seconds = dict(zip(steps, np.diff(times_s).tolist(), strict=True))
+    seconds = dict(zip(UPDATE_STEPS, np.diff(times_s).tolist(), strict=True))
     return Updated(changed, seconds, sum(file.stat().st_size for file in written))
 
 
@@ -240,9 +232,7 @@ def one_of_many_shards(
     (trained,) = runner.run("learning", make._train, [learn])
     shards = build_shards(directory, start.shards, spec, trained, NUM_THREADS, runner)
     effort = {"num_probes": max(1, spec.num_lists // 64), "num_rescored": 400}
-    manifest = replace(
-        start, kind=spec.kind.value, factory=spec.factory, trained=trained, shards=shards, effort=effort
-    )
+    manifest = replace(start, kind=spec.kind.value, factory=spec.factory, trained=trained, shards=shards, effort=effort)
     return manifest, runner.ran
 
 
@@ -255,5 +245,3 @@ def shards_bytes(manifest: IndexManifest) -> list[int]:
 def _no_cache() -> LocalCache:
     """For files that are all local."""
     return LocalCache(Path("/nonexistent"), 0)
-
-

@@ -41,7 +41,7 @@ class IndexKind(StrEnum):
     ivf_rabitq = "ivf_rabitq"
 
 
-def require_gpus(config: DescribeConfig | RerankConfig, prefix: str) -> None:
+def require_gpus(config: DescribeConfig | SearchConfig | RerankConfig, prefix: str) -> None:
     number = config.num_gpus_per_actor
     require(
         number is None or 0 <= number <= 1 or (1 < number < math.inf and number == int(number)),
@@ -177,6 +177,8 @@ class SearchConfig:
     """CPU threads of faiss in one shard actor."""
     num_actors: int | None = None
     """Scheduling: shard actors; null = one for each shard, at most one for every two CPUs."""
+    num_gpus_per_actor: float = 0.0
+    """Scheduling: GPUs of a shard actor; they make the short lists of a flat index, and need faiss-gpu."""
     memory_map: bool = False
     """Scheduling: shards stay in local files and are mapped; false = an actor reads its shard into memory."""
     cache_dir: str | None = None
@@ -189,6 +191,7 @@ class SearchConfig:
         require_positive(
             self, "index", "num_retrieved", "num_probes", "num_threads_per_actor", "num_actors", "cache_gib"
         )
+        require_gpus(self, "index")
 
 
 @dataclass(kw_only=True)

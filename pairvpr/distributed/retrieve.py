@@ -98,7 +98,7 @@ def ask(question: Question, config: SearchConfig) -> tuple[Found, float]:
     effort = Effort(**manifest.effort)
     if config.num_probes is not None:
         effort = Effort(config.num_probes, effort.num_rescored)
-    make_actor = _ShardActor.options(num_cpus=cpus_of_a_shard()).remote
+    make_actor = _ShardActor.options(num_cpus=cpus_of_a_shard(), num_gpus=config.num_gpus_per_actor).remote
     reference = ray.put(question)
     with SupervisedPool[_Unit](lambda: make_actor(reference, effort, config), num_actors, "retrieve") as pool:
         work = _Work(pool, question.index)
@@ -159,7 +159,8 @@ class _ShardActor(PoolActor):
         self.effort = effort
         self.num_threads = config.num_threads_per_actor
         cache = LocalCache(cache_directory(config), int(config.cache_gib * 2**30))
-        self.opened = OpenIndex(question.index, question.manifest, cache, memory_map=config.memory_map)
+        has_gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
+        self.opened = OpenIndex(question.index, question.manifest, cache, memory_map=config.memory_map, has_gpu=has_gpu)
 
     def run(self, unit: _Unit) -> tuple[Any, float]:
         started_s = time.perf_counter()

@@ -24,14 +24,26 @@ LEAST_RESCORED_PER_RESULT = 2
 class OpenIndex:
     """One generation of an index. `cache` keeps local copies of files that lie elsewhere.
 
-    With `memory_map` a shard's faiss file stays on disk and is mapped; else it is read into memory.
+    With `memory_map` a shard's faiss file stays on disk and is mapped; else it is read into memory. With `has_gpu` the
+    short lists of a flat index are made on this process's GPU.
     """
 
-    def __init__(self, directory: str, manifest: IndexManifest, cache: LocalCache, *, memory_map: bool = False) -> None:
+    def __init__(
+        self,
+        directory: str,
+        manifest: IndexManifest,
+        cache: LocalCache,
+        *,
+        memory_map: bool = False,
+        has_gpu: bool = False,
+    ) -> None:
         self.directory = directory
         self.manifest = manifest
         self.spec = build.spec_of(manifest.kind, manifest.factory)
         self._cache = cache
+        self._gpu: Any = None
+        if has_gpu and self.spec.kind is IndexKind.flat:
+            self._gpu = faiss.StandardGpuResources()  # pyright: ignore[reportAttributeAccessIssue]
         self._flags = faiss.IO_FLAG_MMAP_IFC if memory_map else 0
         self._trained: Any = None if manifest.trained is None else faiss.read_index(str(self._path(manifest.trained)))
         self._removed = removed_ids(directory, manifest)
@@ -44,7 +56,11 @@ class OpenIndex:
     def shard(self, number: int) -> Shard:
         """A shard. Raises `UserError`, naming the file, where its bytes have changed or do not fit the manifest."""
         entry = self.manifest.shards[number]
-        return Shard(self._index(entry), self.ids(number), self.is_removed(number) if entry.num_removed else None)
+        index, is_removed = self._index(entry), self.is_removed(number) if entry.num_removed else None
+        on_gpu = None
+        if self._gpu is not None:
+            on_gpu = faiss.index_cpu_to_gpu(self._gpu, 0, index)  # pyright: ignore[reportAttributeAccessIssue]
+        return Shard(index, self.ids(number), is_removed, on_gpu)
 
     def is_removed(self, number: int) -> NDArray[np.bool_]:
         """(n,) which rows of a shard are of removed photos."""

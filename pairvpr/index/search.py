@@ -20,7 +20,9 @@ QUERIES_PER_CALL = 1024
 SPARE_ROWS = 32
 """A short list is longer than k from the start: for rows that tie, rounding and removed rows."""
 NO_ID = -1
-FLOAT32_STEP = 2.0**-23
+FLOAT32_STEP, TF32_STEP = 2.0**-23, 2.0**-9
+MOST_ON_GPU = 2048
+"""Longest list that faiss makes on a GPU."""
 QUERY_BITS = 4
 """To which a query's values are rounded before they meet codes of one bit."""
 
@@ -35,11 +37,15 @@ class Effort:
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """A faiss index and the image id of each of its rows, ascending; `is_removed` (n,), if any photo is."""
+    """A faiss index and the image id of each of its rows, ascending; `is_removed` (n,), if any photo is.
+
+    `on_gpu` is a copy of a flat index that makes its short lists; distances are still computed here.
+    """
 
     index: Any
     ids: NDArray[np.int64]
     is_removed: NDArray[np.bool_] | None = None
+    on_gpu: Any = None
 
     @property
     def num_live(self) -> int:
@@ -69,6 +75,7 @@ def search(
     are visited, and more where they hold fewer than k such rows. Where codes make a short list, the answer is that
     list: distances are approximate, and `rescore` gives the true ones.
     """
+    assert np.isfinite(queries).all(), "a description refuses descriptors that are no numbers"
     faiss.omp_set_num_threads(num_threads)
     num_wanted = min(k, shard.num_live if is_allowed is None else int((is_allowed & ~_removed(shard)).sum()))
     distances = np.empty((len(queries), num_wanted), np.float32)
@@ -101,18 +108,33 @@ def _search_block(shard: Shard, queries: NDArray[np.float32], k: int, num_probes
     left = np.arange(len(queries))
     num_rows, num_asked = len(shard.ids), min(k + k // 8 + SPARE_ROWS, len(shard.ids))
     while len(left):
-        distances, rows = shard.index.search(queries[left], num_asked, params=_parameters(shard, num_probes, selector))
+        distances, rows, rounding = _short_lists(shard, queries[left], num_asked, num_probes, selector)
         is_all = (rows[:, -1] < 0) | (num_asked == num_rows)
-        horizon = np.where(is_all, np.inf, distances[:, -1] - _rounding(shard, queries[left], distances[:, -1]))
+        horizon = np.where(is_all, np.inf, distances[:, -1] - rounding)
         distances, ids = _settled(shard, queries[left], distances, rows, k)
         is_full = ids[:, -1] != NO_ID
         is_done = is_full & ((distances[:, -1] < horizon) | is_all)
         found[0][left[is_done]], found[1][left[is_done]] = distances[is_done], ids[is_done]
-        if is_all[~is_full].any():  # the lists that were visited hold fewer than k
-            num_probes *= 4
-        left = left[~is_done]
+        is_short_of_lists = is_all & ~is_full  # those that were visited hold fewer than k
+        if is_short_of_lists.any():
+            some = left[is_short_of_lists]
+            found[0][some], found[1][some] = _search_block(shard, queries[some], k, 4 * num_probes, selector)
+        left = left[~is_done & ~is_short_of_lists]
         num_asked = min(4 * num_asked, num_rows)
     return found
+
+
+def _short_lists(
+    shard: Shard, queries: NDArray[np.float32], num_asked: int, num_probes: int, selector: Any
+) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]:
+    """faiss's distances and rows (Q, S), and (Q,) the most by which a distance may differ from ours."""
+    if shard.on_gpu is not None and selector is None and num_asked <= MOST_ON_GPU:
+        distances, rows = shard.on_gpu.search(queries, num_asked)
+        return distances, rows, _rounding(queries, distances[:, -1], TF32_STEP)
+    distances, rows = shard.index.search(queries, num_asked, params=_parameters(shard, num_probes, selector))
+    if isinstance(shard.index, faiss.IndexFlat):
+        return distances, rows, _rounding(queries, distances[:, -1], (queries.shape[1] + 4) * FLOAT32_STEP)
+    return distances, rows, np.zeros(len(queries), np.float32)
 
 
 def _settled(
@@ -151,17 +173,15 @@ def _pair_distances(
     return distances
 
 
-def _rounding(shard: Shard, queries: NDArray[np.float32], distances: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(Q,) the most by which faiss's distance of a row may differ from ours.
+def _rounding(queries: NDArray[np.float32], distances: NDArray[np.float32], step: float) -> NDArray[np.float32]:
+    """(Q,) rounding of |q|^2 + |x|^2 - 2qx, each a sum of G products, at rows x of these distances (Q,).
 
-    Only the matrix products of an exact index round otherwise: |q|^2 + |x|^2 - 2qx, each sum of G products by at most
-    G steps of float32, and |x| is at most |q| + sqrt(distance).
+    In float32 each sum is wrong by at most G steps of the products' size; on a GPU that may round each product to the
+    10 bits of TF32 first, by one such step and a little. |x| is at most |q| + sqrt(distance).
     """
-    if not isinstance(shard.index, faiss.IndexFlat):
-        return np.zeros(len(queries), np.float32)
     length = np.linalg.norm(queries, axis=1)
     largest = (2 * length + np.sqrt(np.maximum(distances, 0))) ** 2
-    return ((queries.shape[1] + 4) * FLOAT32_STEP * largest).astype(np.float32)
+    return (step * largest).astype(np.float32)
 
 
 def _parameters(shard: Shard, num_probes: int, selector: Any) -> Any:

@@ -21,7 +21,7 @@ from pairvpr.index.filters import Filters, Places, allowed, search_filtered
 from pairvpr.index.manifest import IndexManifest
 from pairvpr.index.merge import Found, merge_top_k
 from pairvpr.index.reader import OpenIndex, search_index
-from pairvpr.index.search import NO_ID, Effort
+from pairvpr.index.search import NO_ID, Effort, Shard, flat_index, search
 from pairvpr.index.update import without
 from tests.support.index import opened, write_index
 
@@ -295,3 +295,31 @@ def test_manifest_says_which_kind(tmp_path: Path) -> None:
     )
     assert (manifest.kind, manifest.factory) == ("ivf_8bit", "IVF16,SQ8")
     assert build.spec_of(manifest.kind, manifest.factory) == build.IndexSpec(IndexKind.ivf_8bit, 16)
+
+
+class RoughIndex:
+    """A GPU's stand-in: the nearest rows by distances that are wrong by as much as products of 10 bits are."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def search(self, queries: Rows, k: int) -> Found:
+        rounded = [(values.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32) for values in (queries, self.rows)]
+        products = rounded[0] @ rounded[1].T
+        distances = (queries**2).sum(axis=1)[:, None] + (self.rows**2).sum(axis=1)[None] - 2 * products
+        order = np.argsort(distances, axis=1)[:, :k]
+        return np.take_along_axis(distances, order, 1), order
+
+
+@pytest.mark.parametrize("k", [20, 300, 1000])
+def test_short_lists_that_are_made_roughly_give_the_same_answer(k: int) -> None:
+    """What a GPU rounds away is looked at again on the CPU, as far behind the k-th as it may have been."""
+    rows, queries = clustered(4000, 5), clustered(40, 6)
+    rows[2000:2100] = rows[:100]
+    exact = Shard(flat_index(rows), np.arange(4000))
+    expected = search(exact, queries, k, num_threads=1)
+    rough = RoughIndex(rows)
+    assert any(set(rough.search(queries, k)[1][line].tolist()) != set(expected[1][line].tolist()) for line in range(40))
+    found = search(replace(exact, on_gpu=rough), queries, k, num_threads=1)
+    np.testing.assert_array_equal(found[1], expected[1])
+    np.testing.assert_array_equal(found[0], expected[0])
