@@ -122,21 +122,21 @@ def hundred_million(bench: Bench) -> None:
         f"{num_images:,} photos in {plan.num_shards} shards, {spec.factory}, learnt from a sample of "
         f"{choose.num_training_rows(sum(counts), plan.descriptor_dim, spec.num_lists):,} rows; one shard of "
         f"{num_rows:,} rows was built, and its figures taken {num_shards:,.0f} times where they are of all.",
-        plan_table(plan, manifest, num_shards, learn, fill, searched),
-        f"\nLearning: {learn.seconds:.0f} s. Filling: {fill.seconds:.1f} s a shard, "
+        *plan_blocks(plan, manifest, num_shards, learn, fill, searched),
+        f"Learning: {learn.seconds:.0f} s. Filling: {fill.seconds:.1f} s a shard, "
         f"{num_shards * fill.seconds / 3600:.1f} hours for all, one after another on "
         f"{index_steps.NUM_THREADS} threads.",
     )
 
 
-def plan_table(
+def plan_blocks(
     plan: Plan,
     manifest: IndexManifest,
     num_shards: float,
     learn: Ran[None],
     fill: Ran[None],
     searched: Ran[Asked],
-) -> str:
+) -> list[str]:
     """The plan's bytes beside what was measured, with verdicts below."""
     assert manifest.trained is not None, "an index of lists has learnt"
     in_search = num_shards * sum(index_steps.shards_bytes(manifest)) + manifest.trained.bytes
@@ -165,4 +165,4 @@ def plan_table(
         for what, (there, here) in sizes.items()
     ] + [verdict(here <= there, f"{what}: no more memory than planned") for what, (there, here, _) in peaks.items()]
     table = shared.markdown_table(("", "plan", "measured", "with pages of files", "measured / plan"), rows)
-    return "\n".join([table, "", *verdicts])
+    return [table, *verdicts]

@@ -113,7 +113,7 @@ def ask(question: Question, config: SearchConfig) -> tuple[Found, float]:
             ids = best[0][1]
             distances = np.full(ids.shape, np.inf, np.float32)
             work.on_all_shards(
-                "rescore", num_shards, ray.put(ids), lambda found: np.minimum(distances, found, distances)
+                "rescore", num_shards, ray.put(ids), lambda found: np.minimum(distances, found, out=distances)
             )
             best = [merge_top_k([(distances, ids)], question.k)]
     return best[0], work.seconds
