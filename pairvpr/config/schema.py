@@ -394,11 +394,17 @@ class ChangedIndexConfig:
     """With a new kind: lists of an ivf_* index; null = by the number of photos."""
     num_build_threads: int = 2
     """CPU threads that learn an index and fill a shard; decides rounding of ivf_* kinds."""
+    allow_overcommit: bool = False
+    """With a new kind: build also what does not fit into the budget."""
     compact_share: float = 0.2
     """A shard of which more than this share is removed is written anew by compact=true."""
 
     def __post_init__(self) -> None:
         require_text(self, "index.", "path")
+        require(
+            self.kind is not None or (self.num_lists is None and self.memory_budget_gib is None),
+            "index.num_lists or index.memory_budget_gib is set without index.kind: expected index.kind=..., too",
+        )
         require(0 <= self.compact_share < 1, f"index.compact_share={self.compact_share}: expected 0 to below 1")
         self.as_build_config()
 
@@ -411,6 +417,7 @@ class ChangedIndexConfig:
             target_recall=self.target_recall,
             num_lists=self.num_lists,
             num_build_threads=self.num_build_threads,
+            allow_overcommit=self.allow_overcommit,
         )
 
 

@@ -109,4 +109,6 @@ def _fetch(url: str, path: Path, sha256: str, num_bytes: int) -> None:
 
 def damaged(url: str) -> UserError:
     """What to raise for a file whose bytes are not those that were written."""
-    return UserError(f"{url} is damaged: its sha256 is not the manifest's; build the index again")
+    return UserError(
+        f"{url} is damaged: its sha256 is not the manifest's; restore it, or delete the index and build it again"
+    )

@@ -134,7 +134,12 @@ class Manifest:
     @classmethod
     def read(cls, url: str, root: str) -> Manifest:
         """The manifest that `write` published. Raises `UserError` where columns are missing."""
-        table = pq.read_table(io.BytesIO(storage.read_bytes(url)))
+        return cls.parse(storage.read_bytes(url), url, root)
+
+    @classmethod
+    def parse(cls, data: bytes, url: str, root: str) -> Manifest:
+        """The manifest of these bytes, which `url` held. Raises `UserError` where columns are missing."""
+        table = pq.read_table(io.BytesIO(data))
         missing = set(SCHEMA.names) - set(table.column_names)
         if missing:
             raise UserError(f"{url}: no column {', '.join(sorted(missing))}; expected {', '.join(SCHEMA.names)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -62,6 +63,11 @@ def make_index(
     if finished is not None and make.is_wanted(finished, index):
         say("index: finished earlier, skipped")
         return finished
+    if finished is not None and not storage.has_atomic_creation(directory):
+        raise UserError(
+            f"{directory}: the finished index is {finished.kind} ({finished.factory}); this store can't tell "
+            "two writers apart: expected python -m ray_jobs.update_index index.kind=... single_writer=true"
+        )
     budget_bytes = memory_budget_bytes(index)
     plan = plan_index(len(database), source.config, replace(index, num_shards=num_shards), budget_bytes=budget_bytes)
     check_fits(plan, room(directory), index)
@@ -95,9 +101,12 @@ def build(config: BuildIndexConfig) -> str:
     check_writable(directory, "output")
     num_shards = config.index.num_shards or choose.default_num_shards(len(database))
     settings = index_settings(database, num_shards, config.model, NOT_LOADED, config.describe)
+    if config.positions is not None:
+        places = database.utm_m.tobytes() + database.heading_deg.tobytes()
+        settings["positions_sha256"] = hashlib.sha256(places).hexdigest()
     check_claim(directory, settings, "output", ("model.weights_sha256",))
     weights = load_weights(config.model)
-    settings = index_settings(database, num_shards, config.model, weights, config.describe)
+    settings |= index_settings(database, num_shards, config.model, weights, config.describe)
     check_claim(directory, settings, "output")
     announce(config.model, weights)
     claim(directory, settings, "output")

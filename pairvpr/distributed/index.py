@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from pairvpr.data import storage
 from pairvpr.distributed.progress import Progress, say
@@ -65,3 +65,9 @@ def _get(ref: Any) -> Any:
         if isinstance(error.cause, UserError | IncompleteRunError | storage.StorageError):
             raise error.cause from None
         raise
+    except RayError as error:  # its worker or node died, most likely of too little memory
+        why = f"{type(error).__name__}: {storage.reason(error)}"
+        raise IncompleteRunError(
+            f"index: a task died {MAX_TRIES + 1} times ({why}); what is finished is kept. Expected more memory, or "
+            "more and smaller shards (index.num_shards)"
+        ) from error

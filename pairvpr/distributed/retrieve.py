@@ -22,7 +22,7 @@ from pairvpr.data.local_cache import LocalCache
 from pairvpr.distributed.pool import PoolActor, SupervisedPool
 from pairvpr.distributed.progress import Progress, say
 from pairvpr.distributed.runtime import cpus_of_a_shard
-from pairvpr.errors import IncompleteRunError
+from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.index import choose, store
 from pairvpr.index.filters import Filters, Places, search_filtered
 from pairvpr.index.manifest import IndexManifest
@@ -42,6 +42,7 @@ class Candidates:
     squared_distances: NDArray[np.float32]
     ids: NDArray[np.int64]
     seconds: float
+    generation: int
 
     def of(self, row: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Candidates and distances of one query, best first."""
@@ -75,14 +76,20 @@ def retrieve(
     `filters` has a line for each query photo, readable or not.
     """
     if storage.exists(url):
+        candidates = read_candidates(url)
+        if candidates.generation != manifest.generation:
+            raise UserError(
+                f"{url} is of generation {candidates.generation} of the index, which is now at {manifest.generation}; "
+                "expected the same one, or another output"
+            )
         say("retrieve: finished earlier, skipped")
-        return read_candidates(url)
+        return candidates
     query_ids, descriptors = store.read_descriptors(queries)
     question = Question(index, manifest, descriptors, k)
     if filters is not None:
         question = Question(index, manifest, descriptors, k, Filters(filters[0].conditions[query_ids]), filters[1])
     found, seconds = ask(question, config)
-    candidates = Candidates(query_ids, *found, seconds)
+    candidates = Candidates(query_ids, *found, seconds, manifest.generation)
     _write_candidates(url, candidates)
     return candidates
 
@@ -171,7 +178,14 @@ class _ShardActor(PoolActor):
         question, shard = self.question, self.opened.shard(number)
         length = short_list_length(question.manifest, self.effort, question.k)
         if question.filters is None or question.places is None:
-            return search(shard, question.queries, length, num_threads=self.num_threads, effort=self.effort)
+            return search(
+                shard,
+                question.queries,
+                length,
+                num_threads=self.num_threads,
+                effort=self.effort,
+                at_least=question.k,
+            )
         return search_filtered(
             shard,
             question.queries,
@@ -180,6 +194,7 @@ class _ShardActor(PoolActor):
             question.places,
             num_threads=self.num_threads,
             effort=self.effort,
+            at_least=question.k,
         )
 
     def _rescored(self, unit: _Unit) -> NDArray[np.float32]:
@@ -204,7 +219,7 @@ def _write_candidates(url: str, candidates: Candidates) -> None:
             "candidates": pa.array(list(candidates.ids), pa.list_(pa.int64())),
             "squared_distances": pa.array(list(candidates.squared_distances), pa.list_(pa.float32())),
         }
-    ).replace_schema_metadata({"seconds": repr(candidates.seconds)})
+    ).replace_schema_metadata({"seconds": repr(candidates.seconds), "generation": str(candidates.generation)})
     sink = io.BytesIO()
     pq.write_table(table, sink)
     storage.write_bytes(url, sink.getvalue())
@@ -218,5 +233,6 @@ def read_candidates(url: str) -> Candidates:
         table.column(name).combine_chunks().flatten().to_numpy().reshape(num_queries, -1 if num_queries else 0)
         for name in ("squared_distances", "candidates")
     )
-    seconds = float((table.schema.metadata or {})[b"seconds"])
-    return Candidates(table.column("query_id").to_numpy(), distances, ids, seconds)
+    about = table.schema.metadata or {}
+    seconds, generation = float(about[b"seconds"]), int(about[b"generation"])
+    return Candidates(table.column("query_id").to_numpy(), distances, ids, seconds, generation)

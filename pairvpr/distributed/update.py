@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import posixpath
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import ray
 from numpy.typing import NDArray
+from pyarrow import compute
 
 from pairvpr.config.schema import UpdateIndexConfig
 from pairvpr.data import storage
@@ -30,6 +35,8 @@ from pairvpr.index.manifest import IndexManifest, check_model, commit, read_imag
 from pairvpr.index.reader import removed_ids
 from pairvpr.index.update import compacted, with_added, without
 from pairvpr.models.weights import announce, load_weights
+
+pc: Any = compute  # its functions are made at run time, so their types are not known
 
 LIST_SUFFIXES = (".txt", ".csv", ".parquet")
 
@@ -53,7 +60,7 @@ def update_index(config: UpdateIndexConfig) -> IndexManifest:
     settings = index_settings(database, 1, config.model, weights, config.describe)
     check_model(directory, manifest, name=config.model.name, weights_sha256=weights.sha256, model=settings["model"])
     announce(config.model, weights)
-    prefix = _prefix(manifest, settings, gone)
+    prefix = _prefix(manifest, settings, gone, added, config)
     with ray_session(config.cluster):
         draft = replace(manifest, generation=manifest.generation + 1)
         threads, runner = config.index.num_build_threads, OnTheCluster()
@@ -63,19 +70,21 @@ def update_index(config: UpdateIndexConfig) -> IndexManifest:
             below = storage.join(directory, prefix.rstrip("/"))
             what = Description(added, below, num_shards, source, config.describe, draft.num_images)
             describe(what, "added photos", needs_a_readable_photo=True)
-            draft = with_added(directory, draft, prefix, num_shards, threads, runner)
+            draft = with_added(directory, draft, prefix, len(added), num_shards, threads, runner)
+            gone = _less_unreadable(gone, images, added, below)
         if len(gone):
             draft = without(directory, draft, prefix, gone)
         if config.compact:
             draft = compacted(directory, draft, prefix, config.index.compact_share, threads, runner)
         options = config.index.as_build_config()
-        if not is_wanted(draft, options):
+        if config.index.kind is not None and not is_wanted(draft, options):
             draft = make_index(directory, draft, options, memory_budget_bytes(options), runner)
         if replace(draft, generation=manifest.generation) == manifest:
             say("index: nothing to change")
             return manifest
         commit(directory, draft)
-    say(f"{summary(draft)}: {0 if added is None else len(added):,} added, {len(gone):,} removed")
+    num_added = draft.num_images - manifest.num_images - (draft.num_rejected - manifest.num_rejected)
+    say(f"{summary(draft)}: {num_added:,} added, {draft.num_removed - manifest.num_removed:,} removed or replaced")
     return draft
 
 
@@ -87,9 +96,22 @@ def _check_single_writer(directory: str, single_writer: bool) -> None:
         )
 
 
-def _prefix(manifest: IndexManifest, settings: dict[str, object], gone: NDArray[np.int64]) -> str:
+def _prefix(
+    manifest: IndexManifest,
+    settings: dict[str, object],
+    gone: NDArray[np.int64],
+    added: Manifest | None,
+    config: UpdateIndexConfig,
+) -> str:
     """Where this change keeps its files. Two different changes never share a folder, the same one finds it again."""
-    about = [manifest.generation, settings, hashlib.sha256(gone.tobytes()).hexdigest()]
+    places = b"" if added is None else added.utm_m.tobytes() + added.heading_deg.tobytes()
+    cut = [config.index.num_shards, config.index.num_build_threads, config.index.compact_share]
+    about = [
+        manifest.generation,
+        settings,
+        cut,
+        *(hashlib.sha256(data).hexdigest() for data in (gone.tobytes(), places)),
+    ]
     token = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
     return f"updates/{manifest.generation + 1:06d}-{token}/"
 
@@ -144,6 +166,16 @@ def _found(remove: str, there: Manifest) -> NDArray[np.int64]:
     return rows
 
 
+def _less_unreadable(gone: NDArray[np.int64], images: Manifest, added: Manifest, described: str) -> NDArray[np.int64]:
+    """A photo that was to be replaced stays where what replaces it could not be read."""
+    rejected = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(described, "rejected.parquet"))))
+    if not len(rejected):
+        return gone
+    unread = pc.is_in(images.path_column.take(pa.array(gone)), value_set=rejected.column("path"))
+    say(f"index: {len(rejected):,} of {len(added):,} added photos can't be read ({described}/rejected.parquet)")
+    return gone[~unread.to_numpy()]
+
+
 def _below_root(folder: str, key: str, root: str) -> str:
     """`folder` relative to the root, ending in a slash; empty for the root itself."""
     below = storage.absolute(folder).rstrip("/") + "/"
@@ -171,6 +203,10 @@ def _listed(url: str, key: str, root: str) -> list[str]:
         rows = TableFile.open(url, key).read(["path"], problems)
         problems.raise_if_any()
         paths = [path for path in rows.texts("path").to_pylist() if path]
+    paths = [posixpath.normpath(path) for path in paths]
+    outside = next((path for path in paths if path.startswith(("/", "../"))), None)
+    if outside is not None:
+        raise UserError(f"{key}={url}: {outside} is not relative to {root}; expected paths below it, without the root")
     if not paths:
         raise UserError(f"{key}={url}: no path in it; expected paths relative to {root}")
     wrong = next((path for path in paths if key == "add" and not path.lower().endswith(IMAGE_SUFFIXES)), None)

@@ -5,6 +5,8 @@ n rows, G descriptor width.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,15 +42,16 @@ class IndexSpec:
         """faiss's name of it."""
         return choose.factory_string(self.kind, self.num_lists)
 
-    @property
-    def index_file(self) -> str:
-        """Name of a shard's faiss file; each kind has its own, so that they lie side by side."""
+    def index_file(self, trained: StoredFile | None) -> str:
+        """Name of a shard's faiss file; each kind, and each learning, has its own, so that they lie side by side."""
+        if trained is not None:
+            return trained.path.replace("trained-", "index-", 1)
         return "index.faiss" if self.kind is IndexKind.flat else f"index-{self._slug}.faiss"
 
-    @property
-    def trained_file(self) -> str:
-        """Name of the empty index that all shards share."""
-        return f"trained-{self._slug}.faiss"
+    def trained_file(self, learnt_from: Sequence[StoredFile], num_threads: int) -> str:
+        """Name of the empty index that all shards share: what it is made from is part of it."""
+        about = [num_threads, *(file.sha256 for file in learnt_from)]
+        return f"trained-{self._slug}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]}.faiss"
 
     @property
     def _slug(self) -> str:
@@ -95,7 +98,8 @@ def read_training_sample(
     runs = spread_runs(num_rows, choose.num_training_rows(num_rows, descriptor_dim, spec.num_lists))
     sample = read_sample(urls, counts, runs)
     is_held_out = np.isin(_members(runs), _members(held_out_runs(num_rows)))
-    return sample if (~is_held_out).sum() < spec.num_lists else sample[~is_held_out]
+    is_measured = spec.num_lists > 0 and (~is_held_out).sum() >= spec.num_lists
+    return sample[~is_held_out] if is_measured else sample
 
 
 def _members(runs: Sequence[range]) -> NDArray[np.int64]:
@@ -114,13 +118,8 @@ def train(spec: IndexSpec, sample: NDArray[np.float32], num_threads: int) -> Any
     return index
 
 
-def write_trained(directory: str, spec: IndexSpec, index: Any) -> StoredFile:
-    """Publish what `train` made."""
-    return write_faiss(directory, spec.trained_file, index)
-
-
 def write_faiss(directory: str, path: str, index: Any) -> StoredFile:
-    """Publish a faiss index."""
+    """Publish a faiss index at a path below the directory."""
     with storage.written_locally(storage.join(directory, path)) as local:
         faiss.write_index(index, str(local))
         return StoredFile(path=path, bytes=local.stat().st_size, sha256=storage.sha256(str(local)))
@@ -129,7 +128,7 @@ def write_faiss(directory: str, path: str, index: Any) -> StoredFile:
 def build_shard(
     directory: str, path: str, spec: IndexSpec, rows_file: Path, trained: Any | None, num_threads: int
 ) -> StoredFile:
-    """Write the faiss index of a shard at `path`, whose descriptors are in `rows_file`, a few at a time.
+    """Write the faiss index of a shard to `path`, whose descriptors are in `rows_file`, a few at a time.
 
     The same descriptors give the same bytes, so doing it twice, or at once in two places, is harmless.
     """
@@ -142,7 +141,7 @@ def build_shard(
         index.add(piece)
     if spec.num_lists:
         index.quantizer.reset()  # all shards share the centres, which `OpenIndex` puts back
-    return write_faiss(directory, f"{path}/{spec.index_file}", index)
+    return write_faiss(directory, path, index)
 
 
 def _pieces(rows_file: Path) -> Iterator[NDArray[np.float32]]:
@@ -156,6 +155,6 @@ def _pieces(rows_file: Path) -> Iterator[NDArray[np.float32]]:
 
 
 def read_trained(directory: str, file: StoredFile, cache: LocalCache) -> Any:
-    """What `write_trained` published. Raises `UserError`, naming it, where its bytes have changed."""
+    """The empty index that shards share. Raises `UserError`, naming it, where its bytes have changed."""
     path = cache.path(storage.join(directory, file.path), file.sha256, file.bytes)
     return faiss.read_index(str(path))

@@ -54,9 +54,10 @@ class Filters:
 
     def groups(self) -> Iterator[tuple[NDArray[np.float64], NDArray[np.int64]]]:
         """Each different line, and the queries it is for."""
-        lines, which = np.unique(self.conditions, axis=0, return_inverse=True)
-        for number, line in enumerate(lines):
-            yield line, np.flatnonzero(which.reshape(-1) == number)
+        no_condition = np.nan_to_num(self.conditions, nan=np.inf)  # NaN is not equal to itself
+        _, first, which = np.unique(no_condition, axis=0, return_index=True, return_inverse=True)
+        for number, row in enumerate(first):
+            yield self.conditions[row], np.flatnonzero(which.reshape(-1) == number)
 
 
 def allowed(line: NDArray[np.float64], places: Places, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -82,13 +83,22 @@ def search_filtered(
     *,
     num_threads: int,
     effort: Effort = Effort(),  # noqa: B008  (frozen)
+    at_least: int | None = None,
 ) -> Found:
     """As `search`, of the photos that each query's filter allows: (Q, k), padded by id -1 at an infinite distance."""
     distances = np.full((len(queries), k), np.inf, np.float32)
     ids = np.full((len(queries), k), NO_ID, np.int64)
     for line, chosen in filters.groups():
         is_allowed = allowed(line, places, shard.ids)
-        found = search(shard, queries[chosen], k, num_threads=num_threads, effort=effort, is_allowed=is_allowed)
+        found = search(
+            shard,
+            queries[chosen],
+            k,
+            num_threads=num_threads,
+            effort=effort,
+            is_allowed=is_allowed,
+            at_least=at_least,
+        )
         columns = found[0].shape[1]
         distances[chosen, :columns], ids[chosen, :columns] = found
     return distances, ids

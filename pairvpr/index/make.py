@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,17 +19,19 @@ from pairvpr.config.schema import BuildConfig, IndexKind
 from pairvpr.data import storage
 from pairvpr.data.local_cache import LocalCache
 from pairvpr.data.manifest import Manifest
-from pairvpr.errors import IncompleteRunError
+from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.index import build, choose, measure, store
 from pairvpr.index.build import IndexSpec
 from pairvpr.index.manifest import ImageTable, IndexManifest, ShardEntry, StoredFile, stored_file
 from pairvpr.index.measure import Step
 from pairvpr.index.merge import Found, merge_top_k
-from pairvpr.index.reader import OpenIndex
+from pairvpr.index.reader import OpenIndex, removed_ids
 from pairvpr.index.search import Effort, rescore, search
 
 ONE_SHARD_BYTES = 1 << 40
 """Of a cache that goes with its task: nothing in it is ever too much."""
+SHARDS_AT_ONCE = 64
+"""Whose answers are gathered before they are merged: bounds the driver's memory."""
 
 
 class Runner(Protocol):
@@ -62,7 +64,7 @@ def make_index(
 
     Under `auto` kinds are tried until one reaches the wanted recall. Raises `IncompleteRunError` where none does.
     """
-    num_rows = sum(entry.num_rows for entry in draft.shards)
+    num_rows = draft.num_live
     kinds = choose.kinds_to_try(num_rows, draft.descriptor_dim, budget_bytes, config)
     tried = []
     for kind in kinds:
@@ -83,17 +85,26 @@ def make_index(
 
 
 def is_wanted(manifest: IndexManifest, config: BuildConfig) -> bool:
-    """Whether an index is of the kind that is asked for; `auto` is content with any."""
+    """Whether an index is what is asked for; `auto` is content with any kind that fits and reaches the recall."""
     num_lists = build.spec_of(manifest.kind, manifest.factory).num_lists
-    return config.kind in (IndexKind.auto, manifest.kind) and config.num_lists in (None, num_lists)
+    size_bytes = choose.index_bytes(IndexKind(manifest.kind), manifest.num_live, manifest.descriptor_dim, num_lists)
+    return (
+        config.kind in (IndexKind.auto, manifest.kind)
+        and (not num_lists or config.num_lists in (None, num_lists))
+        and (manifest.measured is None or manifest.measured["target_recall"] >= config.target_recall)
+        and (config.memory_budget_gib is None or size_bytes <= config.memory_budget_gib * choose.GIB)
+    )
 
 
 def _reached(manifest: IndexManifest, step: Step) -> str:
     return f"{manifest.kind} has recall {step.recall:.3f} +- {step.standard_error:.3f} of the exact nearest"
 
 
-def described_shards(directory: str, prefix: str, num_shards: int) -> list[ShardEntry]:
-    """Entries of the described shards below `prefix` (`""`, or the path of an update) of an index directory."""
+def described_shards(directory: str, prefix: str, num_shards: int, first_id: int, num_images: int) -> list[ShardEntry]:
+    """Entries of the described shards below `prefix` (`""`, or the path of an update) of an index directory.
+
+    Raises `UserError` where they do not cover the `num_images` ids from `first_id` on: they were cut otherwise.
+    """
     entries = []
     for shard in range(num_shards):
         about = store.read_shard_description(storage.join(directory, prefix) if prefix else directory, shard)
@@ -108,6 +119,13 @@ def described_shards(directory: str, prefix: str, num_shards: int) -> list[Shard
                 files={name: replace(file, path=prefix + file.path) for name, file in about.files.items()},
             )
         )
+    num_covered, first_covered = sum(entry.count for entry in entries), entries[0].first_id
+    if (num_covered, first_covered) != (num_images, first_id):
+        where = storage.join(directory, prefix.rstrip("/") or "shards")
+        raise UserError(
+            f"{where}: its shards hold {num_covered:,} photos from id {first_covered:,} on, expected {num_images:,} "
+            f"from {first_id:,}; delete it, and the same line describes these photos anew"
+        )
     return entries
 
 
@@ -115,7 +133,7 @@ def first_generation(
     directory: str, images: Manifest, num_shards: int, model: dict[str, str], descriptor_dim: int
 ) -> IndexManifest:
     """The draft of a new index: everything but its kind."""
-    shards = described_shards(directory, "", num_shards)
+    shards = described_shards(directory, "", num_shards, 0, len(images))
     table = stored_file(directory, "images.parquet")
     return IndexManifest(
         generation=1,
@@ -140,16 +158,15 @@ def _built(
     trained, threads = None, config.num_build_threads
     if choose.KINDS[spec.kind].needs_training:
         runner.say(f"index: {spec.factory}: learning from a sample")
-        urls = [storage.join(directory, entry.files["descriptors.npy"].path) for entry in draft.shards]
-        counts = [entry.num_rows for entry in draft.shards]
-        (trained,) = runner.run("", _train, [(directory, spec, urls, counts, draft.descriptor_dim, threads)])
+        (trained,) = runner.run("", _train, [(directory, draft, spec, threads)])
     shards = build_shards(directory, draft.shards, spec, trained, threads, runner)
     manifest = replace(draft, kind=spec.kind.value, factory=spec.factory, trained=trained, shards=shards)
     if choose.KINDS[spec.kind].is_exact:
         return replace(manifest, effort={}, measured=None), None
-    steps, num_queries, k = _measured(directory, manifest, threads, runner)
+    steps, num_queries, k = _measured(directory, manifest, config.target_recall, threads, runner)
     chosen = measure.cheapest(steps, config.target_recall, draft.num_live, spec.num_lists)
     measured = measure.as_measured(chosen, steps, config.target_recall, num_queries, k)
+    measured["num_photos"] = manifest.num_live
     return replace(manifest, effort=asdict(chosen.effort), measured=measured), chosen
 
 
@@ -166,7 +183,7 @@ def build_shards(
     files = runner.run(f"index {spec.factory}", _build_shard, arguments)
     arrays = [{name: entry.files[name] for name in store.ARRAYS} for entry in entries]
     return [
-        replace(entry, files=its | {spec.index_file: file})
+        replace(entry, files=its | {spec.index_file(trained): file})
         for entry, its, file in zip(entries, arrays, files, strict=True)
     ]
 
@@ -186,67 +203,109 @@ def _finished_file(url: str) -> StoredFile | None:
         return None
 
 
-def _train(
-    directory: str, spec: IndexSpec, urls: Sequence[str], counts: Sequence[int], descriptor_dim: int, num_threads: int
-) -> StoredFile:
-    marker = storage.join(directory, f"{spec.trained_file}.json")
-    file = _finished_file(marker)
+def _train(directory: str, draft: IndexManifest, spec: IndexSpec, num_threads: int) -> StoredFile:
+    files = [entry.files["descriptors.npy"] for entry in draft.shards]
+    name = spec.trained_file(files, num_threads)
+    file = _finished_file(storage.join(directory, f"{name}.json"))
     if file is None:
-        sample = build.read_training_sample(spec, urls, counts, descriptor_dim)
-        file = build.write_trained(directory, spec, build.train(spec, sample, num_threads))
-        storage.write_json(marker, asdict(file))
+        urls, counts = _rows_of(directory, draft)
+        sample = build.read_training_sample(spec, urls, counts, draft.descriptor_dim)
+        file = build.write_faiss(directory, name, build.train(spec, sample, num_threads))
+        storage.write_json(storage.join(directory, f"{name}.json"), asdict(file))
     return file
+
+
+def _rows_of(directory: str, manifest: IndexManifest) -> tuple[list[str], list[int]]:
+    """Files of descriptors, and how many rows each has."""
+    files = [entry.files["descriptors.npy"] for entry in manifest.shards]
+    return [storage.join(directory, file.path) for file in files], [entry.num_rows for entry in manifest.shards]
 
 
 def _build_shard(
     directory: str, entry: ShardEntry, spec: IndexSpec, trained: StoredFile | None, num_threads: int
 ) -> StoredFile:
-    marker = storage.join(directory, entry.path, f"{spec.index_file}.json")
-    file = _finished_file(marker)
+    path = f"{entry.path}/{spec.index_file(trained)}"
+    file = _finished_file(storage.join(directory, f"{path}.json"))
     if file is None:
         rows = entry.files["descriptors.npy"]
         with own_cache() as cache:
-            path = cache.path(storage.join(directory, rows.path), rows.sha256, rows.bytes)
+            rows_file = cache.path(storage.join(directory, rows.path), rows.sha256, rows.bytes)
             empty = None if trained is None else build.read_trained(directory, trained, cache)
-            file = build.build_shard(directory, entry.path, spec, path, empty, num_threads)
-        storage.write_json(marker, asdict(file))
+            file = build.build_shard(directory, path, spec, rows_file, empty, num_threads)
+        storage.write_json(storage.join(directory, f"{path}.json"), asdict(file))
     return file
 
 
-def _measured(directory: str, manifest: IndexManifest, num_threads: int, runner: Runner) -> tuple[list[Step], int, int]:
-    """Recall of the exact nearest at several efforts, of how many queries, and how many nearest."""
-    counts = [entry.num_rows for entry in manifest.shards]
-    urls = [storage.join(directory, entry.files["descriptors.npy"].path) for entry in manifest.shards]
+def _measured(
+    directory: str, manifest: IndexManifest, target: float, num_threads: int, runner: Runner
+) -> tuple[list[Step], int, int]:
+    """Recall of the exact nearest at growing efforts, of how many queries, and how many nearest.
+
+    One step beyond the first that reaches the target: a larger effort that is cheaper does not exist further on.
+    """
+    urls, counts = _rows_of(directory, manifest)
     runs = build.held_out_runs(sum(counts))
     queries = build.read_sample(urls, counts, runs)
     own_ids = _ids_of_rows(directory, manifest, np.array([row for run in runs for row in run]))
-    k = min(measure.K, sum(counts) - 1)
+    is_live = ~np.isin(own_ids, removed_ids(directory, manifest))
+    queries, own_ids = queries[is_live], own_ids[is_live]
+    k = min(measure.K, manifest.num_live - 1)
     runner.say(
         f"index: {manifest.factory}: measuring recall of the exact {k} nearest with {len(queries)} held-out rows"
     )
-
-    def on_all_shards(work: Callable[..., Any], *more: Any) -> list[Any]:
-        numbers = range(len(manifest.shards))
-        return runner.run("", work, [(directory, manifest, num_threads, number, *more) for number in numbers])
-
-    exact = measure.without_self(merge_top_k(on_all_shards(_exact_nearest, queries, k + 1), k + 1), own_ids)
-    probes = measure.probe_steps(build.spec_of(manifest.kind, manifest.factory).num_lists)
-    is_rescored = choose.KINDS[IndexKind(manifest.kind)].is_rescored
-    length = max(measure.RESCORED_STEPS) + 1 if is_rescored else k + 1
-    parts = on_all_shards(_short_lists, queries, probes, length)
-    lists = [merge_top_k([part[i] for part in parts], length) for i in range(len(probes))]
-    steps = []
-    for num_probes, found in zip(probes, lists, strict=True):
-        if not is_rescored:
+    ask = _Asking(directory, manifest, num_threads, runner)
+    exact = measure.without_self(ask.merged(_exact_nearest, k + 1, queries, k + 1), own_ids)
+    steps = list[Step]()
+    is_reached = False
+    for num_probes in measure.probe_steps(build.spec_of(manifest.kind, manifest.factory).num_lists):
+        was_reached = is_reached
+        for effort, found in ask.answers(queries, num_probes, k + 1):
             mean, error = measure.recall(measure.without_self(found, own_ids), exact)
-            steps.append(Step(Effort(num_probes), mean, error))
-            continue
-        distances = np.minimum.reduce(on_all_shards(_rescored, queries, found[1]))
-        for num_rescored in measure.RESCORED_STEPS:
-            best = merge_top_k([(distances[:, : num_rescored + 1], found[1][:, : num_rescored + 1])], k + 1)
-            mean, error = measure.recall(measure.without_self(best, own_ids), exact)
-            steps.append(Step(Effort(num_probes, num_rescored), mean, error))
+            steps.append(Step(effort, mean, error))
+            is_reached |= steps[-1].reaches(target)
+        if was_reached:
+            break
     return steps, len(queries), k
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """All shards of an index that is not committed yet, asked some at a time."""
+
+    directory: str
+    manifest: IndexManifest
+    num_threads: int
+    runner: Runner
+
+    def merged(self, work: Callable[..., Found], length: int, *more: Any) -> Found:
+        """The best of all shards."""
+        best: list[Found] = []
+        for answers in self._on_shards(work, *more):
+            best = [merge_top_k([*best, *answers], length)]
+        return best[0]
+
+    def answers(self, queries: NDArray[np.float32], num_probes: int, k: int) -> Iterator[tuple[Effort, Found]]:
+        """The k nearest with so many lists visited, for each length of short lists."""
+        if not choose.KINDS[IndexKind(self.manifest.kind)].is_rescored:
+            yield Effort(num_probes), self.merged(_short_lists, k, queries, num_probes, k)
+            return
+        length = max(measure.RESCORED_STEPS) + 1
+        _, ids = self.merged(_short_lists, length, queries, num_probes, length)
+        distances = np.full(ids.shape, np.inf, np.float32)
+        for answers in self._on_shards(_rescored, queries, ids):
+            distances = np.minimum.reduce([distances, *answers])
+        for num_rescored in measure.RESCORED_STEPS:
+            some = slice(num_rescored + 1)
+            yield Effort(num_probes, num_rescored), merge_top_k([(distances[:, some], ids[:, some])], k)
+
+    def _on_shards(self, work: Callable[..., Any], *more: Any) -> Iterator[list[Any]]:
+        numbers = range(len(self.manifest.shards))
+        for first in range(0, len(numbers), SHARDS_AT_ONCE):
+            arguments = [
+                (self.directory, self.manifest, self.num_threads, number, *more)
+                for number in numbers[first : first + SHARDS_AT_ONCE]
+            ]
+            yield self.runner.run("", work, arguments)
 
 
 def _ids_of_rows(directory: str, manifest: IndexManifest, rows: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -265,7 +324,8 @@ def _exact_nearest(
 ) -> Found:
     with own_cache() as cache:
         opened = OpenIndex(directory, manifest, cache)
-        return measure.exact_nearest(opened.descriptors(number), opened.ids(number), queries, k, num_threads)
+        rows, ids, is_live = opened.descriptors(number), opened.ids(number), ~opened.is_removed(number)
+        return measure.exact_nearest(rows, ids, is_live, queries, k, num_threads)
 
 
 def _short_lists(
@@ -274,12 +334,14 @@ def _short_lists(
     num_threads: int,
     number: int,
     queries: NDArray[np.float32],
-    probes: Sequence[int],
+    num_probes: int,
     length: int,
-) -> list[Found]:
+) -> Found:
+    """Of the lists asked for and no others, so that a search, which fills up its answer, finds as much or more."""
     with own_cache() as cache:
         shard = OpenIndex(directory, manifest, cache).shard(number)
-        return [search(shard, queries, length, num_threads=num_threads, effort=Effort(n)) for n in probes]
+        effort = Effort(num_probes)
+        return search(shard, queries, length, num_threads=num_threads, effort=effort, at_least=1)
 
 
 def _rescored(

@@ -8,6 +8,7 @@ changed, and neither are the files it names, so readers keep the one they opened
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -16,7 +17,9 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
+from pairvpr.config.schema import IndexKind
 from pairvpr.data import claim, storage
+from pairvpr.data.local_cache import damaged
 from pairvpr.data.manifest import SCHEMA, Manifest
 from pairvpr.errors import UserError
 
@@ -112,6 +115,20 @@ def commit(directory: str, manifest: IndexManifest) -> None:
     storage.write_bytes(storage.join(directory, "manifest.json"), data)
 
 
+def read_checked(directory: str, file: StoredFile) -> bytes:
+    """A small file of the index. Raises `UserError`, naming it, where it is missing or its bytes have changed."""
+    url = storage.join(directory, file.path)
+    try:
+        data = storage.read_bytes(url)
+    except FileNotFoundError as error:
+        raise UserError(f"{url} is missing; build the index again") from error
+    except OSError as error:
+        raise UserError(f"{url}: can't be read: {storage.reason(error)}") from error
+    if hashlib.sha256(data).hexdigest() != file.sha256:
+        raise damaged(url)
+    return data
+
+
 def generation_url(directory: str, generation: int) -> str:
     """Where a generation's manifest lies."""
     return storage.join(directory, "generations", f"{generation:06d}.json")
@@ -122,7 +139,9 @@ def read_manifest(directory: str) -> IndexManifest | None:
 
     Raises `UserError` for another format, for what is not the manifest of an index, and for what can't be read.
     """
-    manifest = _read(storage.join(directory, "manifest.json"), directory)
+    manifest = _read(storage.join(directory, "manifest.json"), directory) or _read(
+        generation_url(directory, 1), directory
+    )
     following = manifest
     while following is not None:
         manifest = following
@@ -169,6 +188,9 @@ def _manifest(content: dict[str, Any]) -> IndexManifest:
     ]
     if not {"name", "weights_sha256"} <= values["model"].keys():
         raise ValueError("expected model with name and weights_sha256")
+    IndexKind(values["kind"])
+    if not isinstance(values["effort"], dict) or not values["effort"].keys() <= {"num_probes", "num_rescored"}:
+        raise ValueError("expected effort with num_probes and num_rescored")
     return IndexManifest(**values)
 
 
@@ -195,10 +217,8 @@ def read_images(directory: str, manifest: IndexManifest) -> Manifest:
     for part in manifest.images:
         url = storage.join(directory, part.file.path)
         try:
-            table = Manifest.read(url, manifest.images_root).table
-        except FileNotFoundError as error:
-            raise UserError(f"index {directory}: its {part.file.path} is missing; build the index again") from error
-        except (OSError, pa.ArrowException) as error:
+            table = Manifest.parse(read_checked(directory, part.file), url, manifest.images_root).table
+        except pa.ArrowException as error:
             raise UserError(f"{url}: can't be read: {storage.reason(error)}") from error
         if len(table) != part.count:
             raise UserError(f"{url}: {len(table):,} photos, the manifest has {part.count:,}; build the index again")

@@ -37,15 +37,21 @@ class Step:
 
 
 def exact_nearest(
-    rows: NDArray[np.float32], ids: NDArray[np.int64], queries: NDArray[np.float32], k: int, num_threads: int
+    rows: NDArray[np.float32],
+    ids: NDArray[np.int64],
+    is_live: NDArray[np.bool_],
+    queries: NDArray[np.float32],
+    k: int,
+    num_threads: int,
 ) -> Found:
-    """The k nearest of mapped rows (n, G), read piece by piece."""
+    """The k nearest of the live ones of mapped rows (n, G), read piece by piece."""
     faiss.omp_set_num_threads(num_threads)
     best: Found = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
     for first in range(0, len(rows), ROWS_AT_ONCE):
-        piece = np.ascontiguousarray(rows[first : first + ROWS_AT_ONCE])
-        distances, found = faiss.knn(queries, piece, min(k, len(piece)))
-        best = merge_top_k([best, (distances, ids[first + found])], k)
+        kept = first + np.flatnonzero(is_live[first : first + ROWS_AT_ONCE])
+        if len(kept):
+            distances, found = faiss.knn(queries, np.ascontiguousarray(rows[kept]), min(k, len(kept)))
+            best = merge_top_k([best, (distances, ids[kept[found]])], k)
     return best
 
 

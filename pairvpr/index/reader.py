@@ -85,7 +85,7 @@ class OpenIndex:
         return rows
 
     def _index(self, entry: ShardEntry) -> Any:
-        file = entry.files[self.spec.index_file]
+        file = entry.files[self.spec.index_file(self.manifest.trained)]
         index: Any = faiss.read_index(str(self._path(file)), self._flags)
         self._check(file, "values a row", index.d, self.manifest.descriptor_dim)
         self._check(file, "rows", index.ntotal, entry.num_rows)
@@ -118,7 +118,10 @@ def search_index(
     numbers = range(len(opened.manifest.shards))
     length = short_list_length(opened.manifest, effort, k)
     found = merge_top_k(
-        [search(opened.shard(number), queries, length, num_threads=num_threads, effort=effort) for number in numbers],
+        [
+            search(opened.shard(number), queries, length, num_threads=num_threads, effort=effort, at_least=k)
+            for number in numbers
+        ],
         length,
     )
     if not choose.KINDS[opened.spec.kind].is_rescored:

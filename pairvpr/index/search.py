@@ -12,6 +12,7 @@ import faiss as faiss_module
 import numpy as np
 from numpy.typing import NDArray
 
+from pairvpr.errors import UserError
 from pairvpr.index.merge import Found, merge_top_k
 
 faiss: Any = faiss_module  # its types lack what its Python wrappers add
@@ -68,12 +69,14 @@ def search(
     num_threads: int,
     effort: Effort = Effort(),
     is_allowed: NDArray[np.bool_] | None = None,
+    at_least: int | None = None,
 ) -> Found:
     """The k nearest live rows of each query (Q, G), fewer columns if there are fewer; equal distances by id.
 
-    Only rows that `is_allowed` (n,) count, if it is given. In an index of lists at least `effort.num_probes` of them
-    are visited, and more where they hold fewer than k such rows. Where codes make a short list, the answer is that
-    list: distances are approximate, and `rescore` gives the true ones.
+    Only rows that `is_allowed` (n,) count, if it is given. In an index of lists `effort.num_probes` of them are
+    visited, and more where they hold fewer than `at_least` such rows (default k); a query that finds fewer than k has
+    ids -1 at its end. Where codes make a short list, the answer is that list: distances are approximate, and `rescore`
+    gives the true ones.
     """
     assert np.isfinite(queries).all(), "a description refuses descriptors that are no numbers"
     faiss.omp_set_num_threads(num_threads)
@@ -85,7 +88,8 @@ def search(
         for first in range(0, len(queries), QUERIES_PER_CALL):
             block = slice(first, first + QUERIES_PER_CALL)
             some = np.ascontiguousarray(queries[block], np.float32)
-            distances[block], ids[block] = _search_block(shard, some, num_wanted, effort.num_probes, selector)
+            wanted = _Wanted(num_wanted, min(at_least or k, num_wanted), selector)
+            distances[block], ids[block] = _search_block(shard, some, wanted, effort.num_probes)
     return distances, ids
 
 
@@ -98,30 +102,49 @@ def _selector(is_allowed: NDArray[np.bool_]) -> Any:
     return faiss.IDSelectorBitmap(np.packbits(is_allowed, bitorder="little"))
 
 
-def _search_block(shard: Shard, queries: NDArray[np.float32], k: int, num_probes: int, selector: Any) -> Found:
+@dataclass(frozen=True)
+class _Wanted:
+    """k rows of a query, `at_least` that many, among those of a selector."""
+
+    k: int
+    at_least: int
+    selector: Any
+
+
+def _search_block(shard: Shard, queries: NDArray[np.float32], wanted: _Wanted, num_probes: int) -> Found:
     """Short lists that grow until they surely hold the k nearest of each query, k of them allowed and live.
 
     faiss keeps any of the rows that tie at the end of its list, and rounds the distances of many queries by a row's
     place in a block: so a list is long enough if its end is clearly behind its k-th.
     """
+    k = wanted.k
     found = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
     left = np.arange(len(queries))
     num_rows, num_asked = len(shard.ids), min(k + k // 8 + SPARE_ROWS, len(shard.ids))
     while len(left):
-        distances, rows, rounding = _short_lists(shard, queries[left], num_asked, num_probes, selector)
+        distances, rows, rounding = _short_lists(shard, queries[left], num_asked, num_probes, wanted.selector)
         is_all = (rows[:, -1] < 0) | (num_asked == num_rows)
         horizon = np.where(is_all, np.inf, distances[:, -1] - rounding)
         distances, ids = _settled(shard, queries[left], distances, rows, k)
-        is_full = ids[:, -1] != NO_ID
-        is_done = is_full & ((distances[:, -1] < horizon) | is_all)
+        is_enough = ids[:, wanted.at_least - 1] != NO_ID
+        is_done = np.where(is_all, is_enough, (ids[:, -1] != NO_ID) & (distances[:, -1] < horizon))
         found[0][left[is_done]], found[1][left[is_done]] = distances[is_done], ids[is_done]
-        is_short_of_lists = is_all & ~is_full  # those that were visited hold fewer than k
+        is_short_of_lists = is_all & ~is_enough  # those that were visited hold too few rows
         if is_short_of_lists.any():
             some = left[is_short_of_lists]
-            found[0][some], found[1][some] = _search_block(shard, queries[some], k, 4 * num_probes, selector)
+            _check_lists_left(shard, num_probes)
+            found[0][some], found[1][some] = _search_block(shard, queries[some], wanted, 4 * num_probes)
         left = left[~is_done & ~is_short_of_lists]
         num_asked = min(4 * num_asked, num_rows)
     return found
+
+
+def _check_lists_left(shard: Shard, num_probes: int) -> None:
+    """Where all rows were seen and too few have a distance, it is no number."""
+    if num_probes >= getattr(shard.index, "nlist", 0):
+        raise UserError(
+            "distances of descriptors are too large for their number format; expected rows of about unit length"
+        )
 
 
 def _short_lists(

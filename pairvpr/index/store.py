@@ -11,7 +11,6 @@ format is in `docs/formats.md`.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import itertools
 from collections.abc import Sequence
@@ -24,10 +23,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pairvpr.data import storage
-from pairvpr.data.local_cache import damaged
 from pairvpr.data.manifest import Manifest
 from pairvpr.errors import UserError
-from pairvpr.index.manifest import StoredFile
+from pairvpr.index.manifest import StoredFile, read_checked
 
 REJECTED_SCHEMA = pa.schema([("path", pa.string()), ("error", pa.string())])
 ARRAYS = ("ids.npy", "descriptors.npy")
@@ -90,12 +88,8 @@ def read_array(url: str) -> NDArray[Any]:
 
 
 def read_checked_array(directory: str, file: StoredFile) -> NDArray[Any]:
-    """The array of a .npy file, in memory. Raises `UserError`, naming it, where its bytes have changed."""
-    url = storage.join(directory, file.path)
-    data = storage.read_bytes(url)
-    if hashlib.sha256(data).hexdigest() != file.sha256:
-        raise damaged(url)
-    return np.load(io.BytesIO(data), allow_pickle=False)
+    """The array of a .npy file, in memory. Raises `UserError`, naming it, where it is missing or has changed."""
+    return np.load(io.BytesIO(read_checked(directory, file)), allow_pickle=False)
 
 
 def read_some_rows(url: str, runs: Sequence[range]) -> NDArray[np.float32]:

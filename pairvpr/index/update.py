@@ -17,20 +17,24 @@ from pairvpr.index.reader import OpenIndex
 
 
 def with_added(
-    directory: str, draft: IndexManifest, prefix: str, num_shards: int, num_threads: int, runner: Runner
+    directory: str,
+    draft: IndexManifest,
+    prefix: str,
+    num_images: int,
+    num_shards: int,
+    num_threads: int,
+    runner: Runner,
 ) -> IndexManifest:
-    """The photos described below `prefix`, under ids behind all others, indexed as the rest is."""
-    entries = described_shards(directory, prefix, num_shards)
+    """The `num_images` photos described below `prefix`, under ids behind all others, indexed as the rest is."""
+    entries = described_shards(directory, prefix, num_shards, draft.num_images, num_images)
     spec = build.spec_of(draft.kind, draft.factory)
     entries = build_shards(directory, entries, spec, draft.trained, num_threads, runner)
     table = stored_file(directory, f"{prefix}images.parquet")
-    count = sum(entry.count for entry in entries)
-    assert entries[0].first_id == draft.num_images, "ids continue those of the index"
     return replace(
         draft,
-        num_images=draft.num_images + count,
+        num_images=draft.num_images + num_images,
         num_rejected=draft.num_rejected + sum(entry.count - entry.num_rows for entry in entries),
-        images=[*draft.images, ImageTable(file=table, first_id=draft.num_images, count=count)],
+        images=[*draft.images, ImageTable(file=table, first_id=draft.num_images, count=num_images)],
         shards=[*draft.shards, *entries],
     )
 

@@ -21,7 +21,7 @@ from pairvpr.data.local_cache import LocalCache
 from pairvpr.data.manifest import Manifest
 from pairvpr.errors import UserError
 from pairvpr.index import store
-from pairvpr.index.make import InThisProcess, first_generation, make_index
+from pairvpr.index.make import InThisProcess, described_shards, make_index
 from pairvpr.index.manifest import (
     FORMAT_VERSION,
     IndexManifest,
@@ -30,9 +30,10 @@ from pairvpr.index.manifest import (
     generation_url,
     read_images,
     read_manifest,
+    stored_file,
 )
 from pairvpr.index.reader import OpenIndex, search_index
-from tests.support.index import FLAT, MODEL, PLENTY_BYTES, describe_rows, write_index
+from tests.support.index import MODEL, PLENTY_BYTES, describe_rows, write_index
 
 PATHS = [f"{number:02d}.jpg" for number in range(11)]
 REJECTED = {2: "UnidentifiedImageError: no photo", 10: "OSError: truncated", 9: "FileNotFoundError: no such file"}
@@ -118,7 +119,7 @@ def test_made_twice_it_has_the_same_bytes(tmp_path: Path) -> None:
     write_index(str(tmp_path / "once"), paths, rows, [1000], config=config)
     write_index(str(tmp_path / "again"), paths, rows, [1000], config=config)
     files = storage.list_files(str(tmp_path / "once"))
-    assert "trained-ivf16-rabitq.faiss" in files
+    assert sum(name.startswith("trained-ivf16-rabitq-") for name in files) == 2  # and what says that it is finished
     assert files == storage.list_files(str(tmp_path / "again"))
     for name in files:
         assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
@@ -301,9 +302,26 @@ def test_a_generation_whose_copy_was_not_made_is_found(directory: str) -> None:
     assert read_manifest(directory) == third
 
 
+def test_a_first_generation_whose_copy_was_not_made_is_found(directory: str) -> None:
+    manifest = small_index(directory)
+    storage.remove_file(storage.join(directory, "manifest.json"))
+    assert read_manifest(directory) == manifest
+
+
+@pytest.mark.parametrize("position", [40, 300, -20])
+def test_a_flipped_byte_of_the_table_of_photos(directory: str, position: int) -> None:
+    manifest = small_index(directory)
+    url = storage.join(directory, "images.parquet")
+    flip(url, position)
+    with pytest.raises(UserError, match="damaged") as caught:
+        read_images(directory, manifest)
+    assert url in str(caught.value)
+
+
 def test_images_that_do_not_fit_the_manifest_are_refused(directory: str) -> None:
     manifest = small_index(directory)
     Manifest.of("/photos", PATHS[:4]).write(storage.join(directory, "images.parquet"))
+    manifest = replace(manifest, images=[replace(manifest.images[0], file=stored_file(directory, "images.parquet"))])
     with pytest.raises(UserError, match=r"images\.parquet: 4 photos, the manifest has 11"):
         read_images(directory, manifest)
 
@@ -329,6 +347,7 @@ def test_a_description_continues_ids(tmp_path: Path) -> None:
     assert ids.tolist() == [100, 102]
     assert pq.read_table(tmp_path / "images.parquet").column("image_id").to_pylist() == [100, 101, 102]
     assert pq.read_table(tmp_path / "rejected.parquet").to_pylist() == [{"path": "y.jpg", "error": "broken"}]
-    draft = first_generation(str(tmp_path), images, 2, MODEL, 4)
-    assert [(entry.first_id, entry.count) for entry in draft.shards] == [(100, 1), (101, 2)]
-    assert FLAT.kind is IndexKind.flat
+    entries = described_shards(str(tmp_path), "", 2, 100, 3)
+    assert [(entry.first_id, entry.count) for entry in entries] == [(100, 1), (101, 2)]
+    with pytest.raises(UserError, match="its shards hold 1 photos from id 100 on, expected 3 from 100; delete it"):
+        described_shards(str(tmp_path), "", 1, 100, 3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pairvpr.config.schema import BuildConfig, IndexKind
+from pairvpr.errors import UserError
 from pairvpr.index import build
 from pairvpr.index.filters import Filters, Places, allowed, search_filtered
+from pairvpr.index.make import InThisProcess, make_index
 from pairvpr.index.manifest import IndexManifest
 from pairvpr.index.merge import Found, merge_top_k
-from pairvpr.index.reader import OpenIndex, search_index
+from pairvpr.index.reader import OpenIndex, removed_ids, search_index
 from pairvpr.index.search import NO_ID, Effort, Shard, flat_index, search
 from pairvpr.index.update import without
 from tests.support.index import opened, write_index
@@ -56,7 +58,7 @@ def cities(draw: st.DrawFn) -> City:
     removed = np.flatnonzero(generator.random(num_rows) < share_removed)
     utm_m = generator.integers(0, 4, (num_rows, 2)).astype(np.float64)
     utm_m[generator.random(num_rows) < 0.1] = np.nan
-    headings = 90.0 * generator.integers(0, 4, num_rows)
+    headings = 90.0 * generator.integers(0, 4, num_rows).astype(np.float64)
     return City(rows, cuts, rejected, removed, Places(utm_m, headings))
 
 
@@ -171,7 +173,7 @@ def conditions(draw: st.DrawFn, num_queries: int = 8) -> Filters:
         near=None if near == "none" else centers if near == "each" else centers[0],
         radius_m=None if near == "none" else draw(st.sampled_from([0.5, 1.0, 2.5])),
         box=np.concatenate([low, low + generator.integers(0, 3, 2)]) if has_box else None,
-        heading_deg=90.0 * generator.integers(0, 4, num_queries) if has_heading else None,
+        heading_deg=90.0 * generator.integers(0, 4, num_queries).astype(np.float64) if has_heading else None,
         within_deg=draw(st.sampled_from([10.0, 90.0])) if has_heading else None,
     )
 
@@ -249,27 +251,64 @@ def test_shards_of_lists_equal_one_index(tmp_path: Path, kind: IndexKind) -> Non
     np.testing.assert_array_equal(answers[0][0], answers[1][0])
 
 
-def test_the_measured_recall_is_that_of_brute_force(tmp_path: Path) -> None:
-    """`measured` against every distance written out, for the effort that was chosen and the whole curve."""
-    rows = clustered(5000, 2)
-    paths = [f"{number:04d}.jpg" for number in range(5000)]
-    config = BuildConfig(kind=IndexKind.ivf_rabitq, num_lists=32, target_recall=0.9)
+def scattered(num_rows: int, seed: int) -> Rows:
+    """Rows of 12 dimensions without clusters, among 64: lists are a poor guide to them."""
+    generator = np.random.default_rng(seed)
+    rows = generator.standard_normal((num_rows, 12)) @ np.random.default_rng(99).standard_normal((12, 64))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize("draw", [clustered, scattered])
+@pytest.mark.parametrize("kind", [IndexKind.ivf_8bit, IndexKind.ivf_rabitq])
+def test_the_measured_recall_is_that_of_brute_force(tmp_path: Path, draw: Callable[..., Rows], kind: IndexKind) -> None:
+    """`measured` against every distance written out, for the whole curve and the effort that was chosen."""
+    rows = draw(6000, 2)
+    paths = [f"{number:04d}.jpg" for number in range(6000)]
+    config = BuildConfig(kind=kind, num_lists=64, target_recall=0.85)
     manifest = write_index(str(tmp_path), paths, rows, [2000], config=config)
+    if draw is scattered:  # some photos go, and the index is made again: what is gone is neither asked nor found
+        removed = np.arange(0, 6000, 3)
+        manifest = without(str(tmp_path), replace(manifest, generation=2), "updates/2/", removed)
+        manifest = make_index(str(tmp_path), replace(manifest, generation=3), config, 1e15, InThisProcess())
     measured = manifest.measured
     assert measured is not None
-    held_out = np.array([row for run in build.held_out_runs(5000) for row in run])
+    held_out = np.array([row for run in build.held_out_runs(6000) for row in run])
+    gone = removed_ids(str(tmp_path), manifest)
+    held_out = np.setdiff1d(held_out, gone)
     squares = ((rows[held_out, None].astype(np.float64) - rows[None]) ** 2).sum(axis=2)
     squares[np.arange(len(held_out)), held_out] = np.inf
+    squares[:, gone] = np.inf
     exact = np.argsort(squares, axis=1)[:, :100]
     index = opened(str(tmp_path), manifest)
-    for step in ({"recall": measured["recall"], **manifest.effort}, *measured["curve"][::5]):
+    chosen = {"recall": measured["recall"], **manifest.effort}
+    for step in (chosen, *measured["curve"][:: 4 if kind is IndexKind.ivf_rabitq else 1]):
         effort = Effort(step["num_probes"], step["num_rescored"])
         _, found = search_index(index, rows[held_out], 101, num_threads=1, effort=effort)
         others = [[i for i in line.tolist() if i != own][:100] for line, own in zip(found, held_out, strict=True)]
         shares = [len(set(line) & set(truth.tolist())) / 100 for line, truth in zip(others, exact, strict=True)]
-        assert np.mean(shares) == pytest.approx(step["recall"], abs=2e-3)
-    assert measured["recall"] - 2 * measured["standard_error"] >= 0.9
-    assert manifest.effort["num_probes"] < 32
+        assert np.mean(shares) >= step["recall"] - 5e-3
+        if step["num_probes"] >= 8:  # fewer lists may hold fewer rows than are wanted; then more are visited
+            assert np.mean(shares) == pytest.approx(step["recall"], abs=5e-3)
+    recalls = [step["recall"] for step in measured["curve"] if step["num_rescored"] in (0, 1600)]
+    assert recalls == sorted(recalls)
+    assert measured["recall"] - 2 * measured["standard_error"] >= 0.85
+    assert manifest.effort["num_probes"] < 64
+
+
+def test_equal_conditions_are_one_group() -> None:
+    filters = Filters.of(50, box=np.array([0.0, 0.0, 1.0, 1.0]))
+    assert [len(chosen) for _, chosen in filters.groups()] == [50]
+    filters = Filters.of(50, near=np.repeat(np.arange(10.0), 10).reshape(50, 2), radius_m=3.0)
+    groups = list(filters.groups())
+    assert sorted(row for _, chosen in groups for row in chosen.tolist()) == list(range(50))
+    for line, chosen in groups:
+        np.testing.assert_array_equal(filters.conditions[chosen], np.tile(line, (len(chosen), 1)))
+
+
+def test_distances_that_overflow_are_refused() -> None:
+    shard = Shard(flat_index(np.full((4, 2), 2e19, np.float32)), np.arange(4))
+    with pytest.raises(UserError, match="too large for their number format"):
+        search(shard, np.zeros((1, 2), np.float32), 2, num_threads=1)
 
 
 def test_auto_takes_what_fits_and_reaches_the_recall(tmp_path: Path) -> None:
