@@ -21,7 +21,7 @@ from tests.support.runs import arguments, draw_city, single_machine_predictions
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 
-@pytest.mark.parametrize(("num_shards", "num_actors"), [(1, 1), (2, 2), (5, 3)])
+@pytest.mark.parametrize(("num_shards", "num_actors"), [(1, 1), (5, 3)])
 def test_shards_and_actors(city: Path, expected: bytes, tmp_path: Path, num_shards: int, num_actors: int) -> None:
     line = arguments(
         city,

@@ -18,7 +18,10 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", list(MOMENTS))
+@pytest.mark.parametrize(
+    "moment",
+    ["while describing", pytest.param("when the index is finished", marks=pytest.mark.soak), "while re-ranking"],
+)
 def test_driver_killed_and_run_again(city: Path, expected: bytes, tmp_path: Path, moment: str) -> None:
     line = arguments(city, tmp_path / "out", "index.num_shards=2", "rerank.num_actors=1")
     driver = start_job("evaluate", line)

@@ -11,7 +11,12 @@ import pytest
 import s3fs
 import torch
 
-from pairvpr.config.compose import load_evaluations
+from pairvpr.config.compose import load, load_evaluations
+from pairvpr.config.schema import BuildIndexConfig, ClusterConfig, QueryConfig, UpdateIndexConfig
+from pairvpr.distributed.build import build
+from pairvpr.distributed.query import query
+from pairvpr.distributed.runtime import ray_session
+from pairvpr.distributed.update import update_index
 from pairvpr.models.weights import untrained_state
 from tests.support.flaky_proxy import running_flaky_proxy
 from tests.support.runs import (
@@ -98,9 +103,10 @@ def test_an_index_lives_on_a_store_that_fails_one_request_in_ten(
         assert len(proxy.failures) >= 4
     local = _Living(str(tmp_path / "photos"), str(tmp_path / "index"), city, tmp_path)
     shutil.copytree(city / "database", tmp_path / "photos")
-    for job, line in local.jobs():
-        done = run_job(job, line)
-        assert done.returncode == 0, done.stderr
+    with ray_session(ClusterConfig(num_cpus=2)):
+        build(load(BuildIndexConfig, local.build))
+        update_index(load(UpdateIndexConfig, local.update))
+        query(load(QueryConfig, local.query))
     assert pq.read_table(remote.predictions).equals(pq.read_table(local.predictions))
     assert pq.read_table(local.predictions).num_rows == 13
 

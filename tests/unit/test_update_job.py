@@ -12,13 +12,14 @@ from PIL import Image
 from pairvpr.config.compose import load
 from pairvpr.config.schema import BuildIndexConfig, QueryConfig, UpdateIndexConfig
 from pairvpr.data import storage
-from pairvpr.data.manifest import folder_manifest
+from pairvpr.data.manifest import Manifest, folder_manifest
 from pairvpr.distributed import build as building
 from pairvpr.distributed import query as querying
 from pairvpr.distributed import update as updating
 from pairvpr.errors import UserError
 from pairvpr.index.choose import kinds_to_try
-from tests.support.index import write_index
+from pairvpr.index.manifest import read_manifest
+from tests.support.index import describe_rows, write_index
 from tests.support.runs import SMALL_NETWORK
 
 
@@ -65,6 +66,10 @@ def update(root: Path, *line: str) -> Callable[[], object]:
         (["add=ROOT/list.txt", "remove=ROOT/list.txt"], "add and remove both name a.png"),
         (["add=ROOT/words.txt"], "readme.md is no photo; expected .jpg"),
         (["add=ROOT/empty.txt"], "no path in it"),
+        (["remove=ROOT/absolute.txt"], "absolute.txt: /photos/a.png is not relative to ROOT/photos"),
+        (["add=ROOT/outside.txt"], "outside.txt: ../a.png is not relative to ROOT/photos"),
+        (["add=ROOT/list.txt", "remove=ROOT/dotted.txt"], "add and remove both name a.png"),
+        (["remove=ROOT/list.txt", "index.num_lists=8"], "is set without index.kind: expected index.kind=..., too"),
         (["add=ROOT/photos", "positions=exif"], "positions=exif: added photos need metres"),
         (["add=ROOT/photos", "positions=names"], "add: a.png has no coordinates in its name"),
         (["add=ROOT/photos", "positions=table"], "expected positions=table and positions_table=FILE together"),
@@ -78,9 +83,35 @@ def test_updates(root: Path, line: list[str], expected: str) -> None:
     (root / "unknown.txt").write_text("a.png\nz.png\ny.png\n")
     (root / "words.txt").write_text("a.png\nreadme.md\n")
     (root / "empty.txt").write_text("\n")
+    (root / "absolute.txt").write_text("/photos/a.png\n")
+    (root / "outside.txt").write_text("sub/../../a.png\n")
+    (root / "dotted.txt").write_text("./sub/..//a.png\n")
     before = storage.list_files(str(root))
     assert expected.replace("ROOT", str(root)) in mistake(update(root, *line))
     assert storage.list_files(str(root)) == before
+
+
+def test_a_photo_stays_where_what_replaces_it_can_not_be_read(tmp_path: Path) -> None:
+    images = Manifest.of("/photos", [f"{number}.jpg" for number in range(6)])
+    added = Manifest.of("/photos", ["1.jpg", "4.jpg", "7.jpg"])
+    describe_rows(str(tmp_path), added, np.eye(3, dtype=np.float32), [], {1: "broken", 2: "broken"}, first_id=6)
+    assert updating._less_unreadable(np.array([1, 3, 4]), images, added, str(tmp_path)).tolist() == [1, 3]
+
+
+def test_another_line_keeps_its_files_elsewhere(root: Path) -> None:
+    """A change that was killed is taken up by the same line only; another cut, other positions are another change."""
+    manifest = read_manifest(f"{root}/index")
+    assert manifest is not None
+    added, gone = Manifest.of("/photos", ["x.jpg"]), np.empty(0, np.int64)
+
+    def prefix(photos: Manifest, *line: str) -> str:
+        config = load(UpdateIndexConfig, [f"index.path={root}/index", "add=x", *line])
+        return updating._prefix(manifest, {"database": 1}, gone, photos, config)
+
+    assert prefix(added) == prefix(added)
+    others = [prefix(added, "index.num_shards=2"), prefix(added, "index.num_build_threads=1")]
+    others += [prefix(added.with_positions(np.ones((1, 2)))), prefix(added)]
+    assert len(set(others)) == 4
 
 
 def test_a_store_that_can_not_tell_writers_apart(root: Path) -> None:
