@@ -45,12 +45,14 @@ class Ran(Generic[T]):
 
 
 def call(function: Callable[..., T], *arguments: Any) -> Ran[T]:
-    """`function(*arguments)` in a process of its own. Raises `CalledProcessError` where it fails; stderr says why."""
+    """`function(*arguments)` in a process of its own. Raises `ChildProcessError` where it fails; stderr says why."""
     with tempfile.TemporaryDirectory(prefix="pairvpr-") as folder:
         request, response = Path(folder) / "request", Path(folder) / "response"
         request.write_bytes(pickle.dumps((function.__module__, function.__qualname__, arguments)))
         command = [sys.executable, "-m", "benchmarks.fresh_process", str(request), str(response)]
-        subprocess.run(command, stdout=sys.stderr, check=True)
+        status = subprocess.run(command, stdout=sys.stderr).returncode
+        if status:
+            raise ChildProcessError(f"{function.__qualname__} ended with status {status}; its stderr says why")
         return Ran(function.__qualname__, *pickle.loads(response.read_bytes()))
 
 

@@ -3,8 +3,8 @@
     python -m venv X && X/bin/pip install autofaiss "pyarrow<22"
     python -m benchmarks.index_at_size --autofaiss X/bin/python --report
 
-Run it by hand on an idle machine, from the root of the checkout; it takes most of an hour on two cores, up to 8 GiB
-of memory (more keeps files in the page cache, and is faster) and 20 GB of disk. Descriptors are synthetic
+Run it by hand on an idle machine, from the root of the checkout; it takes some 45 minutes on two cores, up to 8 GiB
+of memory (more keeps files in the page cache, and is faster) and 21 GB of disk. Descriptors are synthetic
 (`benchmarks/index_rows.py`). Every step runs in a fresh process, every piece of a build in one of its own, as on a
 cluster:
 
@@ -43,20 +43,22 @@ WHAT = "index_at_size"
 def report(bench: Bench, minutes: float, load_at_start: float) -> str:
     """All sections as Markdown."""
     sections = "\n\n".join("\n".join([f"## {title}", "", *blocks_apart(its)]) for title, its in bench.text.items())
-    drawn = bench.drawn
+    drawn, circumstances = bench.drawn, shared.circumstances(WHAT, load_at_start)
+    for place, name in ((bench.options.autofaiss, "X/bin/python"), (bench.options.folder, "FOLDER")):
+        circumstances = circumstances.replace(f" {place}", f" {name}") if place else circumstances
     return f"""# An index of {drawn.num_rows:,} descriptors
 
 Synthetic: a {index_rows.NUM_INNER}-dimensional Gaussian mixture of {index_rows.NUM_CENTRES:,} centres, embedded
 linearly, plus noise, on the unit sphere of {index_rows.NUM_VALUES} dimensions. Queries are rows seen again, a little
 elsewhere. Every piece of work ran in a process of its own; "before" is what that held when it began, "without files"
-the peak of memory that is no page of a file. Files were in the page cache, as far as it has room. {minutes:.0f} minutes
-in all.
+the peak of memory that is no page of a file. Files were in the page cache, as far as it has room. All of it took
+{minutes:.0f} minutes.
 
 {sections}
 
 ## Circumstances
 
-{shared.circumstances(WHAT, load_at_start)}
+{circumstances}
 
 Also {"; ".join(bench.versions)}. autofaiss needs numpy below 2, hence `python -m venv X; X/bin/pip install autofaiss
 "pyarrow<22"`."""

@@ -15,7 +15,6 @@ from benchmarks.fresh_process import Ran, call
 from benchmarks.index_sections import EXACT, NUM_AFTER_UPDATE, PLENTY_BYTES, Bench, K, mib, verdict
 from benchmarks.index_steps import Asked
 from pairvpr.config.schema import BuildConfig, IndexKind, ModelConfig
-from pairvpr.data import storage
 from pairvpr.index import build, choose, measure
 from pairvpr.index.manifest import IndexManifest
 from pairvpr.index.plan import Plan, plan_index, size_text
@@ -43,7 +42,7 @@ def beside_autofaiss(bench: Bench) -> None:
         bench.add(
             title,
             f"{call_text}: {why} after {seconds / 60:.1f} minutes, {mib(peak_bytes)} MiB at the peak; it was at: "
-            f"`{last_line(output / 'log')}`.",
+            f"`{last_line(output / 'log', of_steps=status is None)}`.",
         )
         return
     told = json.loads((output / "about.json").read_text())
@@ -95,10 +94,11 @@ def resident_bytes(process: psutil.Process) -> int:
         return 0
 
 
-def last_line(log: Path) -> str:
-    """Without a date in front."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1].partition("]: ")[2].strip() or lines[-1].strip() if lines else "nothing"
+def last_line(log: Path, of_steps: bool) -> str:
+    """The last line of a log, or the last step that autofaiss announced, without its date."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    steps = [line.partition("]: ")[2].strip() for line in lines if "]: " in line and of_steps]
+    return next((line for line in reversed(steps or lines) if line), "nothing")
 
 
 def hundred_million(bench: Bench) -> None:
@@ -110,17 +110,15 @@ def hundred_million(bench: Bench) -> None:
     num_rows = min(plan.images_per_shard, bench.drawn.num_rows)
     directory = str(bench.work / "one_of_many")
     call(index_steps.describe, directory, bench.drawn.rows_file, num_rows, 1)
-    shards = bench.indices[EXACT].shards
-    urls = [storage.join(bench.directory, entry.files["descriptors.npy"].path) for entry in shards]
-    counts = [entry.num_rows for entry in shards]
-    manifest, ran = call(index_steps.one_of_many_shards, directory, spec, urls, counts).answer
+    other = bench.indices[EXACT]
+    manifest, ran = call(index_steps.one_of_many_shards, directory, spec, bench.directory, other).answer
     searched = call(index_steps.search_held, directory, manifest, bench.queries[:NUM_AFTER_UPDATE], K)
     num_shards = num_images / num_rows
     learn, fill = (next(one for one in ran if one.what == what) for what in ("_train", "_build_shard"))
     bench.add(
         title,
         f"{num_images:,} photos in {plan.num_shards} shards, {spec.factory}, learnt from a sample of "
-        f"{choose.num_training_rows(sum(counts), plan.descriptor_dim, spec.num_lists):,} rows; one shard of "
+        f"{choose.num_training_rows(other.num_live, plan.descriptor_dim, spec.num_lists):,} rows; one shard of "
         f"{num_rows:,} rows was built, and its figures taken {num_shards:,.0f} times where they are of all.",
         *plan_blocks(plan, manifest, num_shards, learn, fill, searched),
         f"Learning: {learn.seconds:.0f} s. Filling: {fill.seconds:.1f} s a shard, "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from pairvpr.config.schema import BuildConfig, ClusterConfig, SearchConfig
 from pairvpr.data import storage
 from pairvpr.data.local_cache import LocalCache
 from pairvpr.data.manifest import Manifest
-from pairvpr.index import build, choose, measure, store
+from pairvpr.index import build, choose, make, measure, store
 from pairvpr.index.make import InThisProcess, build_shards, first_generation, make_index
 from pairvpr.index.manifest import IndexManifest, commit, generation_url
 from pairvpr.index.reader import OpenIndex, search_index
@@ -34,17 +34,21 @@ faiss: Any = faiss_module
 
 MODEL = {"name": "drawn", "weights_sha256": "0" * 64}
 NUM_THREADS = 2
-NUM_TO_WARM_UP = 32
+NUM_TO_WARM_UP, NUM_ALONE = 32, 10
 UPDATE_STEPS: tuple[str, ...] = ("writing descriptors", "adding", "removing", "committing")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """An answer (Q, k), its seconds, and what came before: opening, checksums, reading into memory."""
+    """An answer (Q, k), its seconds, and what came before: opening, checksums, reading into memory.
+
+    `alone_s` are the seconds of one query that is asked alone, the mean of some.
+    """
 
     ids: NDArray[np.int64]
     seconds: float
     open_s: float = 0.0
+    alone_s: float = 0.0
 
 
 class HeldIndex(OpenIndex):
@@ -135,10 +139,7 @@ def search_bare(rows_file: Path, queries: NDArray[np.float32], k: int) -> Asked:
     for first in range(0, len(rows), ROWS_AT_ONCE):
         rows[first : first + ROWS_AT_ONCE] = mapped[first : first + ROWS_AT_ONCE]
     del mapped
-    index.search(queries[:NUM_TO_WARM_UP], k)
-    started_s = time.perf_counter()
-    _, ids = index.search(queries, k)
-    return Asked(ids, time.perf_counter() - started_s, started_s - start_s)
+    return _timed(lambda some: index.search(some, k)[1], queries, start_s)
 
 
 def search_held(directory: str, manifest: IndexManifest, queries: NDArray[np.float32], k: int) -> Asked:
@@ -146,10 +147,21 @@ def search_held(directory: str, manifest: IndexManifest, queries: NDArray[np.flo
     start_s = time.perf_counter()
     opened = HeldIndex(directory, manifest, _no_cache())
     opened.hold()
-    search_index(opened, queries[:NUM_TO_WARM_UP], k, num_threads=NUM_THREADS)
+    return _timed(lambda some: search_index(opened, some, k, num_threads=NUM_THREADS)[1], queries, start_s)
+
+
+def _timed(
+    search: Callable[[NDArray[np.float32]], NDArray[np.int64]], queries: NDArray[np.float32], start_s: float
+) -> Asked:
+    """All queries at once, and some of them one by one."""
+    search(queries[:NUM_TO_WARM_UP])
     started_s = time.perf_counter()
-    _, ids = search_index(opened, queries, k, num_threads=NUM_THREADS)
-    return Asked(ids, time.perf_counter() - started_s, started_s - start_s)
+    ids = search(queries)
+    done_s = time.perf_counter()
+    for number in range(NUM_ALONE):
+        search(queries[number : number + 1])
+    alone_s = (time.perf_counter() - done_s) / NUM_ALONE
+    return Asked(ids, done_s - started_s, started_s - start_s, alone_s)
 
 
 def search_one_at_a_time(directory: str, manifest: IndexManifest, queries: NDArray[np.float32], k: int) -> Asked:
@@ -209,7 +221,7 @@ def update(
     describe(storage.join(directory, prefix.rstrip("/")), added_file, num_added, 1, manifest.num_images)
     times_s.append(time.perf_counter())
     changed = replace(manifest, generation=generation)
-    changed = with_added(directory, changed, prefix, 1, NUM_THREADS, InThisProcess())
+    changed = with_added(directory, changed, prefix, num_added, 1, NUM_THREADS, InThisProcess())
     times_s.append(time.perf_counter())
     changed = without(directory, changed, prefix, gone)
     times_s.append(time.perf_counter())
@@ -222,14 +234,12 @@ def update(
 
 
 def one_of_many_shards(
-    directory: str, spec: build.IndexSpec, urls: Sequence[str], counts: Sequence[int]
+    directory: str, spec: build.IndexSpec, learnt_from: str, other: IndexManifest
 ) -> tuple[IndexManifest, list[Ran[None]]]:
-    """The described shard as one of a much larger index, whose lists are learnt from rows at `urls`."""
-    from pairvpr.index import make
-
+    """The described shard as one of a much larger index, whose lists are learnt from another index's rows."""
     runner, start = FreshProcesses(), draft(directory)
-    learn = (directory, spec, urls, counts, start.descriptor_dim, NUM_THREADS)
-    (trained,) = runner.run("learning", make._train, [learn])
+    (trained,) = runner.run("learning", make._train, [(learnt_from, other, spec, NUM_THREADS)])
+    shutil.copyfile(Path(learnt_from) / trained.path, Path(directory) / trained.path)
     shards = build_shards(directory, start.shards, spec, trained, NUM_THREADS, runner)
     effort = {"num_probes": max(1, spec.num_lists // 64), "num_rescored": 400}
     manifest = replace(start, kind=spec.kind.value, factory=spec.factory, trained=trained, shards=shards, effort=effort)
@@ -238,7 +248,7 @@ def one_of_many_shards(
 
 def shards_bytes(manifest: IndexManifest) -> list[int]:
     """What a search needs in memory of each shard: faiss file and ids."""
-    name = build.spec_of(manifest.kind, manifest.factory).index_file
+    name = build.spec_of(manifest.kind, manifest.factory).index_file(manifest.trained)
     return [entry.files[name].bytes + entry.files["ids.npy"].bytes for entry in manifest.shards]
 
 

@@ -168,6 +168,7 @@ class _ShardActor(PoolActor):
         cache = LocalCache(cache_directory(config), int(config.cache_gib * 2**30))
         has_gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
         self.opened = OpenIndex(question.index, question.manifest, cache, memory_map=config.memory_map, has_gpu=has_gpu)
+        self.visits = self.opened.visits(question.queries, effort, self.num_threads)
 
     def run(self, unit: _Unit) -> tuple[Any, float]:
         started_s = time.perf_counter()
@@ -185,6 +186,7 @@ class _ShardActor(PoolActor):
                 num_threads=self.num_threads,
                 effort=self.effort,
                 at_least=question.k,
+                visits=self.visits,
             )
         return search_filtered(
             shard,
@@ -195,6 +197,7 @@ class _ShardActor(PoolActor):
             num_threads=self.num_threads,
             effort=self.effort,
             at_least=question.k,
+            visits=self.visits,
         )
 
     def _rescored(self, unit: _Unit) -> NDArray[np.float32]:

@@ -84,6 +84,7 @@ def search_filtered(
     num_threads: int,
     effort: Effort = Effort(),  # noqa: B008  (frozen)
     at_least: int | None = None,
+    visits: Found | None = None,
 ) -> Found:
     """As `search`, of the photos that each query's filter allows: (Q, k), padded by id -1 at an infinite distance."""
     distances = np.full((len(queries), k), np.inf, np.float32)
@@ -98,6 +99,7 @@ def search_filtered(
             effort=effort,
             is_allowed=is_allowed,
             at_least=at_least,
+            visits=None if visits is None else (visits[0][chosen], visits[1][chosen]),
         )
         columns = found[0].shape[1]
         distances[chosen, :columns], ids[chosen, :columns] = found

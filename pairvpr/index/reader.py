@@ -53,6 +53,14 @@ class OpenIndex:
         """How far a search looks unless it is told otherwise."""
         return Effort(**self.manifest.effort)
 
+    def visits(self, queries: NDArray[np.float32], effort: Effort, num_threads: int) -> Found | None:
+        """The lists (Q, probes) that each query visits in every shard, and their centres' distances, nearest first."""
+        if not self.spec.num_lists:
+            return None
+        faiss.omp_set_num_threads(num_threads)
+        num_probes = min(effort.num_probes, self.spec.num_lists)
+        return self._trained.quantizer.search(np.ascontiguousarray(queries, np.float32), num_probes)
+
     def shard(self, number: int) -> Shard:
         """A shard. Raises `UserError`, naming the file, where its bytes have changed or do not fit the manifest."""
         entry = self.manifest.shards[number]
@@ -117,13 +125,9 @@ def search_index(
     effort = effort or opened.effort
     numbers = range(len(opened.manifest.shards))
     length = short_list_length(opened.manifest, effort, k)
-    found = merge_top_k(
-        [
-            search(opened.shard(number), queries, length, num_threads=num_threads, effort=effort, at_least=k)
-            for number in numbers
-        ],
-        length,
-    )
+    options: dict[str, Any] = {"num_threads": num_threads, "effort": effort, "at_least": k}
+    options["visits"] = opened.visits(queries, effort, num_threads)
+    found = merge_top_k([search(opened.shard(number), queries, length, **options) for number in numbers], length)
     if not choose.KINDS[opened.spec.kind].is_rescored:
         return found
     distances = [

@@ -70,13 +70,15 @@ def search(
     effort: Effort = Effort(),
     is_allowed: NDArray[np.bool_] | None = None,
     at_least: int | None = None,
+    visits: Found | None = None,
 ) -> Found:
     """The k nearest live rows of each query (Q, G), fewer columns if there are fewer; equal distances by id.
 
     Only rows that `is_allowed` (n,) count, if it is given. In an index of lists `effort.num_probes` of them are
     visited, and more where they hold fewer than `at_least` such rows (default k); a query that finds fewer than k has
-    ids -1 at its end. Where codes make a short list, the answer is that list: distances are approximate, and `rescore`
-    gives the true ones.
+    ids -1 at its end. `visits`, where they are known, are the lists (Q, probes) that are visited first, and how far
+    their centres are: all shards of an index share them. Where codes make a short list, the answer is that list:
+    distances are approximate, and `rescore` gives the true ones.
     """
     assert np.isfinite(queries).all(), "a description refuses descriptors that are no numbers"
     faiss.omp_set_num_threads(num_threads)
@@ -89,7 +91,8 @@ def search(
             block = slice(first, first + QUERIES_PER_CALL)
             some = np.ascontiguousarray(queries[block], np.float32)
             wanted = _Wanted(num_wanted, min(at_least or k, num_wanted), selector)
-            distances[block], ids[block] = _search_block(shard, some, wanted, effort.num_probes)
+            here = None if visits is None else (visits[0][block], visits[1][block])
+            distances[block], ids[block] = _search_block(shard, some, wanted, effort.num_probes, here)
     return distances, ids
 
 
@@ -111,7 +114,9 @@ class _Wanted:
     selector: Any
 
 
-def _search_block(shard: Shard, queries: NDArray[np.float32], wanted: _Wanted, num_probes: int) -> Found:
+def _search_block(
+    shard: Shard, queries: NDArray[np.float32], wanted: _Wanted, num_probes: int, visits: Found | None = None
+) -> Found:
     """Short lists that grow until they surely hold the k nearest of each query, k of them allowed and live.
 
     faiss keeps any of the rows that tie at the end of its list, and rounds the distances of many queries by a row's
@@ -122,7 +127,14 @@ def _search_block(shard: Shard, queries: NDArray[np.float32], wanted: _Wanted, n
     left = np.arange(len(queries))
     num_rows, num_asked = len(shard.ids), min(k + k // 8 + SPARE_ROWS, len(shard.ids))
     while len(left):
-        distances, rows, rounding = _short_lists(shard, queries[left], num_asked, num_probes, wanted.selector)
+        distances, rows, rounding = _short_lists(
+            shard,
+            queries[left],
+            num_asked,
+            num_probes,
+            wanted.selector,
+            None if visits is None else _rows(visits, left),
+        )
         is_all = (rows[:, -1] < 0) | (num_asked == num_rows)
         horizon = np.where(is_all, np.inf, distances[:, -1] - rounding)
         distances, ids = _settled(shard, queries[left], distances, rows, k)
@@ -147,14 +159,27 @@ def _check_lists_left(shard: Shard, num_probes: int) -> None:
         )
 
 
+def _rows(found: Found, rows: NDArray[np.int64]) -> Found:
+    return found[0][rows], found[1][rows]
+
+
 def _short_lists(
-    shard: Shard, queries: NDArray[np.float32], num_asked: int, num_probes: int, selector: Any
+    shard: Shard,
+    queries: NDArray[np.float32],
+    num_asked: int,
+    num_probes: int,
+    selector: Any,
+    visits: Found | None,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]:
     """faiss's distances and rows (Q, S), and (Q,) the most by which a distance may differ from ours."""
     if shard.on_gpu is not None and selector is None and num_asked <= MOST_ON_GPU:
         distances, rows = shard.on_gpu.search(queries, num_asked)
         return distances, rows, _rounding(queries, distances[:, -1], TF32_STEP)
-    distances, rows = shard.index.search(queries, num_asked, params=_parameters(shard, num_probes, selector))
+    parameters = _parameters(shard, num_probes, selector)
+    if visits is None:
+        distances, rows = shard.index.search(queries, num_asked, params=parameters)
+    else:
+        distances, rows = _search_lists(shard.index, queries, num_asked, visits, parameters)
     if isinstance(shard.index, faiss.IndexFlat):
         return distances, rows, _rounding(queries, distances[:, -1], (queries.shape[1] + 4) * FLOAT32_STEP)
     return distances, rows, np.zeros(len(queries), np.float32)
@@ -194,6 +219,16 @@ def _pair_distances(
             faiss.swig_ptr(distances),
         )
     return distances
+
+
+def _search_lists(index: Any, queries: NDArray[np.float32], num_asked: int, visits: Found, parameters: Any) -> Found:
+    """`search` in lists that are known; faiss's Python method for it takes no parameters."""
+    found = np.empty((len(queries), num_asked), np.float32), np.empty((len(queries), num_asked), np.int64)
+    centres_away, lists = (np.ascontiguousarray(array) for array in visits)
+    parameters.nprobe = lists.shape[1]
+    inputs = (faiss.swig_ptr(queries), num_asked, faiss.swig_ptr(lists), faiss.swig_ptr(centres_away))
+    index.search_preassigned_c(len(queries), *inputs, *(faiss.swig_ptr(array) for array in found), False, parameters)
+    return found
 
 
 def _rounding(queries: NDArray[np.float32], distances: NDArray[np.float32], step: float) -> NDArray[np.float32]:

@@ -167,3 +167,31 @@ def test_merge_orders_equal_distances_by_id() -> None:
     assert ids.tolist() == [[7, 1, 4]]
     assert distances.tolist() == [[0.25, 0.5, 0.5]]
     assert merge_top_k(parts, 9)[1].tolist() == [[7, 1, 4, 9]]
+
+
+@settings(max_examples=200)
+@given(
+    st.integers(0, 5),
+    st.lists(st.integers(0, 9), min_size=1, max_size=4),
+    st.integers(0, 12),
+    st.integers(0, 2**32 - 1),
+)
+def test_merging_equals_sorting_pairs(num_queries: int, widths: list[int], k: int, seed: int) -> None:
+    """By (distance, id): ties, places that are empty, approximate distances below zero, and ids of any size."""
+    generator = np.random.default_rng(seed)
+    parts: list[Found] = []
+    first = int(generator.choice([0, 2**32 - 20, 2**40]))
+    for width in widths:
+        distances = generator.integers(-2, 3, (num_queries, width)).astype(np.float32)
+        distances[generator.random((num_queries, width)) < 0.3] *= np.float32(0.1)
+        ids = np.tile(np.arange(first, first + width), (num_queries, 1))
+        is_empty = generator.random((num_queries, width)) < 0.1
+        distances[is_empty], ids[is_empty] = np.inf, -1
+        parts.append((distances, ids))
+        first += width
+    found = merge_top_k(parts, k)
+    for query in range(num_queries):
+        pairs = sorted(
+            (float(d), int(i)) for part in parts for d, i in zip(part[0][query], part[1][query], strict=True)
+        )
+        assert list(zip(found[0][query].tolist(), found[1][query].tolist(), strict=True)) == pairs[:k]
