@@ -142,7 +142,7 @@ def test_a_damaged_remote_file_is_named_and_not_kept(cache: LocalCache, tmp_path
     url, digest, num_bytes = _remote("a")
     if change == "bytes":
         storage.write_bytes(url, b"b" * 100)
-    message = f"^{url} is damaged: its sha256 is not the manifest's; restore it, or delete the index and build it again$"
+    message = f"^{url} is damaged: its sha256 is not the manifest's; restore it, or delete the index and build it again"
     with pytest.raises(UserError, match=message):
         cache.path(url, digest, num_bytes + (change == "size"))
     assert _names(tmp_path) == set()
