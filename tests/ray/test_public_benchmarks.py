@@ -31,7 +31,7 @@ def test_sfxl_runs_over_one_index(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert {tuple(report["audit"]["by_num_candidates"]) for report in reports} == {("2", "4")}
     assert [path.relative_to(tmp_path / "out").parts[0] for path in tmp_path.rglob("index.faiss")] == ["index"]
     assert (tmp_path / "out" / "index" / "manifest.json").is_file()
-    assert (printed.out + printed.err).count("describe database: finished earlier, skipped") == 1
+    assert (printed.out + printed.err).count("index: finished earlier, skipped") == 1
     assert main([f"{tmp_path}/out/sfxl_v1", f"{tmp_path}/out/sfxl_night"]) == 2
     assert "are different tests, their numbers can't be compared: queries_paths_sha256: " in capsys.readouterr().err
 
