@@ -21,7 +21,7 @@ from tests.support.runs import arguments, draw_city, single_machine_predictions
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 
-@pytest.mark.parametrize(("num_shards", "num_actors"), [(1, 1), (5, 3)])
+@pytest.mark.parametrize(("num_shards", "num_actors"), [pytest.param(1, 1, marks=pytest.mark.soak), (5, 3)])
 def test_shards_and_actors(city: Path, expected: bytes, tmp_path: Path, num_shards: int, num_actors: int) -> None:
     line = arguments(
         city,
@@ -84,6 +84,7 @@ def test_index_then_query(city: Path, expected: bytes, tmp_path: Path) -> None:
     assert alone.column("positives").null_count == alone.num_rows
 
 
+@pytest.mark.soak
 def test_several_benchmarks_share_one_run(city: Path, expected: bytes, tmp_path: Path) -> None:
     line = [word for word in arguments(city, tmp_path / "out") if word != "benchmark=folders"]
     line += ["benchmarks=[folders,toy_city]", "benchmark.num_places=4"]

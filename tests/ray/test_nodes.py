@@ -51,7 +51,9 @@ def nodes() -> Iterator[tuple[Cluster, list[Any]]]:
         yield found
 
 
-@pytest.mark.parametrize("moment", ["never", "index/parts/*.npz", "reranked/*.parquet"])
+@pytest.mark.parametrize(
+    "moment", [pytest.param("never", marks=pytest.mark.soak), "index/parts/*.npz", "reranked/*.parquet"]
+)
 def test_node_removed(
     city: Path, expected: bytes, tmp_path: Path, nodes: tuple[Cluster, list[Any]], moment: str
 ) -> None:

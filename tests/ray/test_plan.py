@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.support.runs import SMALL_NETWORK, run_job
 
 
@@ -14,6 +16,7 @@ def printed(out: str) -> dict[str, Any]:
     return json.loads(out[out.index("\n{\n") :])
 
 
+@pytest.mark.soak
 def test_a_plan_with_calibration(tmp_path: Path) -> None:
     line = [
         "plan.num_images=1000000",

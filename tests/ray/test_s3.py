@@ -48,6 +48,7 @@ def _filesystem(server: SwiftServer) -> s3fs.S3FileSystem:
     )
 
 
+@pytest.mark.soak
 def test_everything_on_s3(city: Path, tmp_path: Path, swift: SwiftServer) -> None:
     store = _filesystem(swift)
     weights = tmp_path / "weights.pth"

@@ -68,6 +68,7 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
+@pytest.mark.soak
 def test_what_a_worker_can_not_mend_is_said_once(root: Path, tmp_path: Path) -> None:
     line = arguments(2, root, tmp_path / "out", "train.lr=1e30", "cluster.num_cpus=2", "train.validation=toy_city")
     stopped = run_job("train_stage_two", [*line, "train.validation.num_places=3"])
