@@ -66,6 +66,7 @@ def test_everything_on_s3(city: Path, tmp_path: Path, swift: SwiftServer) -> Non
         "model.weights=s3://city/weights.pth",
         "index.path=s3://city/index",
         "index.num_shards=3",
+        f"index.cache_dir={tmp_path}/cache",
     )
     driver = start_job("evaluate", line, **swift.environment)
     wait_until(lambda: store.exists("city/out/reranked/000001.parquet"), "the second unit")
