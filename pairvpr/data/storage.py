@@ -149,7 +149,12 @@ def has_atomic_creation(url: str) -> bool:
 
 def write_json(url: str, value: object) -> None:
     """Publish `value` as indented JSON, atomically."""
-    write_bytes(url, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_bytes(url, json_bytes(value))
+
+
+def json_bytes(value: object) -> bytes:
+    """`value` as indented JSON, as every JSON file of the project is written."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 @contextmanager

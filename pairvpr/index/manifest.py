@@ -9,7 +9,6 @@ changed, and neither are the files it names, so readers keep the one they opened
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
@@ -105,7 +104,7 @@ def commit(directory: str, manifest: IndexManifest) -> None:
 
     Doing it again is harmless. Raises `UserError` where another writer made this generation first, with other content.
     """
-    data = (json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n").encode()
+    data = storage.json_bytes(asdict(manifest))
     url = generation_url(directory, manifest.generation)
     if not storage.create_exclusively(url, data) and storage.read_bytes(url) != data:
         raise UserError(

@@ -184,6 +184,7 @@ def test_merging_equals_sorting_pairs(num_queries: int, widths: list[int], k: in
     for width in widths:
         distances = generator.integers(-2, 3, (num_queries, width)).astype(np.float32)
         distances[generator.random((num_queries, width)) < 0.3] *= np.float32(0.1)
+        distances[(distances == 0) & (generator.random((num_queries, width)) < 0.5)] = np.float32(-0.0)
         ids = np.tile(np.arange(first, first + width), (num_queries, 1))
         is_empty = generator.random((num_queries, width)) < 0.1
         distances[is_empty], ids[is_empty] = np.inf, -1
