@@ -1,14 +1,19 @@
 """The pair decoder's block: the first sequence looks at itself, then at the second, which never changes.
 
-B pairs, L tokens of the first sequence, M of the second (the memory), D width.
+B pairs, L tokens of the first sequence, M of the second (the memory), D width, H heads, E head width.
 """
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from torch import Tensor, nn
 
 from pairvpr.models.attention import attention
+from pairvpr.models.linear import Linear
 from pairvpr.models.vit import LAYER_NORM_EPS, Mlp, SelfAttention
+
+KeysValues: TypeAlias = tuple[Tensor, Tensor]
 
 
 class CrossAttention(nn.Module):
@@ -17,18 +22,24 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.projq = nn.Linear(dim, dim)
-        self.projk = nn.Linear(dim, dim)
-        self.projv = nn.Linear(dim, dim)
-        self.proj = nn.Linear(dim, dim)
+        self.projq = Linear(dim, dim)
+        self.projk = Linear(dim, dim)
+        self.projv = Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         """x (B, L, D), memory (B, M, D) -> (B, L, D)."""
-        query, key, value = (
-            projection(tokens).unflatten(-1, (self.num_heads, -1))
-            for projection, tokens in ((self.projq, x), (self.projk, memory), (self.projv, memory))
-        )
-        return self.proj(attention(query, key, value).flatten(2))
+        return self.attend(x, self.keys_values(memory))
+
+    def keys_values(self, memory: Tensor) -> KeysValues:
+        """(B, M, D) -> what every first sequence asks of a memory: keys and values (B, M, H, E) each."""
+        key, value = (projection(memory).unflatten(-1, (self.num_heads, -1)) for projection in (self.projk, self.projv))
+        return key, value
+
+    def attend(self, x: Tensor, keys_values: KeysValues) -> Tensor:
+        """x (B, L, D), keys and values (B, M, H, E) -> (B, L, D)."""
+        query = self.projq(x).unflatten(-1, (self.num_heads, -1))
+        return self.proj(attention(query, *keys_values).flatten(2))
 
 
 class DecoderBlock(nn.Module):
@@ -46,6 +57,19 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         """x (B, L, D), memory (B, M, D) -> (B, L, D)."""
-        x = x + self.attn(self.norm1(x))
-        x = x + self.cross_attn(self.norm2(x), self.norm_y(memory))
+        return self.attend_memory(self.attend_itself(x), self.keys_values(memory))
+
+    def attend_itself(self, x: Tensor, *, first_row_only: bool = False) -> Tensor:
+        """The self-attention's part: x (B, L, D) -> (B, L, D), or (B, 1, D) for its first row alone."""
+        if first_row_only:
+            return x[:, :1] + self.attn.first_row(self.norm1(x))
+        return x + self.attn(self.norm1(x))
+
+    def keys_values(self, memory: Tensor) -> KeysValues:
+        """What this block reads of a memory (B, M, D): keys and values (B, M, H, E)."""
+        return self.cross_attn.keys_values(self.norm_y(memory))
+
+    def attend_memory(self, x: Tensor, keys_values: KeysValues) -> Tensor:
+        """The rest of the block: x (B, L, D), keys and values (B, M, H, E) -> (B, L, D). Each row of x by itself."""
+        x = x + self.cross_attn.attend(self.norm2(x), keys_values)
         return x + self.mlp(self.norm3(x))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pairvpr.config.schema import ModelConfig, Precision
+from pairvpr.models.linear import Linear
 from pairvpr.models.pair_decoder import DecoderBlock
 from pairvpr.models.pos_embed import sine_cosine_2d
 from pairvpr.models.vit import LAYER_NORM_EPS, VisionTransformer, run_block
@@ -19,6 +20,7 @@ from pairvpr.models.vit import LAYER_NORM_EPS, VisionTransformer, run_block
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CLASSIFIER_WIDTH = 512
+AUTOCAST_DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
 
 def normalise(pixels: Tensor) -> Tensor:
@@ -69,7 +71,7 @@ class PairVPR(nn.Module):
             self.register_buffer("dec_pos_embed_cls", torch.cat([torch.zeros(1, decoder_dim), table]))
         self.register_buffer("dec_pos_embed", table)
         self.encoder = Encoder(config)
-        self.decoder_embed = nn.Linear(dim, decoder_dim)
+        self.decoder_embed = Linear(dim, decoder_dim)
         self.dec_blocks = nn.ModuleList(
             DecoderBlock(decoder_dim, config.decoder.num_heads) for _ in range(config.decoder.depth)
         )
@@ -91,28 +93,40 @@ class PairVPR(nn.Module):
 
     def describe(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised images (B, 3, S, S) -> global descriptors (B, G) float32, dense features (B, L, C)."""
-        with self._precision(images.device):
+        with self.autocast(images.device):
             class_token, dense = self.encoder.model(images)
-            descriptors = self.globalizer(class_token)
-        return F.normalize(descriptors.float(), dim=-1), dense
+        with self._full_precision(images.device):
+            return F.normalize(self.globalizer(class_token.float()), dim=-1), dense
 
     def pair_logits(self, dense_first: Tensor, dense_second: Tensor) -> Tensor:
         """Dense features (B, L, C) of both images of each pair -> logits (B,) float32. Direction matters."""
-        with self._precision(dense_first.device):
+        with self.autocast(dense_first.device):
             return self.pair_logits_of_embedded(self.embed(dense_first), self.embed(dense_second))
 
     def embed(self, dense: Tensor) -> Tensor:
         """Dense features (B, L, C) -> what the pair decoder reads of an image: (B, L, D), 16-bit under autocast."""
-        with self._precision(dense.device):
+        with self.autocast(dense.device):
             return self.decoder_embed(dense)
 
     def pair_logits_of_embedded(self, x_first: Tensor, x_second: Tensor) -> Tensor:
         """`embed`'s output (B, L, D) for both images of each pair -> logits (B,) float32."""
-        with self._precision(x_first.device):
-            class_token = self.decoder_clstoken.expand(len(x_first), -1, -1).to(x_first.dtype)
-            x = torch.cat([class_token, x_first], dim=1)
-            x = self._decode(x + self.dec_pos_embed_cls, x_second + self.dec_pos_embed)
-            return self.classvprmodule(x[:, 0]).squeeze(-1).float()
+        with self.autocast(x_first.device):
+            x = self._decode(self.first_sequence(x_first), self.second_sequence(x_second))
+            return self.classify(x[:, 0])
+
+    def first_sequence(self, embedded: Tensor) -> Tensor:
+        """(B, L, D) -> (B, 1 + L, D): what the decoder makes of a pair's first image, class token and positions."""
+        class_token = self.decoder_clstoken.expand(len(embedded), -1, -1).to(embedded.dtype)
+        return torch.cat([class_token, embedded], dim=1) + self.dec_pos_embed_cls
+
+    def second_sequence(self, embedded: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D): the memory that a pair's second image is, with positions."""
+        return embedded + self.dec_pos_embed
+
+    def classify(self, class_tokens: Tensor) -> Tensor:
+        """The class token's rows (B, D) after the last block -> logits (B,) float32, never rounded to 16 bits."""
+        with self._full_precision(class_tokens.device):
+            return self.classvprmodule(self.dec_norm(class_tokens.float())).squeeze(-1)
 
     def score_pairs(self, dense_query: Tensor, dense_candidates: Tensor) -> Tensor:
         """logit(query, candidate) + logit(candidate, query): (B,) float32 for (B, L, C) each."""
@@ -120,19 +134,23 @@ class PairVPR(nn.Module):
 
     def reconstruct(self, images_masked: Tensor, images_other: Tensor, mask: Tensor) -> Tensor:
         """Stage one: patches (B, L, P * P * 3) of the first image, its patches under `mask` (B, L) hidden."""
-        with self._precision(images_masked.device):
+        with self.autocast(images_masked.device):
             _, dense_masked = self.encoder.model(images_masked, mask)
             _, dense_other = self.encoder.model(images_other)
             x = self.decoder_embed(dense_masked) + self.dec_pos_embed
             x = self._decode(x, self.decoder_embed(dense_other) + self.dec_pos_embed)
-            return self.prediction_head(x)
+            return self.prediction_head(self.dec_norm(x))
 
     def _decode(self, x: Tensor, memory: Tensor) -> Tensor:
         for block in self.dec_blocks:
             x = run_block(block, x, memory, recompute=self.checkpoint_activations)
-        return self.dec_norm(x)
+        return x
 
-    def _precision(self, device: torch.device) -> AbstractContextManager[object]:
+    def autocast(self, device: torch.device) -> AbstractContextManager[object]:
         """16-bit matrix products under autocast; norms, softmax and the residual stream stay in fp32."""
-        dtype = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}.get(self.config.precision)
+        dtype = AUTOCAST_DTYPES.get(self.config.precision)
         return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+    def _full_precision(self, device: torch.device) -> AbstractContextManager[object]:
+        """For the few products that make what is sorted: 16 bits there would make ties."""
+        return nullcontext() if self.config.precision is Precision.fp32 else torch.autocast(device.type, enabled=False)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pairvpr.config.schema import EncoderConfig, Ffn
 from pairvpr.models.attention import attention
+from pairvpr.models.linear import Linear, linear
 from pairvpr.models.pos_embed import resize_encoder_table
 
 LAYER_NORM_EPS = 1e-6
@@ -23,13 +24,21 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, C) -> (B, L, C)."""
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         return self.proj(attention(query, key, value).flatten(2))
+
+    def first_row(self, x: Tensor) -> Tensor:
+        """(B, L, C) -> (B, 1, C): what `forward` gives for the first token, which looks at all of them."""
+        dim = x.shape[-1]
+        query = linear(x[:, :1], self.qkv.weight[:dim], self.qkv.bias[:dim])
+        keys_values = linear(x, self.qkv.weight[dim:], self.qkv.bias[dim:])
+        key, value = keys_values.unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+        return self.proj(attention(query.unflatten(-1, (self.num_heads, -1)), key, value).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -37,12 +46,12 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
+        self.fc1 = Linear(dim, 4 * dim)
+        self.fc2 = Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(linear(x, self.fc1.weight, self.fc1.bias, with_gelu=True))
 
 
 class SwiGlu(nn.Module):
@@ -51,8 +60,8 @@ class SwiGlu(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         hidden = (int(4 * dim * 2 / 3) + 7) // 8 * 8
-        self.w12 = nn.Linear(dim, 2 * hidden)
-        self.w3 = nn.Linear(hidden, dim)
+        self.w12 = Linear(dim, 2 * hidden)
+        self.w3 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""

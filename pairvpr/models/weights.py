@@ -19,10 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pairvpr.config.schema import ModelConfig
+from pairvpr.config.schema import ModelConfig, Precision
 from pairvpr.data import storage
 from pairvpr.errors import UserError
-from pairvpr.models.pair_vpr import PairVPR
+from pairvpr.models.linear import to_sixteen_bits
+from pairvpr.models.pair_vpr import AUTOCAST_DTYPES, PairVPR
 from pairvpr.models.pos_embed import resize_decoder_table, sine_cosine_2d
 from pairvpr.models.vit import LayerScale
 
@@ -73,13 +74,15 @@ def announce(config: ModelConfig, weights: Weights) -> None:
 
 
 def build_model(config: ModelConfig, weights: Weights, device: torch.device) -> PairVPR:
-    """The network with these weights on a device, for inference."""
+    """The network with these weights on a device, for inference; large layers in its precision."""
     with torch.device("meta"):
         model = PairVPR(config)
     model = model.to_empty(device=device)
     # The arrays may be read-only views of shared memory; they are copied here, never written.
     state = {name: torch.from_numpy(np.array(array)) for name, array in weights.arrays.items()}
     model.load_state_dict(state, strict=True)
+    if config.precision is not Precision.fp32:
+        to_sixteen_bits(model, AUTOCAST_DTYPES[config.precision])
     return model.eval().requires_grad_(False)
 
 

@@ -26,8 +26,8 @@ PUBLIC = (
 SMALL_CITY = ToyCityConfig(name="toy_city", num_places=6, photos_per_place=3, queries_per_place=1)
 
 
-def small_model_config(weights: str | None = None) -> ModelConfig:
-    """4 patches, one block on either side, every part of the full network."""
+def small_model_config(weights: str | None = None, depth: int = 1) -> ModelConfig:
+    """4 patches, one block in the encoder, `depth` in the decoder, every part of the full network."""
     return ModelConfig(
         name="small",
         image_size_px=28,
@@ -36,19 +36,19 @@ def small_model_config(weights: str | None = None) -> ModelConfig:
         encoder=EncoderConfig(
             embed_dim=32, depth=1, num_heads=2, num_registers=2, pretrain_image_size_px=28, num_trainable_blocks=1
         ),
-        decoder=DecoderConfig(embed_dim=32, depth=1, num_heads=2),
+        decoder=DecoderConfig(embed_dim=32, depth=depth, num_heads=2),
     )
 
 
-def small_model() -> PairVPR:
+def small_model(depth: int = 1) -> PairVPR:
     """The untrained small network on the CPU."""
-    config = small_model_config()
+    config = small_model_config(depth=depth)
     return build_model(config, load_weights(config), torch.device("cpu"))
 
 
-def shaken_model() -> PairVPR:
+def shaken_model(depth: int = 1) -> PairVPR:
     """The small network with its weights moved, so that photos and pairs differ clearly."""
-    network = small_model()
+    network = small_model(depth)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in network.parameters():

@@ -1,0 +1,96 @@
+"""Pair logits with less work: what depends on one image alone is computed once for it, not once for every pair.
+
+B pairs, n images, L patches, D decoder width, H heads, E head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pairvpr.models.pair_decoder import DecoderBlock, KeysValues
+from pairvpr.models.pair_vpr import PairVPR
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reuse:
+    """What is computed once for an image. Each leaves the scores as they are, but for rounding (docs/reranking.md)."""
+
+    memory: bool = True
+    """A memory's keys and values in every block; else they are computed again for every pair."""
+    first_attention: bool = True
+    """The first block's self-attention, which sees the first image alone."""
+    last_row: bool = True
+    """In the last block only the class token's row, which is all that the pair classifier reads."""
+
+
+ALL_REUSE = Reuse()
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """Second images of pairs: tokens (n, L, D), and where they are known already, each block's keys and values."""
+
+    tokens: Tensor
+    keys_values: Sequence[KeysValues] | None = None
+
+
+class PairScorer:
+    """Scores pairs of images that went through `PairVPR.embed`, with the given reuse of what one image decides.
+
+    An image takes part as the first of a pair (`as_first`), or as its memory (`as_memory`).
+    """
+
+    def __init__(self, model: PairVPR, reuse: Reuse = ALL_REUSE) -> None:
+        self.model = model
+        self.reuse = reuse
+        self._blocks: list[DecoderBlock] = list(model.dec_blocks)  # type: ignore[arg-type]
+
+    def as_first(self, embedded: Tensor) -> Tensor:
+        """(n, L, D) -> the sequence (n, 1 + L, D) that the decoder starts from, its class token in front."""
+        with self.model.autocast(embedded.device):
+            x = self.model.first_sequence(embedded)
+            return self._blocks[0].attend_itself(x) if self._has_first_attention else x
+
+    def as_memory(self, embedded: Tensor, *, keep: bool) -> Memory:
+        """(n, L, D) -> memories; with `keep` each holds its keys and values in all blocks, 2 x depth x (L, D)."""
+        with self.model.autocast(embedded.device):
+            tokens = self.model.second_sequence(embedded)
+            if not (keep and self.reuse.memory):
+                return Memory(tokens)
+            return Memory(tokens, [block.keys_values(tokens) for block in self._blocks])
+
+    def logits(self, first: Tensor, first_of: Tensor, memory: Memory, memory_of: Tensor) -> Tensor:
+        """Logits (B,) float32 of the pairs (first[first_of], memory[memory_of]); both (B,) int64."""
+        with self.model.autocast(first.device):
+            x = _taken(first, first_of)
+            for number, block in enumerate(self._blocks):
+                if number > 0 or not self._has_first_attention:
+                    is_last = self.reuse.last_row and number == len(self._blocks) - 1
+                    x = block.attend_itself(x, first_row_only=is_last)
+                x = block.attend_memory(x, self._keys_values(number, memory, memory_of))
+            return self.model.classify(x[:, 0])
+
+    @property
+    def _has_first_attention(self) -> bool:
+        """Not worth it with one block, which needs the class token's row alone."""
+        return self.reuse.first_attention and not (self.reuse.last_row and len(self._blocks) == 1)
+
+    def _keys_values(self, number: int, memory: Memory, memory_of: Tensor) -> KeysValues:
+        """(B, L, H, E) each."""
+        if memory.keys_values is not None:
+            key, value = memory.keys_values[number]
+        elif self.reuse.memory:
+            key, value = self._blocks[number].keys_values(memory.tokens)
+        else:
+            return self._blocks[number].keys_values(_taken(memory.tokens, memory_of))
+        return _taken(key, memory_of), _taken(value, memory_of)
+
+
+def _taken(images: Tensor, chosen: Tensor) -> Tensor:
+    """images[chosen], without a copy where that is one image for all, or each in its place."""
+    if len(images) == 1:
+        return images.expand(len(chosen), *images.shape[1:])
+    return images[chosen]
