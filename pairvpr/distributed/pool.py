@@ -1,13 +1,20 @@
-"""A pool of Ray actors that loses no work unit when actors or nodes die.
+"""A pool of Ray actors that loses no work unit when actors or nodes die, and waits for no actor that is late.
 
 Ray's own `ActorPool` drops units when an actor dies, and endless retries never end on a unit that kills its
 actor. Here a unit in flight on a dead actor is done again elsewhere, and one that fails `MAX_TRIES` times is set
 aside and named.
+
+An actor has one unit at a time, so none waits behind another. When no unit is left, an actor without one gives a unit
+that is late a second try; the first to finish wins, and nobody waits for the other. So a unit may be done twice, at
+the same time too: its result must depend on the unit alone, and be what `run` returns or a file that appears
+atomically.
 """
 
 from __future__ import annotations
 
+import math
 import re
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -25,13 +32,19 @@ Unit = TypeVar("Unit")
 MAX_TRIES = 3
 MAX_TRIES_WITH_NODES = 10
 SECONDS_TO_NOTICE_A_DEAD_NODE = 20.0
-UNITS_IN_FLIGHT = 2
+LATE_FACTOR = 2.0
+"""A unit is late when it has run for so many times the median of those that are done, ..."""
+SECONDS_BEFORE_LATE = 5.0
+"""... and at least for so long."""
 WAIT_S = 5.0
 SECONDS_BEFORE_COMPLAINT = 30.0
 
 
 class PoolActor:
-    """Base of the pool's actors: `run(unit)` returns something small once the unit's result is safe."""
+    """Base of the pool's actors: `run(unit)` returns something small once the unit's result is safe.
+
+    Another actor may do the same unit at the same time, and an actor may be killed while it does one that is done.
+    """
 
     def node_id(self) -> str:
         """The node it lives on; the first call, answered when the actor is ready for work."""
@@ -44,26 +57,66 @@ class PoolActor:
 
 @dataclass
 class _Member:
-    """An actor and what it was sent; units run in the order they were sent."""
+    """An actor, and the unit `key` that it is at since `since_s`; `ref` is what it owes next.
+
+    Without a `key` it is starting or idle, or busy with a unit that another actor has done: whatever becomes of that
+    is of no interest.
+    """
 
     actor: Any
-    ready: ray.ObjectRef[str]
+    ref: ray.ObjectRef[Any] | None
     node_id: str | None = None
-    in_flight: deque[tuple[ray.ObjectRef[Any], int]] = field(default_factory=deque)
+    key: int | None = None
+    since_s: float = 0.0
 
-    def awaited(self) -> ray.ObjectRef[Any] | None:
-        """What it owes next: word that it is ready, then the oldest unit."""
-        if self.node_id is None:
-            return self.ready
-        return self.in_flight[0][0] if self.in_flight else None
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has started and has nothing to do."""
+        return self.ref is None
+
+    def send(self, key: int, unit: Any) -> None:
+        """Its next unit."""
+        self.ref, self.key, self.since_s = self.actor.run.remote(unit), key, time.monotonic()
+
+    def free(self) -> None:
+        """Its unit has ended."""
+        self.ref = self.key = None
+
+
+@dataclass
+class _Work(Generic[Unit]):
+    """One call of `run`: the units, those that wait to be sent, and what became of the others.
+
+    `failures` has None for an exception in a unit, else the node that its actor died on.
+    """
+
+    units: Mapping[int, Unit]
+    queue: deque[int]
+    failures: dict[int, list[str | None]] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    """Of each unit that is done."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every unit is done or has failed for good."""
+        return len(self.seconds) + len(self.failed) == len(self.units)
+
+    def seconds_before_late(self) -> float:
+        """How long a unit may run."""
+        return max(SECONDS_BEFORE_LATE, LATE_FACTOR * statistics.median(self.seconds)) if self.seconds else math.inf
 
 
 class SupervisedPool(Generic[Unit]):
-    """`num_actors` actors made by `make_actor`, replaced when they die. Use as a context manager."""
+    """`num_actors` actors made by `make_actor`, replaced when they die. Use as a context manager.
 
-    def __init__(self, make_actor: Callable[[], Any], num_actors: int, what: str) -> None:
+    Without `second_tries` each unit is left to the actor it was sent to, as long as that lives.
+    """
+
+    def __init__(self, make_actor: Callable[[], Any], num_actors: int, what: str, *, second_tries: bool = True) -> None:
         self._make_actor = make_actor
         self._what = what
+        self._second_tries = second_tries
         self._members = [self._new_member() for _ in range(num_actors)]
         self._failed_starts = 0
 
@@ -75,58 +128,65 @@ class SupervisedPool(Generic[Unit]):
             ray.kill(member.actor)
 
     def run(self, units: Mapping[int, Unit], on_done: Callable[[int, Any], None]) -> dict[int, str]:
-        """Do every unit; `on_done(key, result)` is called as each is done, in no fixed order.
+        """Do every unit; `on_done(key, result)` is called once for each that is done, in no fixed order.
 
-        Returns the error of each unit that failed `MAX_TRIES` times. A unit's failure is an exception in it or
-        the death of its actor while it ran, unless the actor's whole node went away.
+        Returns the error of each unit that failed `MAX_TRIES` times and that nobody is at any more. A unit's failure
+        is an exception in it or the death of its actor while it ran, unless the actor's whole node went away.
         """
-        queue = deque(units)
-        failures: dict[int, list[str | None]] = {}
-        failed: dict[int, str] = {}
-        while queue or any(member.in_flight for member in self._members):
-            self._send(units, queue)
-            for member in self._members_that_answered():
+        work = _Work(units, deque(units))
+        while not work.is_over:
+            self._send(work)
+            for member, answer in self._answers():
                 if member.node_id is None:
-                    self._start(member)
-                    continue
-                ref, key = member.in_flight[0]
-                try:
-                    result = ray.get(ref)
-                except RayError as error:
-                    failures.setdefault(key, []).append(self._failed(member, error, queue))
-                    if _is_hopeless(failures[key]):
-                        failed[key] = _reason(error)
-                    else:
-                        queue.appendleft(key)
+                    self._start(member, answer)
                 else:
-                    member.in_flight.popleft()
-                    on_done(key, result)
-        return failed
+                    self._hear(member, answer, work, on_done)
+        return work.failed
 
     def _new_member(self) -> _Member:
         actor = self._make_actor()
         return _Member(actor, actor.node_id.remote())
 
-    def _send(self, units: Mapping[int, Unit], queue: deque[int]) -> None:
-        """Fill up the actors that are ready, evenly; nothing is sent to one that may never start."""
-        for _ in range(UNITS_IN_FLIGHT):
-            for member in self._members:
-                if queue and member.node_id is not None and len(member.in_flight) < UNITS_IN_FLIGHT:
-                    key = queue.popleft()
-                    member.in_flight.append((member.actor.run.remote(units[key]), key))
+    def _members_at(self, key: int) -> list[_Member]:
+        return [member for member in self._members if member.key == key]
 
-    def _members_that_answered(self) -> list[_Member]:
-        awaited = {ref: member for member in self._members if (ref := member.awaited()) is not None}
+    def _send(self, work: _Work[Unit]) -> None:
+        """A unit for every idle actor; nothing is sent to one that may never start."""
+        for member in self._members:
+            if member.is_idle:
+                key = work.queue.popleft() if work.queue else self._late(work)
+                if key is None:
+                    return
+                member.send(key, work.units[key])
+
+    def _late(self, work: _Work[Unit]) -> int | None:
+        """The unit that is late the longest, and has no second try yet."""
+        if not self._second_tries:
+            return None
+        began_before_s = time.monotonic() - work.seconds_before_late()
+        for member in sorted(self._members, key=lambda member: member.since_s):
+            key = member.key
+            if key is None or member.since_s > began_before_s:
+                continue
+            if len(self._members_at(key)) == 1 and len(work.failures.get(key, ())) < MAX_TRIES:
+                say(f"{self._what}: a unit is late, an idle actor tries it, too")
+                return key
+        return None
+
+    def _answers(self) -> list[tuple[_Member, ray.ObjectRef[Any]]]:
+        """Who said that it is ready or what became of its unit; waited for some seconds."""
+        awaited = {member.ref: member for member in self._members if member.ref is not None}
         timeout_s = WAIT_S if any(member.node_id for member in self._members) else SECONDS_BEFORE_COMPLAINT
         answered, _ = ray.wait(list(awaited), num_returns=1, timeout=timeout_s)
         if not answered and not any(member.node_id for member in self._members):
             say(f"{self._what}: still no actor could start; the cluster has {ray.cluster_resources()}")
-        return [awaited[ref] for ref in answered]
+        return [(awaited[ref], ref) for ref in answered]
 
-    def _start(self, member: _Member) -> None:
+    def _start(self, member: _Member, answer: ray.ObjectRef[str]) -> None:
         """Note where an actor lives. One that can't start is tried again, then left out while others work."""
         try:
-            member.node_id = ray.get(member.ready)
+            member.node_id = ray.get(answer)
+            member.free()
             self._failed_starts = 0
         except RayError as error:
             self._failed_starts += 1
@@ -138,15 +198,44 @@ class SupervisedPool(Generic[Unit]):
             else:
                 raise IncompleteRunError(f"{self._what}: no actor can start: {_reason(error)}") from error
 
-    def _failed(self, member: _Member, error: RayError, queue: deque[int]) -> str | None:
-        """Take the failed unit off its actor; a dead actor is replaced. Returns the node it died on, if it died."""
-        member.in_flight.popleft()
-        if isinstance(error, RayTaskError):
-            return None
-        queue.extendleft(key for _, key in reversed(member.in_flight))
-        say(f"{self._what}: an actor died; its unit is done again elsewhere")
-        self._replace(member)
-        return member.node_id
+    def _hear(
+        self,
+        member: _Member,
+        answer: ray.ObjectRef[Any],
+        work: _Work[Unit],
+        on_done: Callable[[int, Any], None],
+    ) -> None:
+        """What became of an actor's unit: it is done, is tried again, or has failed for good."""
+        key, seconds = member.key, time.monotonic() - member.since_s
+        try:
+            result = ray.get(answer)
+        except RayError as error:
+            member.free()
+            if not isinstance(error, RayTaskError):
+                say(f"{self._what}: an actor died; its unit is done again elsewhere")
+                self._replace(member)
+            if key is not None:
+                self._blame(key, None if isinstance(error, RayTaskError) else member.node_id, error, work)
+            return
+        member.free()
+        if key is None:
+            return
+        for other in self._members_at(key):
+            other.key = None
+        work.seconds.append(seconds)
+        self._send(work)  # the actor goes on while the result is taken
+        on_done(key, result)
+
+    def _blame(self, key: int, node_id: str | None, error: RayError, work: _Work[Unit]) -> None:
+        """A unit failed, by the death of its actor on `node_id` or without one. While another actor is at it, wait."""
+        failures = work.failures.setdefault(key, [])
+        failures.append(node_id)
+        if self._members_at(key):
+            return
+        if _is_hopeless(failures):
+            work.failed[key] = _reason(error)
+        else:
+            work.queue.appendleft(key)
 
     def _replace(self, member: _Member) -> None:
         # An actor that can't be reached may still be alive, and would go on working beside its replacement.

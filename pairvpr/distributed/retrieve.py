@@ -107,7 +107,10 @@ def ask(question: Question, config: SearchConfig) -> tuple[Found, float]:
         effort = Effort(config.num_probes, effort.num_rescored)
     make_actor = _ShardActor.options(num_cpus=cpus_of_a_shard(), num_gpus=config.num_gpus_per_actor).remote
     reference = ray.put(question)
-    with SupervisedPool[_Unit](lambda: make_actor(reference, effort, config), num_actors, "retrieve") as pool:
+    # A second try would read a whole shard once more, from the disk or store that most likely made the first one late.
+    with SupervisedPool[_Unit](
+        lambda: make_actor(reference, effort, config), num_actors, "retrieve", second_tries=False
+    ) as pool:
         work = _Work(pool, question.index)
         length = short_list_length(manifest, effort, question.k)
         best: list[Found] = []
