@@ -38,6 +38,7 @@ JOBS: dict[type, str] = {
     train_schema.SearchCheckpointsConfig: "search_checkpoints",
     train_schema.ExportWeightsConfig: "export_weights",
     schema.CheckBenchmarkConfig: "check_benchmark",
+    schema.CalibrateConfig: "calibrate",
     schema.PlanConfig: "plan",
 }
 DIRECTORIES: dict[type, dict[str, str]] = {

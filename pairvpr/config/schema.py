@@ -7,8 +7,9 @@ Settings marked *scheduling* decide where and when work runs and never change a 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from pairvpr.config.benchmark_schema import BenchmarkConfig, BenchmarkJobConfig, PositionColumns, PositionSource
 from pairvpr.config.checks import require, require_positive, require_text
@@ -39,6 +40,21 @@ class IndexKind(StrEnum):
     ivf_fp16 = "ivf_fp16"
     ivf_8bit = "ivf_8bit"
     ivf_rabitq = "ivf_rabitq"
+
+
+class DenseFeatures(StrEnum):
+    """Where re-ranking gets the database photos' dense features from."""
+
+    recompute = "recompute"
+    cache = "cache"
+    store = "store"
+
+
+class StoredAs(StrEnum):
+    """Number format of stored dense features: half (bfloat16 where model.precision is bf16, else float16) or int8."""
+
+    half = "half"
+    int8 = "int8"
 
 
 def require_gpus(config: DescribeConfig | SearchConfig | RerankConfig, prefix: str) -> None:
@@ -118,6 +134,8 @@ class ModelConfig:
     """Side of the square that every photo is resized to."""
     patch_size_px: int = 14
     """Side of a patch; must divide image_size_px."""
+    scaled_decoding: bool = False
+    """Decode large JPEGs at 1/2, 1/4 or 1/8, sides at least 2 x image_size_px: faster, descriptors change a little."""
     descriptor_dim: int = 512
     """Width G of the global descriptor."""
     weights: str | None = None
@@ -138,6 +156,18 @@ class ModelConfig:
                 size_px % self.patch_size_px == 0,
                 f"model.{name}={size_px}: expected a multiple of model.patch_size_px={self.patch_size_px}",
             )
+
+    def settings(self) -> dict[str, Any]:
+        """What of it decides the bytes of a result, in plain values, the weights aside.
+
+        `scaled_decoding` is there only when it is on: what was made before there was such a setting is like what is
+        made without it.
+        """
+        values = asdict(self)
+        del values["weights"], values["encoder"]["num_trainable_blocks"]
+        if not self.scaled_decoding:
+            del values["scaled_decoding"]
+        return values
 
     @property
     def num_patches(self) -> int:
@@ -258,17 +288,37 @@ class RerankConfig:
     num_candidates: int = 100
     """Candidates K re-ranked for each query (at most the number of database photos)."""
     batch_size: int = 16
-    """Pairs in one forward pass, cut from a query's candidates in retrieval order; decides rounding."""
-    queries_per_unit: int = 4
-    """Queries of one work unit: what a dying actor loses."""
+    """Pairs in one forward pass, all those of a unit that have a candidate in common in one; decides rounding."""
+    queries_per_unit: int = 8
+    """Queries of one work unit, which share candidates; what a dying actor loses. Decides rounding."""
     num_threads_per_actor: int = 2
     """CPU threads of the network in one actor; decides rounding."""
     num_actors: int | None = None
     """Scheduling: re-ranking actors; null = one for each GPU, or one for every two CPUs."""
     num_gpus_per_actor: float | None = None
     """GPUs of one actor, 0 = its CPU threads; null = 1 where the cluster has GPUs. A GPU rounds unlike a CPU."""
+    dense_features: DenseFeatures = DenseFeatures.cache
+    """recompute them in each unit, cache those used last, or store those of all candidates before re-ranking."""
     cache_gib: float = 0.5
-    """Scheduling: dense features that an actor keeps from unit to unit, 0 = none."""
+    """Scheduling: what an actor of dense_features=cache keeps in memory from unit to unit."""
+    gpu_cache_gib: float = 2.0
+    """Scheduling: what it keeps on its GPU, if it has one; what is dropped there goes to memory."""
+    stored_as: StoredAs = StoredAs.half
+    """With dense_features=store: 16 bits a value, or 8 with a scale for each patch."""
+    store_path: str | None = None
+    """With dense_features=store: directory (path or URL) of the store; null = OUT/dense."""
+    store_whole_database: bool = False
+    """With dense_features=store: keep every photo of the database, so that other runs can use the store."""
+    num_loading_threads: int = 1
+    """Scheduling: threads of an actor that read and decode photos, or stored features, ahead of the network."""
+    second_direction: int | None = None
+    """Candidates with the best logit(query, candidate) that are also scored the other way round; null = all."""
+    calibration: str | None = None
+    """File (path or URL) of ray_jobs.calibrate: predictions get a confidence, the probability of being right."""
+    not_in_map_below: float | None = None
+    """A query whose confidence is below this is answered "not in this map" (in_map); needs rerank.calibration."""
+    adaptive: bool = False
+    """Score a query's candidates batch by batch, until the best one is beyond the calibrated margin."""
     report_candidates: list[int] | None = None
     """Numbers of candidates, ascending, that the audit of a run reports on; null = those of 10, 20, 50, ... and K."""
 
@@ -281,8 +331,24 @@ class RerankConfig:
             "queries_per_unit",
             "num_threads_per_actor",
             "num_actors",
+            "second_direction",
+            "num_loading_threads",
         )
-        require(0 <= self.cache_gib < math.inf, f"rerank.cache_gib={self.cache_gib}: expected 0 or more, and finite")
+        require_text(self, "rerank.", "store_path", "calibration")
+        for name, is_set in (
+            ("store_path", self.store_path is not None),
+            ("store_whole_database", self.store_whole_database),
+            ("stored_as", self.stored_as is not StoredAs.half),
+        ):
+            require(
+                not is_set or self.dense_features is DenseFeatures.store,
+                f"rerank.{name}={getattr(self, name)}: rerank.dense_features={self.dense_features} has no store; "
+                "expected rerank.dense_features=store, too",
+            )
+        self._check_calibrated()
+        for name in ("cache_gib", "gpu_cache_gib"):
+            size_gib = getattr(self, name)
+            require(0 <= size_gib < math.inf, f"rerank.{name}={size_gib}: expected 0 or more, and finite")
         numbers = self.report_candidates
         require(
             numbers is None
@@ -291,6 +357,20 @@ class RerankConfig:
             f"from 1 to rerank.num_candidates={self.num_candidates}",
         )
         require_gpus(self, "rerank")
+
+    def _check_calibrated(self) -> None:
+        below = self.not_in_map_below
+        require(below is None or 0 <= below <= 1, f"rerank.not_in_map_below={below}: expected a probability, 0 to 1")
+        for setting, is_used in (("not_in_map_below", below is not None), ("adaptive", self.adaptive)):
+            require(
+                not is_used or self.calibration is not None,
+                f"rerank.{setting} is set without rerank.calibration: expected a file of ray_jobs.calibrate, too",
+            )
+        require(
+            not self.adaptive or self.second_direction is None,
+            f"rerank.adaptive=true, rerank.second_direction={self.second_direction}: expected one of them; a margin "
+            "is calibrated on pairs scored in both directions",
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -337,6 +417,22 @@ class CheckBenchmarkConfig(BenchmarkJobConfig):
     def __post_init__(self) -> None:
         BenchmarkJobConfig.__post_init__(self)
         require(self.num_opened >= 0, f"num_opened={self.num_opened}: expected 0 or more")
+
+
+@dataclass(kw_only=True, slots=True)
+class CalibrateConfig:
+    """`python -m ray_jobs.calibrate`: from an evaluation, how sure an answer is and when re-ranking may stop."""
+
+    predictions: str = "???"
+    """Output directory (path or URL) of a finished evaluation with ground truth, which scored all pairs both ways."""
+    output: str = "???"
+    """File (path or URL) to write, for rerank.calibration; one that is there is replaced."""
+    max_loss: float = 0.1
+    """Most points of recall@1 that stopping early may lose on the queries that are fitted to."""
+
+    def __post_init__(self) -> None:
+        require_text(self, "", "predictions", "output")
+        require(0 <= self.max_loss <= 100, f"max_loss={self.max_loss}: expected points of recall, 0 to 100")
 
 
 @dataclass(kw_only=True)
@@ -539,9 +635,15 @@ class PlanSettings:
     """Photos that the whole cluster describes in a second; null = measured on the cluster at hand."""
     calibration_photos: int | None = None
     """Photos drawn and described to measure that; null = 64, then as many as take some seconds."""
+    num_queries: int | None = None
+    """Queries of a run, for the cost of its dense features; null = those of benchmark=..., or not planned."""
+    num_candidates: int = 100
+    """Candidates that it re-ranks for each query."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "plan", "num_images", "images_per_s", "calibration_photos")
+        require_positive(
+            self, "plan", "num_images", "images_per_s", "calibration_photos", "num_queries", "num_candidates"
+        )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -7,7 +7,14 @@ from enum import StrEnum
 
 from pairvpr.config.benchmark_schema import BenchmarkConfig, BenchmarkJobConfig
 from pairvpr.config.checks import require, require_positive, require_text
-from pairvpr.config.schema import ClusterConfig, DescribeConfig, IndexConfig, ModelConfig, RerankConfig
+from pairvpr.config.schema import (
+    ClusterConfig,
+    DenseFeatures,
+    DescribeConfig,
+    IndexConfig,
+    ModelConfig,
+    RerankConfig,
+)
 
 
 class TrainingSetName(StrEnum):
@@ -185,6 +192,10 @@ class TrainJobConfig(BenchmarkJobConfig):
             self.model.weights is None,
             f"model.weights={self.model.weights}: training starts from train.start; expected model.weights=null",
         )
+        require(
+            not self.model.scaled_decoding,
+            "model.scaled_decoding=true: training crops and resizes whole photos; expected model.scaled_decoding=false",
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -226,6 +237,14 @@ class SearchCheckpointsConfig(BenchmarkJobConfig):
         require(
             self.rerank.report_candidates is None,
             f"rerank.report_candidates={self.rerank.report_candidates}: checkpoints are not audited; expected null",
+        )
+        require(
+            self.rerank.calibration is None,
+            f"rerank.calibration={self.rerank.calibration}: it is one network's, checkpoints are many; expected null",
+        )
+        require(
+            self.rerank.dense_features is not DenseFeatures.store,
+            "rerank.dense_features=store: a store is one network's, checkpoints are many; expected recompute or cache",
         )
 
 

@@ -42,15 +42,17 @@ def num_batches(num_images: int, batch_size: int) -> int:
     return -(-num_images // batch_size)
 
 
-def load_batch(manifest: Manifest, batch: int, batch_size: int, image_size_px: int) -> PhotoBatch:
-    """Decode photos [batch * batch_size, (batch + 1) * batch_size) of the manifest."""
+def load_batch(
+    manifest: Manifest, batch: int, batch_size: int, image_size_px: int, *, scaled_decoding: bool = False
+) -> PhotoBatch:
+    """Decode photos [batch * batch_size, (batch + 1) * batch_size) of the manifest, as `images.decode`."""
     first_id = batch * batch_size
     ids = range(first_id, min(first_id + batch_size, len(manifest)))
     pixels = np.zeros((len(ids), image_size_px, image_size_px, 3), np.uint8)
     errors: dict[int, str] = {}
     for position, image_id in enumerate(ids):
         try:
-            pixels[position] = images.load(manifest.url(image_id), image_size_px)
+            pixels[position] = images.load(manifest.url(image_id), image_size_px, scaled_decoding=scaled_decoding)
         except images.BrokenImageError as error:
             errors[position] = str(error)
     return PhotoBatch(first_id, pixels, errors)

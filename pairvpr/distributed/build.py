@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,10 +35,8 @@ def index_settings(
     database: Manifest, num_shards: int, model: ModelConfig, weights: Weights, config: DescribeConfig
 ) -> dict[str, Any]:
     """What decides the descriptors of an index, in plain values; kinds of index can be built from them at any time."""
-    shape = asdict(model)
-    del shape["weights"], shape["encoder"]["num_trainable_blocks"]
     return {
-        "model": shape | {"weights_sha256": weights.sha256},
+        "model": model.settings() | {"weights_sha256": weights.sha256},
         "describe": {"batch_size": config.batch_size, "num_threads_per_actor": config.num_threads_per_actor},
         "database": {
             "root": database.root,

@@ -221,6 +221,7 @@ def _described(description: Description, pending: Sequence[int], plan: ActorPlan
         manifest=ray.put(description.manifest),
         photos_per_part=parts.photos_per_part,
         size_px=source.config.image_size_px,
+        scaled_decoding=source.config.scaled_decoding,
     )
     return (
         # `range` would be an operator of its own that wants a whole CPU; on a node with one the job would hang.

@@ -9,30 +9,36 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import ray
 
-from pairvpr.config.schema import EvaluateConfig
+from pairvpr.config.schema import DenseFeatures, EvaluateConfig, RerankConfig
 from pairvpr.data import storage
 from pairvpr.data.benchmarks import load_benchmark, prepare_benchmark
 from pairvpr.data.claim import FILE as SETTINGS_FILE
 from pairvpr.data.claim import check_claim, check_writable, claim, differences
 from pairvpr.data.manifest import Benchmark
 from pairvpr.distributed.build import index_settings, make_index
+from pairvpr.distributed.dense import KEY as STORE_KEY
+from pairvpr.distributed.dense import WantedStore, about_store, check_sharing, check_store, make_store
 from pairvpr.distributed.describe import Description, describe
 from pairvpr.distributed.progress import say
-from pairvpr.distributed.rerank import rerank
+from pairvpr.distributed.rerank import rerank, unfinished
 from pairvpr.distributed.retrieve import Candidates, retrieve
 from pairvpr.distributed.runtime import ModelSource, ray_session
 from pairvpr.errors import IncompleteRunError, UserError
+from pairvpr.evaluation.confidence import Calibration, Judge, read_calibration
 from pairvpr.evaluation.predictions import predictions_table, write_predictions
 from pairvpr.evaluation.report import RunFacts, metrics, summary
 from pairvpr.evaluation.submission import write_submission
 from pairvpr.index import choose, store
 from pairvpr.index.filters import Filters, Places
 from pairvpr.index.manifest import IndexManifest, check_model, read_images, read_manifest
+from pairvpr.index.reader import live_ids
 from pairvpr.models.weights import NOT_LOADED, Weights, announce, load_weights
+from pairvpr.retrieval.dense_store import Layout
 from pairvpr.retrieval.pipeline import answers
-from pairvpr.retrieval.rerank import work_units
+from pairvpr.retrieval.rerank import WorkUnit, work_units
 
 OF_THE_WEIGHTS = ("model.weights_sha256",)
 OF_THE_INDEX = (
@@ -51,6 +57,35 @@ class Run:
     weights: Weights
     index: str
     output: str
+    calibration: Calibration | None = None
+    """The content of rerank.calibration."""
+
+    @property
+    def judge(self) -> Judge | None:
+        """How sure the run is of its answers."""
+        found = self.calibration
+        if found is None:
+            return None
+        return Judge(found.temperature, found.midpoint, self.config.rerank.not_in_map_below)
+
+    @property
+    def stop_margin(self) -> float | None:
+        """Where the re-ranking of a query stops early."""
+        return self.calibration.stop_margin if self.calibration and self.config.rerank.adaptive else None
+
+    @property
+    def store(self) -> WantedStore | None:
+        """The store of dense features that the run re-ranks from, if it is to have one."""
+        settings = self.config.rerank
+        if settings.dense_features is not DenseFeatures.store:
+            return None
+        return WantedStore(
+            url=storage.absolute(settings.store_path or storage.join(self.output, "dense")),
+            model=self.index_settings()["model"],
+            layout=Layout.of_model(self.config.model, settings.stored_as),
+            database=self.benchmark.database,
+            config=settings,
+        )
 
     @property
     def num_shards(self) -> int:
@@ -75,8 +110,21 @@ class Run:
             "rerank": {
                 name: getattr(self.config.rerank, name)
                 for name in ("num_candidates", "batch_size", "queries_per_unit", "num_threads_per_actor")
-            },
+            }
+            | self._unusual_settings(),
         }
+
+    def _unusual_settings(self) -> dict[str, float | str]:
+        """What most runs don't ask for: theirs are those of runs from before it was there."""
+        values = {
+            "second_direction": self.config.rerank.second_direction,
+            "stored_as": None if self.store is None else str(self.config.rerank.stored_as),
+            "temperature": self.calibration and self.calibration.temperature,
+            "midpoint": self.calibration and self.calibration.midpoint,
+            "not_in_map_below": self.config.rerank.not_in_map_below,
+            "stop_margin": self.stop_margin,
+        }
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def prepare(configs: Sequence[EvaluateConfig]) -> list[Run]:
@@ -94,22 +142,51 @@ def prepare(configs: Sequence[EvaluateConfig]) -> list[Run]:
             check_writable(index, "index.path")
         if index in (output, storage.join(output, "queries")):
             raise UserError(f"index.path={index}: the run writes other files there; expected a directory of its own")
+    calibration = calibrated(configs[0].rerank)
     runs: list[Run] = []
     for config, benchmark, output, index in zip(configs, _load(configs, outputs), outputs, indices, strict=True):
-        run = Run(config=config, benchmark=benchmark, weights=NOT_LOADED, index=index, output=output)
+        run = Run(
+            config=config,
+            benchmark=benchmark,
+            weights=NOT_LOADED,
+            index=index,
+            output=output,
+            calibration=calibration,
+        )
+        check_calibration(run, OF_THE_WEIGHTS)
         _check_claims(run, OF_THE_WEIGHTS)
         _check_photos(run)
+        check_dense_store(run, OF_THE_WEIGHTS)
         if any(other.index == index and other.index_settings() != run.index_settings() for other in runs):
             raise UserError(
                 f"index.path={index}: these benchmarks have different databases; expected an index for each"
             )
         runs.append(run)
+    check_sharing([run.store for run in runs if run.store is not None])
     weights = load_weights(configs[0].model)
     runs = [replace(run, weights=weights) for run in runs]
     for run in runs:
+        check_calibration(run)
         _check_claims(run)
         _check_model(run)
+        check_dense_store(run)
     return runs
+
+
+def calibrated(config: RerankConfig) -> Calibration | None:
+    """The calibration that re-ranking is to use; raises `UserError` where it can't."""
+    if config.calibration is None:
+        return None
+    found = read_calibration(config.calibration)
+    if config.adaptive:
+        found.check_rounds(config.calibration, config.batch_size)
+    return found
+
+
+def check_calibration(run: Run, ignored: Sequence[str] = ()) -> None:
+    """Raise `UserError` unless the run's network is the calibrated one; settings that are `ignored` may differ."""
+    if run.calibration is not None:
+        run.calibration.check(str(run.config.rerank.calibration), run.index_settings()["model"], ignored)
 
 
 def _load(configs: Sequence[EvaluateConfig], outputs: Sequence[str]) -> list[Benchmark]:
@@ -175,6 +252,19 @@ def _check_model(run: Run) -> None:
     )
 
 
+def check_dense_store(run: Run, ignored: Sequence[str] = ()) -> None:
+    """Raise `UserError` where the run's store of dense features is another one, or is no directory of its own.
+
+    Settings whose dotted names are `ignored` may differ.
+    """
+    wanted = run.store
+    if wanted is None:
+        return
+    if wanted.url in (run.output, run.index, storage.join(run.output, "queries")):
+        raise UserError(f"{STORE_KEY}={wanted.url}: the run writes other files there; expected a directory of its own")
+    check_store(wanted, ignored)
+
+
 def evaluate(configs: Sequence[EvaluateConfig]) -> list[dict[str, Any]]:
     """Run one benchmark or several; prints a table for each and returns the contents of their metrics.json.
 
@@ -231,11 +321,13 @@ def answer(
             "photos, all of them are re-ranked"
         )
     units = work_units(_first_candidates(found, num_candidates), config.rerank.queries_per_unit)
-    scored = rerank(units, replace(benchmark, positives=None), source, config, run.output)
+    store_url = _stored_candidates(run, units, source, manifest)
+    scored = rerank(units, replace(benchmark, positives=None), source, config, run.output, store_url, run.stop_margin)
 
     candidates = {int(query_id): found.of(row) for row, query_id in enumerate(found.query_ids)}
     final = answers(len(benchmark.queries), candidates, scored.by_query)
-    write_predictions(storage.join(run.output, "predictions.parquet"), predictions_table(benchmark, final))
+    table = predictions_table(benchmark, final, run.judge)
+    write_predictions(storage.join(run.output, "predictions.parquet"), table)
     submission = write_submission(run.output, benchmark, final) if benchmark.has_submission else []
     facts = RunFacts(
         weights_sha256=run.weights.sha256,
@@ -247,6 +339,8 @@ def answer(
         num_rejected_database=manifest.num_rejected,
         num_rejected_queries=queries_about["num_rejected"],
         report_candidates=config.rerank.report_candidates,
+        judge=run.judge,
+        dense_store=None if run.store is None else about_store(run.store),
         index=about_index(manifest, config.index.num_probes),
     )
     content = metrics(benchmark, final, config.model, facts)
@@ -254,6 +348,17 @@ def answer(
     files = ", ".join(["predictions.parquet", *submission, "metrics.json"])
     print(f"\n{summary(content)}\n\n{run.output}: {files}", flush=True)
     return content
+
+
+def _stored_candidates(run: Run, units: Sequence[WorkUnit], source: ModelSource, manifest: IndexManifest) -> str | None:
+    """Where the features of all candidates are stored, as long as there are units to score; None without a store."""
+    wanted, pending = run.store, unfinished(units, run.output)
+    if wanted is None or not pending:
+        return None
+    ids = {image_id for unit in units for row in unit.candidates.values() for image_id in row}
+    candidates = np.array(sorted(ids), np.int64)
+    make_store(wanted, candidates, lambda: live_ids(run.index, manifest), source)
+    return wanted.url
 
 
 def _first_candidates(found: Candidates, num_candidates: int) -> dict[int, list[int]]:

@@ -76,7 +76,9 @@ class Parts:
         return range(shard.first_id // self.photos_per_part, (shard.stop_id - 1) // self.photos_per_part + 1)
 
 
-def decode(rows: Rows, *, manifest: ray.ObjectRef[Manifest], photos_per_part: int, size_px: int) -> Rows:
+def decode(
+    rows: Rows, *, manifest: ray.ObjectRef[Manifest], photos_per_part: int, size_px: int, scaled_decoding: bool
+) -> Rows:
     """Part numbers -> a row each: pixels as bytes, errors as JSON, and the seconds that took.
 
     Raises `UserError` where this node does not see the folder of the photos.
@@ -85,7 +87,7 @@ def decode(rows: Rows, *, manifest: ray.ObjectRef[Manifest], photos_per_part: in
     decoded: dict[str, list[Any]] = {"part": [], "pixels": [], "errors": [], "seconds": []}
     for part in rows["part"]:
         started_s = time.perf_counter()
-        loaded = load_batch(photos, int(part), photos_per_part, size_px)
+        loaded = load_batch(photos, int(part), photos_per_part, size_px, scaled_decoding=scaled_decoding)
         if loaded.errors:
             check_photos_are_seen(photos)
         decoded["part"].append(part)

@@ -26,6 +26,7 @@ from pairvpr.distributed.room import room
 from pairvpr.distributed.runtime import ModelSource, plan_actors, ray_session
 from pairvpr.errors import UserError
 from pairvpr.index.plan import Room, plan_index, table
+from pairvpr.index.plan_dense import dense_table, plan_dense
 from pairvpr.models.weights import Weights, untrained_state
 
 WIDTH_PX, HEIGHT_PX, JPEG_QUALITY = 640, 480, 90
@@ -61,7 +62,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     Ray is started only for what is not given: the speed, and the memory that an index may take.
     """
     _check_output(config.output)
-    num_images, images_per_s = _num_images(config), config.plan.images_per_s
+    (num_images, num_queries), images_per_s = _numbers(config), config.plan.images_per_s
     needs_ray = images_per_s is None or config.index.memory_budget_gib is None
     calibration = None
     with ray_session(config.cluster) if needs_ray else nullcontext():
@@ -71,13 +72,18 @@ def plan(config: PlanConfig) -> dict[str, Any]:
             calibration = calibrate(config)
             images_per_s = calibration.images_per_s
     made = plan_index(num_images, config.model, config.index, budget_bytes=budget_bytes, images_per_s=images_per_s)
-    problems = made.problems(there)
+    problems, dense = made.problems(there), None
+    if num_queries is not None:
+        dense = plan_dense(num_images, num_queries, config.plan.num_candidates, config.model, images_per_s)
     content = made.as_json() | {
         "calibration": None if calibration is None else asdict(calibration),
         "nodes": [asdict(node) for node in there.nodes],
+        "dense_run": None if dense is None else asdict(dense),
         "problems": problems,
     }
     print(table(made, str(calibration or "plan.images_per_s")))
+    if dense is not None:
+        print(f"\n{dense_table(dense)}")
     print("".join(f"no room: {problem}\n" for problem in problems))
     print(json.dumps(content, indent=2), flush=True)
     if config.output is not None:
@@ -85,11 +91,14 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     return content
 
 
-def _num_images(config: PlanConfig) -> int:
+def _numbers(config: PlanConfig) -> tuple[int, int | None]:
+    """Photos of the database; queries, where they are known."""
+    asked = config.plan
     if config.benchmark is None:
-        assert config.plan.num_images is not None
-        return config.plan.num_images
-    return len(load_benchmark(config.benchmark, storage.absolute(config.output or "plan")).database)
+        assert asked.num_images is not None
+        return asked.num_images, asked.num_queries
+    benchmark = load_benchmark(config.benchmark, storage.absolute(config.output or "plan"))
+    return len(benchmark.database), asked.num_queries or len(benchmark.queries)
 
 
 def _check_output(output: str | None) -> None:

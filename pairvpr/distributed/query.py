@@ -15,7 +15,7 @@ from pairvpr.data import storage
 from pairvpr.data.claim import check_claim, check_writable, claim
 from pairvpr.data.manifest import Benchmark, Manifest, folder_manifest
 from pairvpr.distributed.build import located
-from pairvpr.distributed.evaluate import OF_THE_WEIGHTS, Run, answer
+from pairvpr.distributed.evaluate import OF_THE_WEIGHTS, Run, answer, calibrated, check_calibration, check_dense_store
 from pairvpr.distributed.runtime import ModelSource, ray_session
 from pairvpr.errors import UserError
 from pairvpr.index.filters import Filters, Places
@@ -33,14 +33,18 @@ def query(config: QueryConfig) -> dict[str, Any]:
             "expected them where build_index saw them, re-ranking reads them again"
         )
     run = _run(config, index, manifest)
+    check_calibration(run, OF_THE_WEIGHTS)
     filters = _filters(config.filter, run.benchmark)
     settings = run.settings() | {"generation": manifest.generation, "filter": asdict(config.filter)}
     check_writable(run.output, "output")
     check_claim(run.output, settings, "output", OF_THE_WEIGHTS)
+    check_dense_store(run, OF_THE_WEIGHTS)
     run = replace(run, weights=load_weights(config.model))
     settings |= run.settings()
     check_model(index, manifest, name=config.model.name, weights_sha256=run.weights.sha256, model=settings["model"])
+    check_calibration(run)
     check_claim(run.output, settings, "output")
+    check_dense_store(run)
     announce(config.model, run.weights)
     claim(run.output, settings, "output")
     with ray_session(config.cluster):
@@ -69,6 +73,7 @@ def _run(config: QueryConfig, index: str, manifest: IndexManifest) -> Run:
         weights=NOT_LOADED,
         index=index,
         output=storage.absolute(config.output),
+        calibration=calibrated(config.rerank),
     )
 
 

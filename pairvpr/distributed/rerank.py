@@ -20,6 +20,7 @@ from pairvpr.distributed.pool import PoolActor, SupervisedPool
 from pairvpr.distributed.progress import Progress
 from pairvpr.distributed.runtime import ModelSource, plan_actors
 from pairvpr.errors import IncompleteRunError
+from pairvpr.retrieval.dense_store import DenseStore
 from pairvpr.retrieval.pipeline import photo_reranker
 from pairvpr.retrieval.rerank import Reranked, WorkUnit
 
@@ -41,21 +42,24 @@ def rerank(
     source: ModelSource,
     config: EvaluateConfig,
     directory: str,
+    store: str | None = None,
+    stop_margin: float | None = None,
 ) -> RerankResult:
     """Score all units; `directory` (path or URL) keeps a file for each finished one under `reranked/`.
 
+    `store` (path or URL) is a finished store of dense features that has those of all candidates. At
+    `stop_margin` a query's re-ranking stops early.
     Raises `IncompleteRunError`, after everything else is done, if units failed for good; `failed_units.json`
     then names their queries.
     """
-    finished = set(storage.list_files(storage.join(directory, "reranked")))
-    pending = {unit.unit: unit for unit in units if unit_name(unit.unit) not in finished}
+    pending = {unit.unit: unit for unit in unfinished(units, directory)}
     num_queries = sum(len(unit.candidates) for unit in units)
     num_pending = sum(len(unit.candidates) for unit in pending.values())
     progress = Progress("re-rank", num_queries, "queries", already_done=num_queries - num_pending)
     failed: dict[int, str] = {}
     if pending:
         plan = plan_actors(config.rerank)
-        args = (source, ray.put(benchmark), config, directory)
+        args = (source, ray.put(benchmark), config, directory, store, stop_margin)
         make_actor = _RerankActor.options(
             num_cpus=plan.cpus_per_actor, num_gpus=plan.gpus_per_actor, scheduling_strategy="SPREAD"
         ).remote
@@ -67,6 +71,12 @@ def rerank(
     return _read_units(directory, (unit.unit for unit in units))
 
 
+def unfinished(units: Sequence[WorkUnit], directory: str) -> list[WorkUnit]:
+    """Those whose answers are not in `directory` yet."""
+    finished = set(storage.list_files(storage.join(directory, "reranked")))
+    return [unit for unit in units if unit_name(unit.unit) not in finished]
+
+
 def unit_name(unit: int) -> str:
     """File name of a unit's answers."""
     return f"{unit:06d}.parquet"
@@ -74,12 +84,22 @@ def unit_name(unit: int) -> str:
 
 @ray.remote
 class _RerankActor(PoolActor):
-    """Describes the photos it needs, scores pairs, and publishes each unit before it reports it done."""
+    """Describes photos or reads their features, scores pairs, and publishes each unit before it reports it done."""
 
-    def __init__(self, source: ModelSource, benchmark: Benchmark, config: EvaluateConfig, directory: str) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        benchmark: Benchmark,
+        config: EvaluateConfig,
+        directory: str,
+        store: str | None,
+        stop_margin: float | None,
+    ) -> None:
         self.directory = directory
         self.benchmark = benchmark
-        self.reranker = photo_reranker(benchmark, source.describer(config.rerank.num_threads_per_actor), config)
+        stored = None if store is None else DenseStore.open(store).read
+        describer = source.describer(config.rerank.num_threads_per_actor)
+        self.reranker = photo_reranker(benchmark, describer, config, stored, stop_margin)
 
     def run(self, unit: WorkUnit) -> None:
         started_s = time.perf_counter()

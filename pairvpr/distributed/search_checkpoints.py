@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -49,11 +49,9 @@ class Search:
     def settings(self) -> dict[str, Any]:
         """What decides the numbers, in plain values."""
         config = self.config
-        shape = asdict(config.model)
-        del shape["weights"], shape["encoder"]["num_trainable_blocks"]
         return {
             "benchmark": {"name": self.benchmark.name} | self.benchmark.stamp(),
-            "model": shape,
+            "model": config.model.settings(),
             "describe_batch_size": config.describe.batch_size,
             "num_candidates": config.rerank.num_candidates,
             "rerank_batch_size": config.rerank.batch_size,

@@ -92,7 +92,7 @@ class Job:
         train["datasets"] = {training_set.name: len(training_set) for training_set in self.sets}
         train["start_sha256"] = self.start.sha256
         model = asdict(self.config.model)
-        del model["weights"]
+        del model["weights"], model["scaled_decoding"]  # which training refuses
         stage = 1 if isinstance(self.config, TrainStageOneConfig) else 2
         return {"stage": stage, "train": _plain(train), "model": _plain(model)}
 

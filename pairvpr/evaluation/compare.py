@@ -91,7 +91,7 @@ def read_run(url: str) -> FinishedRun:
     if missing:
         raise UserError(f"{metrics_url}: no entry {', '.join(missing)}; expected the metrics.json of an evaluation")
     if content["recall"] is None:
-        raise UserError(f"{url}: {content['benchmark']} has no ground truth, so there is no recall to compare")
+        raise UserError(f"{url}: {content['benchmark']} has no ground truth, so there is no recall")
     run = FinishedRun(url, content)
     try:
         _table([run])

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pairvpr.config.schema import ModelConfig
 from pairvpr.data.manifest import Benchmark
 from pairvpr.evaluation.audit import audit, audit_table, audited_candidates
-from pairvpr.evaluation.recall import REPORTED_N, recall_at
+from pairvpr.evaluation.confidence import Judge, expected_calibration_error, reliability
+from pairvpr.evaluation.predictions import top_scores
+from pairvpr.evaluation.recall import REPORTED_N, first_hits, recall_at
 from pairvpr.retrieval.pipeline import Answer
 
 BYTES_PER_FLOAT = 4
@@ -34,6 +39,10 @@ class RunFacts:
     """Its kind and, if it is approximate, its measured recall."""
     report_candidates: Sequence[int] | None = None
     """What `audited_candidates` gets."""
+    judge: Judge | None = None
+    """How sure of its answers the run is."""
+    dense_store: dict[str, Any] | None = None
+    """The store of dense features that it re-ranked from, with `kib_per_image` of it."""
 
 
 def metrics(benchmark: Benchmark, answers: Sequence[Answer], model: ModelConfig, facts: RunFacts) -> dict[str, Any]:
@@ -47,10 +56,13 @@ def metrics(benchmark: Benchmark, answers: Sequence[Answer], model: ModelConfig,
             "weights_sha256": facts.weights_sha256,
             "untrained": facts.untrained,
             "precision": str(model.precision),
+            **({"scaled_decoding": True} if model.scaled_decoding else {}),
         },
         "index": facts.index,
         **_recalls(benchmark, answers, facts.num_candidates),
         "num_candidates": facts.num_candidates,
+        "scored_per_query": _scored_per_query(answers),
+        "confidence": None if facts.judge is None else _confidence(benchmark, answers, facts.judge),
         "audit": audit(benchmark, answers, audited_candidates(facts.report_candidates, facts.num_candidates)),
         "seconds_per_query": {
             "describe": facts.seconds_describe / num_queries,
@@ -59,8 +71,11 @@ def metrics(benchmark: Benchmark, answers: Sequence[Answer], model: ModelConfig,
         },
         "kib_per_image": {
             "descriptor": model.descriptor_dim * BYTES_PER_FLOAT / 1024,
-            "dense": model.num_patches * model.encoder.embed_dim * BYTES_PER_FLOAT / 1024,
+            "dense": model.num_patches * model.decoder.embed_dim * BYTES_PER_FLOAT / 1024
+            if facts.dense_store is None
+            else facts.dense_store["kib_per_image"],
         },
+        "dense_store": facts.dense_store,
         "rejected_images": {"database": facts.num_rejected_database, "queries": facts.num_rejected_queries},
         "versions": _versions(),
     }
@@ -93,6 +108,53 @@ def _recalls(benchmark: Benchmark, answers: Sequence[Answer], num_candidates: in
     }
 
 
+def _scored_per_query(answers: Sequence[Answer]) -> float | None:
+    """Candidates scored for each query that was answered, on average; None where all of them were."""
+    scored = [np.isfinite(answer.pair_scores) for answer in answers if len(answer.pair_scores)]
+    if all(its.all() for its in scored):
+        return None
+    return float(np.mean([its.sum() for its in scored]))
+
+
+def _confidence(benchmark: Benchmark, answers: Sequence[Answer], judge: Judge) -> dict[str, Any]:
+    """The entry `confidence` (docs/formats.md); what needs ground truth is null without it."""
+    confidence = judge.confidence(top_scores(answers))
+    answered, in_map = ~np.isnan(confidence), judge.in_map(confidence)
+    content: dict[str, Any] = {
+        "temperature": judge.temperature,
+        "midpoint": judge.midpoint,
+        "not_in_map_below": judge.not_in_map_below,
+        "num_answered": int(answered.sum()),
+        "num_in_map": None if in_map is None else int(in_map.sum()),
+        "expected_calibration_error": None,
+        "reliability": None,
+        "recall_at_1_of_in_map": None,
+        "refused_without_positives": None,
+        "refused_with_positives": None,
+    }
+    if benchmark.positives is None:
+        return content
+    is_right = first_hits([answer.reranked for answer in answers], benchmark.positives) < 1
+    bins = reliability(confidence[answered].astype(np.float64), is_right[answered])
+    content |= {
+        "expected_calibration_error": expected_calibration_error(bins),
+        "reliability": [asdict(row) for row in bins],
+    }
+    if in_map is not None:
+        has_positives = np.array([len(ids) > 0 for ids in benchmark.positives], np.bool_)
+        content |= {
+            "recall_at_1_of_in_map": _percent(is_right[in_map]),
+            "refused_without_positives": _percent(~in_map[answered & ~has_positives]),
+            "refused_with_positives": _percent(~in_map[answered & has_positives]),
+        }
+    return content
+
+
+def _percent(flags: NDArray[np.bool_]) -> float | None:
+    """None of nothing."""
+    return 100 * float(flags.mean()) if len(flags) else None
+
+
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -120,6 +182,10 @@ def summary(content: dict[str, Any]) -> str:
     ]
     if content["audit"]:
         lines += ["", *audit_table(content["audit"])]
+    if content["confidence"]:
+        lines += ["", *_confidence_lines(content["confidence"])]
+    if content["scored_per_query"] is not None:
+        lines += ["", f"candidates scored   {content['scored_per_query']:.1f} a query"]
     seconds, kib = content["seconds_per_query"], content["kib_per_image"]
     lines += [
         "",
@@ -134,6 +200,31 @@ def summary(content: dict[str, Any]) -> str:
             "reasons: index/rejected.parquet, queries/rejected.parquet"
         )
     return "\n".join(lines)
+
+
+def _confidence_lines(found: dict[str, Any]) -> list[str]:
+    lines = []
+    if found["expected_calibration_error"] is not None:
+        lines.append(
+            f"confidence          expected calibration error {found['expected_calibration_error']:.3f} at temperature "
+            f"{found['temperature']:.3f}, midpoint {found['midpoint']:.3f}"
+        )
+    if found["num_in_map"] is not None:
+        shares = [
+            f"{what} {found[key]:.1f} %"
+            for key, what in (
+                ("recall_at_1_of_in_map", "of them right"),
+                ("refused_without_positives", "refused of queries without a positive"),
+                ("refused_with_positives", "of those with one"),
+            )
+            if found[key] is not None
+        ]
+        lines.append(
+            ", ".join(
+                [f"in this map         {found['num_in_map']:,} of {found['num_answered']:,} queries answered", *shares]
+            )
+        )
+    return lines
 
 
 def _recall_table(content: dict[str, Any]) -> list[str]:

@@ -1,6 +1,6 @@
 """What an index of so many photos takes, before one of them is described: storage, memory, hours.
 
-n photos, G descriptor width, L patches, C encoder width. The network itself is not counted, nor the photos.
+n photos, G descriptor width, L patches, D decoder width. The network itself is not counted, nor the photos.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class KindPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class DensePlan:
-    """Dense features (L, C), if they were kept: at 32 and at 16 bits a value."""
+    """Dense features (L, D) of all photos, if they are kept: at 32 and at 16 bits a value."""
 
     fp32_bytes_per_image: int
     half_bytes_per_image: int
@@ -193,7 +193,7 @@ def _descriptors_bytes(num_images: int, descriptor_dim: int) -> int:
 
 
 def _dense_plan(num_images: int, model: ModelConfig) -> DensePlan:
-    num_values = model.num_patches * model.encoder.embed_dim
+    num_values = model.num_patches * model.decoder.embed_dim
     return DensePlan(
         fp32_bytes_per_image=4 * num_values,
         half_bytes_per_image=2 * num_values,
@@ -279,8 +279,8 @@ def table(plan: Plan, source_of_speed: str) -> str:
     }
     rows = {
         "descriptors": size_text(plan.descriptors_bytes),
-        "dense, fp32": f"{size_text(dense.fp32_bytes)}, {size_text(dense.fp32_bytes_per_image)} a photo; not stored",
-        "dense, 16 bits": f"{size_text(dense.half_bytes)}, {size_text(dense.half_bytes_per_image)} a photo; not stored",
+        "dense, fp32": f"{size_text(dense.fp32_bytes)}, {size_text(dense.fp32_bytes_per_image)} a photo",
+        "dense, 16 bits": f"{size_text(dense.half_bytes)}, {size_text(dense.half_bytes_per_image)} a photo",
         "storage": f"{size_text(storage.index_bytes)}, before it is finished at most {size_text(storage.peak_bytes)}",
         "memory of a process": ", ".join(f"{step} {size_text(size)}" for step, size in tasks.items() if size),
     }

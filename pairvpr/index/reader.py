@@ -143,6 +143,12 @@ def short_list_length(manifest: IndexManifest, effort: Effort, k: int) -> int:
     return max(effort.num_rescored, LEAST_RESCORED_PER_RESULT * k) if is_rescored else k
 
 
+def live_ids(directory: str, manifest: IndexManifest) -> NDArray[np.int64]:
+    """Ids of the photos that a search can find, ascending."""
+    parts = [store.read_checked_array(directory, entry.files["ids.npy"]) for entry in manifest.shards]
+    return np.setdiff1d(np.concatenate(parts), removed_ids(directory, manifest), assume_unique=True)
+
+
 def removed_ids(directory: str, manifest: IndexManifest) -> NDArray[np.int64]:
     """Ids of the photos that were removed, ascending."""
     parts = [store.read_checked_array(directory, file) for file in manifest.removed]

@@ -1,6 +1,6 @@
-"""The network as inference uses it: pixels -> global descriptors and dense features.
+"""The network as inference uses it: pixels -> global descriptors, and what the pair decoder reads.
 
-B photos of a batch, S image side in pixels, G descriptor width, L patches, C encoder width.
+B photos of a batch, S image side in pixels, G descriptor width, L patches, D decoder width.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class Describer:
         return descriptors.cpu().numpy()
 
     @torch.inference_mode()
-    def dense_features(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """One photo (S, S, 3) uint8 -> (L, C) on the device.
+    def embedded(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """One photo (S, S, 3) uint8 -> what the pair decoder reads of it: (L, D) on the device, 16-bit under autocast.
 
         One photo for each forward pass: its features then depend on no neighbour, wherever they are computed.
         """
         self._set_threads()
         _, dense = self.model.describe(normalise(torch.from_numpy(pixels).to(self.device).unsqueeze(0)))
-        return dense[0].clone()  # alone: a view would keep the class token and the registers alive
+        return self.model.embed(dense)[0]
 
     def _set_threads(self) -> None:
         """In the thread that calls: OpenMP and MKL keep a number for each, and an actor is called from several."""

@@ -1,11 +1,11 @@
 """Both steps on one machine, in memory, without Ray: the reference that every distributed result must equal.
 
-G descriptor width, K candidates.
+G descriptor width, L patches, D decoder width, S image side in pixels, K candidates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,14 +14,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pairvpr.config.schema import EvaluateConfig
+from pairvpr.config.schema import DenseFeatures, EvaluateConfig, RerankConfig
 from pairvpr.data import images
 from pairvpr.data.manifest import Benchmark, Manifest
 from pairvpr.data.photo_batches import load_batch, num_batches
 from pairvpr.index.search import Shard, flat_index, search
 from pairvpr.models.pair_vpr import PairVPR
+from pairvpr.retrieval.dense_store import as_stored
 from pairvpr.retrieval.describe import Describer
-from pairvpr.retrieval.rerank import FeatureCache, Reranked, Reranker, work_units
+from pairvpr.retrieval.features import FeatureCache, PhotoFeatures
+from pairvpr.retrieval.rerank import Features, Reranked, Reranker, work_units
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class Answer:
     pair_scores: NDArray[np.float32]
 
 
-def run(benchmark: Benchmark, model: PairVPR, config: EvaluateConfig) -> list[Answer]:
-    """Describe, retrieve and re-rank every query of the benchmark, in query order."""
+def run(benchmark: Benchmark, model: PairVPR, config: EvaluateConfig, stop_margin: float | None = None) -> list[Answer]:
+    """Describe, retrieve and re-rank every query of the benchmark, in query order; early at `stop_margin`, if any."""
     torch.set_num_threads(config.describe.num_threads_per_actor)
     describer = Describer(model)
     database = describe(benchmark.database, describer, config)
@@ -59,7 +61,7 @@ def run(benchmark: Benchmark, model: PairVPR, config: EvaluateConfig) -> list[An
     distances, ids = search(shard, queries.descriptors, num_kept, num_threads=config.index.num_threads_per_actor)
 
     torch.set_num_threads(config.rerank.num_threads_per_actor)
-    reranker = photo_reranker(benchmark, describer, config)
+    reranker = photo_reranker(benchmark, describer, config, stop_margin=stop_margin)
     candidates = {
         int(query_id): row[: config.rerank.num_candidates].tolist()
         for query_id, row in zip(queries.ids, ids, strict=True)
@@ -73,9 +75,9 @@ def run(benchmark: Benchmark, model: PairVPR, config: EvaluateConfig) -> list[An
 def describe(manifest: Manifest, describer: Describer, config: EvaluateConfig) -> Described:
     """Global descriptors of all photos of a manifest, batch by batch."""
     ids, rows, rejected = [], [], {}
-    batch_size = config.describe.batch_size
+    batch_size, size_px, scaled = config.describe.batch_size, config.model.image_size_px, config.model.scaled_decoding
     for number in range(num_batches(len(manifest), batch_size)):
-        batch = load_batch(manifest, number, batch_size, config.model.image_size_px)
+        batch = load_batch(manifest, number, batch_size, size_px, scaled_decoding=scaled)
         batch_ids, batch_rows = batch.kept(describer.descriptors(batch.pixels))
         ids.append(batch_ids)
         rows.append(batch_rows)
@@ -83,24 +85,59 @@ def describe(manifest: Manifest, describer: Describer, config: EvaluateConfig) -
     return Described(np.concatenate(ids), np.concatenate(rows), rejected)
 
 
-def photo_reranker(benchmark: Benchmark, describer: Describer, config: EvaluateConfig) -> Reranker:
-    """A re-ranker that describes the benchmark's photos when it needs them. A broken one is named by its error."""
+def photo_reranker(
+    benchmark: Benchmark,
+    describer: Describer,
+    config: EvaluateConfig,
+    stored: Callable[[int], Tensor] | None = None,
+    stop_margin: float | None = None,
+) -> Reranker:
+    """A re-ranker that describes the benchmark's photos when it needs them. A broken one is named by its error.
 
-    def features(photos: Manifest, image_id: int) -> Tensor:
-        url = photos.url(image_id)
-        try:
-            pixels = images.load(url, config.model.image_size_px)
-        except images.BrokenImageError as error:
-            raise images.BrokenImageError(f"{url}: {error}") from error
-        return describer.dense_features(pixels)
+    `stored` reads a database photo's features (L, D) from a store instead; without it a run with
+    rerank.dense_features=store rounds them as the store would. `stop_margin` is what rerank.adaptive stops at.
+    """
+    settings, device, num_threads = config.rerank, describer.device, config.rerank.num_loading_threads
+
+    def described(photos: Manifest, cache: FeatureCache | None = None) -> Features:
+        def embedded(pixels: NDArray[np.uint8]) -> Tensor:
+            features = describer.embedded(pixels)
+            return as_stored(features, settings.stored_as) if is_rounded else features
+
+        is_rounded = photos is benchmark.database and settings.dense_features is DenseFeatures.store
+        load = partial(_pixels, photos, config)
+        return PhotoFeatures(load, embedded, device=device, num_threads=num_threads, cache=cache)
+
+    def to_device(features: Tensor) -> Tensor:
+        return features.to(device, non_blocking=True)
 
     return Reranker(
         describer.model,
-        batch_size=config.rerank.batch_size,
-        query_features=partial(features, benchmark.queries),
-        database_features=partial(features, benchmark.database),
-        cache=FeatureCache(int(config.rerank.cache_gib * 2**30)),
+        batch_size=settings.batch_size,
+        query_features=described(benchmark.queries),
+        database_features=described(benchmark.database, _cache(settings, device))
+        if stored is None
+        else PhotoFeatures(stored, to_device, device=device, num_threads=num_threads),
+        second_direction=settings.second_direction,
+        stop_margin=stop_margin,
     )
+
+
+def _pixels(photos: Manifest, config: EvaluateConfig, image_id: int) -> NDArray[np.uint8]:
+    """(S, S, 3) uint8."""
+    url = photos.url(image_id)
+    try:
+        return images.load(url, config.model.image_size_px, scaled_decoding=config.model.scaled_decoding)
+    except images.BrokenImageError as error:
+        raise images.BrokenImageError(f"{url}: {error}") from error
+
+
+def _cache(settings: RerankConfig, device: torch.device) -> FeatureCache | None:
+    """What an actor keeps from unit to unit; on a GPU first there, then in the machine's memory."""
+    if settings.dense_features is not DenseFeatures.cache:
+        return None
+    in_memory = FeatureCache(int(settings.cache_gib * 2**30))
+    return in_memory if device.type == "cpu" else FeatureCache(int(settings.gpu_cache_gib * 2**30), behind=in_memory)
 
 
 def answers(

@@ -1,13 +1,14 @@
 """Re-ranking: score the candidates of a query pair by pair, best first. Needs torch alone.
 
-L patches, C encoder width, K candidates.
+L patches, D decoder width, K candidates. A direction is which image of a pair comes first.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -15,12 +16,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pairvpr.errors import UserError
+from pairvpr.models.pair_scorer import ALL_REUSE, Memory, PairScorer, Reuse
 from pairvpr.models.pair_vpr import PairVPR
+from pairvpr.retrieval.early_stop import margin
+
+Features: TypeAlias = Callable[[Sequence[int]], Iterator[Tensor]]
+"""`PairVPR.embed`'s output (L, D) of photos, in the order of their ids, on the model's device."""
+
+QUERY_FIRST, CANDIDATE_FIRST = 0, 1
+MOST_QUERIES_OF_A_HUB = 1000
+"""A photo that more queries have among their candidates tells little about which of them are neighbours."""
 
 
 @dataclass(frozen=True)
 class Reranked:
-    """A query's candidates after re-ranking: ids (K,) int64 and summed pair logits (K,) float32, best first."""
+    """A query's candidates after re-ranking: ids (K,) int64 and pair scores (K,) float32, best first.
+
+    A score is the sum of both directions' logits; of a candidate that was scored with the query first alone, twice
+    that logit; of one that was not scored, minus infinity.
+    """
 
     query_id: int
     ids: NDArray[np.int64]
@@ -36,44 +50,48 @@ class WorkUnit:
 
 
 def work_units(candidates: Mapping[int, Sequence[int]], queries_per_unit: int) -> list[WorkUnit]:
-    """Consecutive queries cut into units; which queries share one depends on their order alone."""
-    query_ids = list(candidates)
-    return [
-        WorkUnit(unit, {query_id: candidates[query_id] for query_id in query_ids[first : first + queries_per_unit]})
-        for unit, first in enumerate(range(0, len(query_ids), queries_per_unit))
-    ]
+    """Queries that share candidates in one unit, and units that share some behind one another.
 
-
-class FeatureCache:
-    """Dense features by key, the least recently used dropped beyond `capacity_bytes`."""
-
-    def __init__(self, capacity_bytes: int) -> None:
-        self.capacity_bytes = capacity_bytes
-        self.used_bytes = 0
-        self._features: OrderedDict[Hashable, Tensor] = OrderedDict()
-
-    def get(self, key: Hashable) -> Tensor | None:
-        """The features kept for `key`, if any."""
-        if key in self._features:
-            self._features.move_to_end(key)
-        return self._features.get(key)
-
-    def put(self, key: Hashable, features: Tensor) -> None:
-        """Keep features; those of one key never change. Too large ones are not kept."""
-        if key in self._features or features.nbytes > self.capacity_bytes:
-            return
-        self._features[key] = features
-        self.used_bytes += features.nbytes
-        while self.used_bytes > self.capacity_bytes:
-            _, dropped = self._features.popitem(last=False)
-            self.used_bytes -= dropped.nbytes
+    A unit begins with the query that shares most candidates with the unit before, and takes, one by one, the query
+    that shares most with what it has; the earliest of equals, and the earliest left where none shares any.
+    """
+    queries_of: dict[int, list[int]] = {}
+    for query_id, image_ids in candidates.items():
+        for image_id in set(image_ids):
+            queries_of.setdefault(image_id, []).append(query_id)
+    rank = {query_id: number for number, query_id in enumerate(candidates)}
+    left = dict.fromkeys(candidates)
+    units: list[WorkUnit] = []
+    shared: Counter[int] = Counter()
+    while left:
+        unit: dict[int, Sequence[int]] = {}
+        known: set[int] = set()
+        while left and len(unit) < queries_per_unit:
+            chosen = min(shared, key=lambda query_id: (-shared[query_id], rank[query_id]), default=None)
+            if chosen is None:
+                chosen = next(iter(left))
+            if not unit:
+                shared = Counter()  # from here on, with this unit
+            unit[chosen] = candidates[chosen]
+            del left[chosen]
+            new = set(candidates[chosen]) - known
+            known |= new
+            for image_id in new:
+                neighbours = queries_of[image_id]
+                if len(neighbours) <= MOST_QUERIES_OF_A_HUB:
+                    shared.update(query_id for query_id in neighbours if query_id in left)
+            shared.pop(chosen, None)
+        units.append(WorkUnit(len(units), unit))
+    return units
 
 
 class Reranker:
     """Scores work units.
 
-    `query_features` and `database_features` give a photo's dense features (L, C) on the model's device. Each is
-    called at most once for a photo in a unit, and not at all for what `cache` still has from earlier units.
+    `query_features` and `database_features` give what the decoder reads of photos; each is asked once for a photo in
+    a unit, and once more for those that are scored the other way round later. `second_direction` is how many
+    candidates of a query, those that look best with the query first, are scored the other way round (None: all).
+    With `stop_margin` a query's candidates are scored `batch_size` at a time, until its margin is as large.
     """
 
     def __init__(
@@ -81,52 +99,155 @@ class Reranker:
         model: PairVPR,
         *,
         batch_size: int,
-        query_features: Callable[[int], Tensor],
-        database_features: Callable[[int], Tensor],
-        cache: FeatureCache,
+        query_features: Features,
+        database_features: Features,
+        second_direction: int | None = None,
+        stop_margin: float | None = None,
+        reuse: Reuse = ALL_REUSE,
     ) -> None:
         self.model = model
         self.batch_size = batch_size
-        self.cache = cache
+        self.second_direction = second_direction
+        self.stop_margin = stop_margin
+        self._scorer = PairScorer(model, reuse)
         self._query_features = query_features
         self._database_features = database_features
 
     @torch.inference_mode()
     def rerank(self, unit: WorkUnit) -> list[Reranked]:
         """Every query of the unit, in its order."""
-        uses_left = Counter(image_id for candidates in unit.candidates.values() for image_id in candidates)
-        features: dict[int, Tensor] = {}
-        answers = []
-        for query_id, candidates in unit.candidates.items():
-            for image_id in candidates:
-                if image_id not in features:
-                    features[image_id] = self._cached(image_id)
-            scores = self._score(self._query_features(query_id), [features[image_id] for image_id in candidates])
-            answers.append(_sorted(query_id, candidates, scores))
-            uses_left.subtract(candidates)
-            features = {image_id: dense for image_id, dense in features.items() if uses_left[image_id]}
-        return answers
+        asked = [query_id for query_id, candidates in unit.candidates.items() if len(candidates)]
+        scores = {query_id: np.empty(0, np.float32) for query_id in unit.candidates}
+        if asked:
+            embedded = torch.stack(list(self._query_features(asked)))
+            queries = _Queries(self._scorer.as_first(embedded), self._scorer.as_memory(embedded, keep=True))
+            scores |= self._scores({query_id: unit.candidates[query_id] for query_id in asked}, queries)
+        return [_sorted(query_id, unit.candidates[query_id], its) for query_id, its in scores.items()]
 
-    def _cached(self, image_id: int) -> Tensor:
-        features = self.cache.get(image_id)
-        if features is None:
-            features = self._database_features(image_id)
-            self.cache.put(image_id, features)
-        return features
+    def _scores(self, candidates: Mapping[int, Sequence[int]], queries: _Queries) -> dict[int, NDArray[np.float32]]:
+        """Pair scores (K,) of every query, in retrieval order."""
+        pairs = [
+            _Pair(row, place, image_id)
+            for row, ids in enumerate(candidates.values())
+            for place, image_id in enumerate(ids)
+        ]
+        logits = [np.full((2, len(ids)), -np.inf, np.float32) for ids in candidates.values()]
+        if self.stop_margin is not None:
+            self._score_in_rounds(pairs, queries, logits, self.stop_margin)
+        elif self.second_direction is not None:
+            self._score(pairs, queries, logits, (QUERY_FIRST,))
+            best = [_best(its[QUERY_FIRST], self.second_direction) for its in logits]
+            self._score([pair for pair in pairs if pair.place in best[pair.row]], queries, logits, (CANDIDATE_FIRST,))
+        else:
+            self._score(pairs, queries, logits, (QUERY_FIRST, CANDIDATE_FIRST))
+        return {query_id: _sums(its) for query_id, its in zip(candidates, logits, strict=True)}
 
-    def _score(self, query: Tensor, candidates: Sequence[Tensor]) -> NDArray[np.float32]:
-        """Summed logits (K,) of both directions; forward passes hold `batch_size` pairs in retrieval order."""
-        scores = [np.empty(0, np.float32)]
-        for first in range(0, len(candidates), self.batch_size):
-            batch = torch.stack(list(candidates[first : first + self.batch_size]))
-            scores.append(self.model.score_pairs(query.expand_as(batch), batch).cpu().numpy())
-        found = np.concatenate(scores)
-        if not np.isfinite(found).all():
-            raise UserError(
-                f"pair scores are not finite at model.precision={self.model.config.precision}; expected sound weights, "
-                "and fp32 or bf16, which can't overflow"
-            )
-        return found
+    def _score_in_rounds(
+        self, pairs: Sequence[_Pair], queries: _Queries, logits: Sequence[NDArray[np.float32]], stop_margin: float
+    ) -> None:
+        """`batch_size` candidates of each query at a time, of those whose margin is not large enough yet."""
+        is_left = [True] * len(logits)
+        for first in range(0, max(its.shape[1] for its in logits), self.batch_size):
+            places = range(first, first + self.batch_size)
+            some = [pair for pair in pairs if pair.place in places and is_left[pair.row]]
+            self._score(some, queries, logits, (QUERY_FIRST, CANDIDATE_FIRST))
+            is_left = [
+                left and its.shape[1] > places.stop and margin(_sums(its)[: places.stop]) < stop_margin
+                for left, its in zip(is_left, logits, strict=True)
+            ]
+
+    def _score(
+        self,
+        pairs: Sequence[_Pair],
+        queries: _Queries,
+        logits: Sequence[NDArray[np.float32]],
+        directions: Sequence[int],
+    ) -> None:
+        """Fill in the logits (2, K) of these pairs, in these directions.
+
+        A forward pass holds all pairs of some candidates, up to `batch_size` of them: a candidate's part is then
+        computed once for all queries that have it. Results stay on the device until the end, so that it never waits.
+        """
+        found: list[Tensor] = []
+        batches = _batches(pairs, self.batch_size)
+        image_ids = list(dict.fromkeys(pair.image_id for batch in batches for pair in batch))
+        features = iter(zip(image_ids, self._database_features(image_ids), strict=True))
+        held: dict[int, Tensor] = {}
+        for batch in batches:
+            needed = list(dict.fromkeys(pair.image_id for pair in batch))
+            held = {image_id: held[image_id] for image_id in needed if image_id in held}
+            held |= (next(features) for _ in range(len(needed) - len(held)))
+            found.append(self._logits(batch, torch.stack([held[image_id] for image_id in needed]), queries, directions))
+        for pair, its in zip((pair for batch in batches for pair in batch), _checked(found, self.model), strict=True):
+            logits[pair.row][list(directions), pair.place] = its
+
+    def _logits(self, batch: Sequence[_Pair], embedded: Tensor, queries: _Queries, directions: Sequence[int]) -> Tensor:
+        """Logits (B, directions) of one forward pass; `embedded` (n, L, D) are its candidates, in order."""
+        image_ids = list(dict.fromkeys(pair.image_id for pair in batch))
+        candidate_of = torch.tensor([image_ids.index(pair.image_id) for pair in batch], device=embedded.device)
+        query_of = torch.tensor([pair.row for pair in batch], device=embedded.device)
+        scorer, found = self._scorer, []
+        if QUERY_FIRST in directions:
+            memory = scorer.as_memory(embedded, keep=False)
+            found.append(scorer.logits(queries.first, query_of, memory, candidate_of))
+        if CANDIDATE_FIRST in directions:
+            found.append(scorer.logits(scorer.as_first(embedded), candidate_of, queries.memory, query_of))
+        return torch.stack(found, dim=1)
+
+
+@dataclass(frozen=True)
+class _Queries:
+    """The unit's queries, each of its rows by the query's place in the unit: as first images, and as memories."""
+
+    first: Tensor
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The query in a row of the unit, and what stands in a place of its candidates."""
+
+    row: int
+    place: int
+    image_id: int
+
+
+def _batches(pairs: Sequence[_Pair], batch_size: int) -> list[list[_Pair]]:
+    """Pairs cut into forward passes: candidate by candidate, none of them torn apart that fits into one pass."""
+    of_image: dict[int, list[_Pair]] = {}
+    for pair in pairs:
+        of_image.setdefault(pair.image_id, []).append(pair)
+    batches: list[list[_Pair]] = []
+    for its in of_image.values():
+        for first in range(0, len(its), batch_size):
+            piece = its[first : first + batch_size]
+            if batches and len(batches[-1]) + len(piece) <= batch_size:
+                batches[-1].extend(piece)
+            else:
+                batches.append(piece)
+    return batches
+
+
+def _checked(found: Sequence[Tensor], model: PairVPR) -> NDArray[np.float32]:
+    """Logits (pairs, directions), which must be numbers."""
+    logits = torch.cat(list(found)).cpu().numpy() if found else np.empty((0, 1), np.float32)
+    if not np.isfinite(logits).all():
+        raise UserError(
+            f"pair scores are not finite at model.precision={model.config.precision}; expected sound weights, "
+            "and fp32 or bf16, which can't overflow"
+        )
+    return logits
+
+
+def _best(logits: NDArray[np.float32], number: int) -> set[int]:
+    """Places of the highest logits, the first ones of equals."""
+    return set(np.argsort(-logits, kind="stable")[:number].tolist())
+
+
+def _sums(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(2, K) -> pair scores (K,); where only one direction was scored it stands for the other, too."""
+    is_half = np.isneginf(logits[CANDIDATE_FIRST])
+    return logits[QUERY_FIRST] + np.where(is_half, logits[QUERY_FIRST], logits[CANDIDATE_FIRST])
 
 
 def _sorted(query_id: int, candidates: Sequence[int], scores: NDArray[np.float32]) -> Reranked:

@@ -39,3 +39,11 @@ def expected(city: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """predictions.parquet of the city from the pipeline without Ray."""
     folder = tmp_path_factory.mktemp("expected")
     return single_machine_predictions(arguments(city, folder / "unused"), folder / "predictions.parquet")
+
+
+@pytest.fixture(scope="session")
+def expected_one_by_one(city: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The same with a unit for each query, whose pairs then share other forward passes."""
+    folder = tmp_path_factory.mktemp("expected")
+    line = arguments(city, folder / "unused", "rerank.queries_per_unit=1")
+    return single_machine_predictions(line, folder / "predictions.parquet")

@@ -14,7 +14,8 @@ from tests.support.runs import run_job, single_machine_predictions
 from tests.support.shared import SHARED, needs_shared, parity_arrays, weights_of
 
 pytestmark = needs_shared
-TOLERANCE = 1e-4
+TOLERANCE, STORED_TOLERANCE = 1e-4, 2e-4
+ONE_PHOTO_GIB = 49 * 48 * 4 / 2**30
 
 
 @pytest.fixture(scope="module")
@@ -46,19 +47,35 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
 
 
-def _check_predictions(file: Path) -> None:
+def _check_predictions(file: Path, tolerance: float = TOLERANCE) -> None:
     published = parity_arrays("corridor_evaluation")
     rows = pq.read_table(file).to_pylist()
     np.testing.assert_array_equal([row["candidates"][:20] for row in rows], published["candidates"])
     np.testing.assert_array_equal([row["reranked"] for row in rows], published["reranked"])
-    for name, width in (("squared_distances", 20), ("pair_scores", 10)):
+    for name, width, allowed in (("squared_distances", 20, TOLERANCE), ("pair_scores", 10, tolerance)):
         computed = np.array([row[name][:width] for row in rows])
-        np.testing.assert_allclose(computed, published[name], rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(computed, published[name], rtol=0, atol=allowed)
 
 
-def test_single_machine(line: list[str], tmp_path: Path) -> None:
-    single_machine_predictions([*line, f"output={tmp_path}/unused"], tmp_path / "predictions.parquet")
-    _check_predictions(tmp_path / "predictions.parquet")
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        (["rerank.dense_features=cache", f"rerank.cache_gib={ONE_PHOTO_GIB}", "rerank.queries_per_unit=1"], TOLERANCE),
+        (["rerank.dense_features=store"], STORED_TOLERANCE),
+        *(
+            pytest.param(options, TOLERANCE, marks=pytest.mark.soak)
+            for options in (
+                ["rerank.dense_features=recompute", "rerank.batch_size=7"],
+                ["rerank.dense_features=cache", "rerank.num_loading_threads=3"],
+                ["rerank.second_direction=10"],
+            )
+        ),
+    ],
+)
+def test_single_machine(line: list[str], options: list[str], tolerance: float, tmp_path: Path) -> None:
+    """Wherever dense features come from; a store's are rounded to 16 bits."""
+    single_machine_predictions([*line, *options, f"output={tmp_path}/unused"], tmp_path / "predictions.parquet")
+    _check_predictions(tmp_path / "predictions.parquet", tolerance)
 
 
 def test_three_shards_two_actors(line: list[str], tmp_path: Path) -> None:

@@ -11,11 +11,15 @@ import pytest
 
 from pairvpr.config.compose import load, load_evaluations
 from pairvpr.config.schema import BuildIndexConfig, QueryConfig
+from pairvpr.data import storage, toy_city
 from pairvpr.distributed.build import build
-from pairvpr.distributed.evaluate import evaluate
+from pairvpr.distributed.evaluate import evaluate, prepare
 from pairvpr.distributed.parts import Parts
 from pairvpr.distributed.query import query
+from pairvpr.errors import UserError
+from pairvpr.evaluation.confidence import Calibration
 from pairvpr.index.manifest import read_manifest
+from pairvpr.retrieval.early_stop import stopped_after
 from tests.support.runs import arguments, draw_city, single_machine_predictions
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -55,6 +59,63 @@ def test_parts_of_several_batches_and_two_threads(city: Path, tmp_path: Path) ->
     assert parts.photos_per_part >= 2 * config.describe.batch_size
     evaluate([config])
     assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected
+
+
+def test_stopping_early_and_confidence(city: Path, expected: bytes, tmp_path: Path) -> None:
+    """About half of the queries stop after their first round of 4 of 10; a plain loop over the full run says which."""
+    (tmp_path / "full.parquet").write_bytes(expected)
+    full = []
+    for row in pq.read_table(tmp_path / "full.parquet").to_pylist():
+        score_of = dict(zip(row["reranked"], row["pair_scores"], strict=True))
+        full.append(np.array([score_of[image_id] for image_id in row["candidates"][: len(score_of)]], np.float32))
+    best = sorted(float(scores[:4].max()) for scores in full if len(scores))
+    stop_margin = (best[len(best) // 2 - 1] + best[len(best) // 2]) / 2
+    (plain,) = prepare(load_evaluations(arguments(city, tmp_path / "out")))
+    calibration = Calibration(
+        benchmark="made_up",
+        num_queries=50,
+        num_candidates=10,
+        model=plain.index_settings()["model"],
+        temperature=0.5,
+        midpoint=stop_margin,
+        round_size=4,
+        stop_margin=stop_margin,
+    )
+    storage.write_json(f"{tmp_path}/calibration.json", calibration.content())
+    its = (f"calibration={tmp_path}/calibration.json", "adaptive=true", "not_in_map_below=0.5")
+    line = arguments(city, tmp_path / "out", *(f"rerank.{setting}" for setting in its))
+    single = single_machine_predictions(line, tmp_path / "expected.parquet")
+    (content,) = evaluate(load_evaluations(line))
+    assert (tmp_path / "out" / "predictions.parquet").read_bytes() == single
+
+    rows = pq.read_table(tmp_path / "out" / "predictions.parquet").to_pylist()
+    scored = [int(np.isfinite(row["pair_scores"]).sum()) for row in rows]
+    assert scored == [stopped_after(scores, 4, stop_margin) for scores in full]
+    assert {4, 10} <= set(scored)
+    assert content["scored_per_query"] == np.mean([number for number in scored if number])
+    for row, number in zip(rows, scored, strict=True):
+        assert row["reranked"][number:] == row["candidates"][number : len(row["reranked"])]
+        assert row["in_map"] == (row["pair_scores"][0] >= stop_margin if number else None)
+    assert content["confidence"]["num_in_map"] == sum(row["in_map"] is True for row in rows)
+
+
+def test_scaled_decoding(tmp_path: Path) -> None:
+    """Photos large enough for it: described and re-ranked at a scale, here and there."""
+    for part, photos in (
+        ("database", toy_city.database_photos(seed=3, num_places=4, photos_per_place=2)),
+        ("queries", toy_city.query_photos(seed=3, num_places=2)),
+    ):
+        (tmp_path / part).mkdir()
+        for photo in photos:
+            toy_city.draw(photo, width_px=320, height_px=240).save(tmp_path / part / photo.path, quality=85)
+    line = arguments(tmp_path, tmp_path / "out", "model.scaled_decoding=true", "rerank.num_candidates=4")
+    expected = single_machine_predictions(line, tmp_path / "expected.parquet")
+    (content,) = evaluate(load_evaluations(line))
+    assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected
+    assert content["model"]["scaled_decoding"] is True
+    (whole,) = load_evaluations([*line, "model.scaled_decoding=false"])
+    with pytest.raises(UserError, match=r"model\.scaled_decoding True there, absent now"):
+        evaluate([whole])
 
 
 def test_ties_and_rejects_are_in_the_test_data(expected: bytes, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_driver_killed_and_run_again(city: Path, expected: bytes, tmp_path: Path
     wait_gone(children)
 
 
-def test_reranking_actor_killed(city: Path, expected: bytes, tmp_path: Path) -> None:
+def test_reranking_actor_killed(city: Path, expected_one_by_one: bytes, tmp_path: Path) -> None:
     line = arguments(city, tmp_path / "out", "rerank.num_actors=2", "rerank.queries_per_unit=1")
     driver = start_job("evaluate", line)
     wait_until(lambda: any((tmp_path / "out").glob("reranked/*.parquet")), "the first unit")
@@ -56,7 +56,7 @@ def test_reranking_actor_killed(city: Path, expected: bytes, tmp_path: Path) -> 
     assert driver.returncode == 0, err
     assert "an actor died" in err
     assert "recall@N" in out
-    assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected
+    assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected_one_by_one
 
 
 def _command(process: psutil.Process) -> list[str]:

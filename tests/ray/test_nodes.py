@@ -55,7 +55,7 @@ def nodes() -> Iterator[tuple[Cluster, list[Any]]]:
     "moment", [pytest.param("never", marks=pytest.mark.soak), "index/parts/*.npz", "reranked/*.parquet"]
 )
 def test_node_removed(
-    city: Path, expected: bytes, tmp_path: Path, nodes: tuple[Cluster, list[Any]], moment: str
+    city: Path, expected_one_by_one: bytes, tmp_path: Path, nodes: tuple[Cluster, list[Any]], moment: str
 ) -> None:
     cluster, workers = nodes
     line = arguments(
@@ -72,7 +72,7 @@ def test_node_removed(
         cluster.remove_node(workers[0], allow_graceful=False)
     _, err = driver.communicate(timeout=300)
     assert driver.returncode == 0, err
-    assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected
+    assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected_one_by_one
 
 
 @pytest.mark.soak

@@ -113,6 +113,22 @@ def test_an_index_lives_on_a_store_that_fails_one_request_in_ten(
     assert pq.read_table(local.predictions).num_rows == 13
 
 
+@pytest.mark.soak
+def test_dense_features_lie_on_a_store_that_fails_one_request_in_ten(
+    city: Path, tmp_path: Path, swift: SwiftServer
+) -> None:
+    settings = ["rerank.dense_features=store", "rerank.store_path=s3://city/dense", "rerank.num_actors=1"]
+    line = arguments(city, tmp_path / "out", *settings)
+    expected = single_machine_predictions(line, tmp_path / "expected.parquet")
+    with running_flaky_proxy(swift.endpoint_url, 0.1, seed=0) as proxy:
+        environment = swift.environment | {"AWS_ENDPOINT_URL": proxy.endpoint_url}
+        done = run_job("evaluate", line, **environment)
+        assert done.returncode == 0, done.stderr
+        assert sum(proxy.failures.values()) > 0
+    assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected
+    assert _filesystem(swift).exists("city/dense/manifest.json")
+
+
 class _Living:
     """Command lines of an index that is built, updated and asked."""
 

@@ -16,6 +16,7 @@ import torch
 from pairvpr.config.compose import load_evaluations
 from pairvpr.data import toy_city
 from pairvpr.data.benchmarks import load_benchmark
+from pairvpr.evaluation.confidence import Judge, read_calibration
 from pairvpr.evaluation.predictions import predictions_table, write_predictions
 from pairvpr.models.weights import build_model, load_weights
 from pairvpr.retrieval import pipeline
@@ -83,7 +84,12 @@ def write_single_machine(file: str, line: Sequence[str]) -> None:
     config = load_evaluations(line)[0]
     benchmark = load_benchmark(config.benchmark, config.output)
     model = build_model(config.model, load_weights(config.model), torch.device("cpu"))
-    write_predictions(file, predictions_table(benchmark, pipeline.run(benchmark, model, config)))
+    judge, stop_margin = None, None
+    if config.rerank.calibration is not None:
+        found = read_calibration(config.rerank.calibration)
+        judge = Judge(found.temperature, found.midpoint, config.rerank.not_in_map_below)
+        stop_margin = found.stop_margin if config.rerank.adaptive else None
+    write_predictions(file, predictions_table(benchmark, pipeline.run(benchmark, model, config, stop_margin), judge))
 
 
 def start_job(job: str, line: Sequence[str], **environment: str) -> subprocess.Popen[str]:

@@ -26,6 +26,7 @@ from pairvpr.config.benchmark_schema import (
 from pairvpr.config.compose import JOBS, help_text, load, load_evaluations
 from pairvpr.config.schema import (
     BuildIndexConfig,
+    CalibrateConfig,
     CheckBenchmarkConfig,
     EvaluateConfig,
     PlanConfig,
@@ -100,6 +101,16 @@ def test_values_reach_their_fields_with_their_types() -> None:
     assert (config.index.path, config.output, config.model.weights) == ("s3://bucket/index", "a b=c", "/w.pth")
 
 
+def test_a_margin_is_for_pairs_scored_both_ways() -> None:
+    message = mistake(*TOY, "rerank.calibration=/c", "rerank.adaptive=true", "rerank.second_direction=5")
+    assert message.startswith("rerank.adaptive=true, rerank.second_direction=5: expected one of them")
+
+
+def test_a_search_of_checkpoints_has_no_calibration() -> None:
+    with pytest.raises(UserError, match=r"^rerank\.calibration=/c: it is one network's, checkpoints are many"):
+        load(SearchCheckpointsConfig, [*TOY, "checkpoints=/k", "rerank.calibration=/c"])
+
+
 def test_the_last_of_two_equal_keys_wins() -> None:
     assert evaluation("rerank.batch_size=3", "rerank.batch_size=4").rerank.batch_size == 4
 
@@ -141,6 +152,10 @@ def test_the_last_of_two_equal_keys_wins() -> None:
         ("rerank.batch_size=0", ["rerank.batch_size=0: expected a number above 0"]),
         ("rerank.cache_gib=-1", ["rerank.cache_gib=-1.0: expected 0 or more"]),
         ("rerank.cache_gib=nan", ["rerank.cache_gib=nan"]),
+        ("rerank.adaptive=true", ["rerank.adaptive is set without rerank.calibration", "ray_jobs.calibrate"]),
+        ("rerank.not_in_map_below=0.5", ["rerank.not_in_map_below is set without rerank.calibration"]),
+        ("rerank.not_in_map_below=1.5", ["rerank.not_in_map_below=1.5: expected a probability, 0 to 1"]),
+        ("rerank.not_in_map_below=nan", ["rerank.not_in_map_below=nan: expected a probability, 0 to 1"]),
         ("index.num_shards=0", ["index.num_shards=0: expected a number above 0"]),
         ("index.num_retrieved=-5", ["index.num_retrieved=-5"]),
         ("describe.num_gpus_per_actor=-1", ["describe.num_gpus_per_actor=-1.0: expected 0 or more"]),
@@ -406,7 +421,7 @@ def test_help_explains_every_key(job: type) -> None:
     assert set(explained) == expected
     assert [key for key, doc in explained.items() if not doc or " = " in doc.split(" ")[0]] == []
     assert f"usage: python -m ray_jobs.{JOBS[job]} " in lines[0]
-    has_model = job not in (ExportWeightsConfig, CheckBenchmarkConfig)
+    has_model = job not in (ExportWeightsConfig, CheckBenchmarkConfig, CalibrateConfig)
     assert ("  model=  one of tiny, vitb, vitg, vitl, vits" in lines) == has_model
     assert any(line.startswith(f"  {section}=  one of amstertime, ") for line in lines) == has_benchmark
     assert (f"with {section}= pitts250k_test, pitts30k_test, pitts30k_val:" in lines) == has_benchmark

@@ -148,7 +148,7 @@ def test_every_thread_that_describes_has_the_threads_of_the_settings(monkeypatch
     describer = Describer(model, wanted)
     pixels = np.zeros((1, 28, 28, 3), np.uint8)
     try:
-        for call in (lambda: describer.descriptors(pixels), lambda: describer.dense_features(pixels[0])):
+        for call in (lambda: describer.descriptors(pixels), lambda: describer.embedded(pixels[0])):
             torch.set_num_threads(before)
             thread = threading.Thread(target=call)
             thread.start()

@@ -34,6 +34,7 @@ from pairvpr.distributed.build import build
 from pairvpr.distributed.evaluate import Run, evaluate, prepare
 from pairvpr.distributed.query import query
 from pairvpr.errors import IncompleteRunError, UserError
+from pairvpr.evaluation.confidence import Calibration, Judge
 from pairvpr.index import make
 from pairvpr.index.manifest import StoredFile, commit
 from ray_jobs import command
@@ -104,6 +105,28 @@ def test_a_finished_index_is_taken(config: EvaluateConfig, has_settings: bool) -
     assert prepare([config])[0].settings() == run.settings()
 
 
+def test_scaled_photos_are_another_index_and_settings_without_the_key_mean_whole_ones(config: EvaluateConfig) -> None:
+    (run,) = prepare([config])
+    assert "scaled_decoding" not in run.settings()["model"]  # as it was before there was such a setting
+    finish_index(run)
+    scaled = replace(config, model=replace(config.model, scaled_decoding=True))
+    assert "model.scaled_decoding absent there, True now" in mistake(lambda: prepare([scaled]))
+    storage.remove_tree(run.index)
+    (run,) = prepare([scaled])
+    finish_index(run)
+    assert prepare([scaled])[0].settings() == run.settings()
+    assert "model.scaled_decoding True there, absent now" in mistake(lambda: prepare([config]))
+    queries = QueryConfig(
+        queries=f"{run.output}/../queries",
+        output=f"{run.output}/answers",
+        model=config.model,
+        describe=config.describe,
+        index=OpenIndexConfig(path=run.index),
+        rerank=config.rerank,
+    )
+    assert "model.scaled_decoding True there, absent now" in mistake(lambda: query(queries))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -139,6 +162,90 @@ def test_what_is_reported_does_not_keep_a_run_from_being_resumed(config: Evaluat
     claim(run.output, run.settings(), "output")
     (again,) = prepare([replace(config, rerank=replace(config.rerank, report_candidates=[1, 3]))])
     assert again.settings() == run.settings()
+
+
+def calibrated(config: EvaluateConfig, folder: Path, **settings: Any) -> EvaluateConfig:
+    """The run with a calibration file of its own network; `settings` of the re-ranking."""
+    model = prepare([config])[0].index_settings()["model"]
+    found = Calibration(
+        benchmark="made_up",
+        num_queries=50,
+        num_candidates=10,
+        model=model,
+        temperature=1.5,
+        midpoint=0.25,
+        round_size=3,
+        stop_margin=0.75,
+    )
+    storage.write_json(f"{folder}/calibration.json", found.content())
+    return replace(config, rerank=replace(config.rerank, calibration=f"{folder}/calibration.json", **settings))
+
+
+def change(file: str, **changes: Any) -> None:
+    storage.write_json(file, storage.read_json(file) | changes)
+
+
+def test_a_calibration_is_part_of_the_settings_and_its_absence_is_not(config: EvaluateConfig, tmp_path: Path) -> None:
+    """An output directory of before is resumed; with another calibration, or none, it is another run."""
+    (plain,) = prepare([config])
+    assert set(plain.settings()["rerank"]) == {
+        *("num_candidates", "batch_size", "queries_per_unit", "num_threads_per_actor")
+    }
+    asked = calibrated(config, tmp_path, adaptive=True, not_in_map_below=0.5)
+    (run,) = prepare([asked])
+    used = {"temperature": 1.5, "midpoint": 0.25, "not_in_map_below": 0.5, "stop_margin": 0.75}
+    assert run.settings()["rerank"] == plain.settings()["rerank"] | used
+    assert (run.stop_margin, run.judge) == (0.75, Judge(1.5, 0.25, 0.5))
+    (sure,) = prepare([calibrated(config, tmp_path)])
+    assert sure.settings()["rerank"] == plain.settings()["rerank"] | {"temperature": 1.5, "midpoint": 0.25}
+    assert sure.stop_margin is None
+
+    claim(run.output, run.settings(), "output")
+    prepare([asked])
+    assert "rerank.stop_margin 0.75 there, absent now" in mistake(lambda: prepare([config]))
+    change(f"{tmp_path}/calibration.json", temperature=2.0)
+    assert "rerank.temperature 1.5 there, 2.0 now" in mistake(lambda: prepare([asked]))
+
+
+@pytest.mark.usefixtures("no_ray")
+@pytest.mark.parametrize(
+    ("changes", "words", "before_weights"),
+    [
+        ({"round_size": 16}, "holds for rounds of 16 pairs, rerank.batch_size is 3; expected the same", True),
+        ({"stop_margin": None}, "has no margin to stop at", True),
+        ({"format_version": 9}, "format version 9; expected 1", True),
+        ({"model": {"name": "vitb"}}, "model.descriptor_dim absent there, 16 now; ", True),
+        ({"weights": "cd" * 32}, f"made with another network: model.{WEIGHTS_SHA256} cdcd", False),
+    ],
+)
+def test_a_calibration_that_does_not_fit_is_refused(
+    config: EvaluateConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    words: str,
+    before_weights: bool,
+) -> None:
+    asked = calibrated(config, tmp_path, adaptive=True)
+    if "weights" in changes:
+        model = storage.read_json(f"{tmp_path}/calibration.json")["model"]
+        changes = {"model": model | {WEIGHTS_SHA256: changes["weights"]}}
+    change(f"{tmp_path}/calibration.json", **changes)
+    write_index(
+        f"{tmp_path}/answered", [], np.eye(3, 16, dtype=np.float32), images=folder_manifest(f"{tmp_path}/database", "")
+    )
+    question = QueryConfig(
+        queries=f"{tmp_path}/queries",
+        output=f"{tmp_path}/answers",
+        model=config.model,
+        index=OpenIndexConfig(path=f"{tmp_path}/answered"),
+        rerank=asked.rerank,
+    )
+    if before_weights:
+        monkeypatch.setattr(steps, "load_weights", lambda _: pytest.fail("weights were loaded"))
+        assert words in mistake(lambda: query(question))
+    assert words in mistake(lambda: evaluate([asked]))
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_ground_truth_is_another_run(config: EvaluateConfig, tmp_path: Path) -> None:

@@ -126,6 +126,89 @@ def test_an_oblong_jpeg_comes_out_upright(orientation: int) -> None:
     assert np.abs(decoded - pillow_resize(Image.fromarray(upright), 16)).max() <= 12
 
 
+def scaled(data: bytes, denominator: int, side: int) -> NDArray[np.uint8]:
+    """A JPEG as libjpeg decodes it at 1/1, 1/2, 1/4 or 1/8 of its size, not upright, resized as Pillow's thumbnails."""
+    with Image.open(io.BytesIO(data)) as image:
+        width, height = image.size
+        image.draft(None, (width // denominator, height // denominator))
+        image.load()
+        assert image.size == (-(-width // denominator), -(-height // denominator))
+        part = (0, 0, width / denominator, height / denominator)
+        return np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR, box=part))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "denominator"),
+    [
+        (63, 200, 1),
+        (64, 200, 2),
+        (200, 64, 2),
+        (127, 300, 2),
+        (128, 128, 4),
+        (255, 301, 4),
+        (256, 257, 8),
+        (600, 900, 8),
+    ],
+)
+def test_scaled_decoding_keeps_twice_the_networks_side(height: int, width: int, denominator: int) -> None:
+    data = encoded(Image.fromarray(colourful(height, width)), "JPEG", quality=85)
+    expected = scaled(data, denominator, 16)
+    np.testing.assert_array_equal(images.decode(data, 16, scaled_decoding=True), expected)
+    whole = images.decode(data, 16)
+    assert np.array_equal(whole, expected) == (denominator == 1)
+    assert np.abs(whole.astype(int) - expected).max() <= 8
+
+
+@pytest.mark.parametrize("options", [{"progressive": True}, {"subsampling": 0}, {"quality": 30}])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpegs_of_any_kind_are_decoded_at_a_scale(mode: str, options: dict[str, object]) -> None:
+    data = encoded(Image.fromarray(colourful(128, 160)).convert(mode), "JPEG", **options)
+    decoded = images.decode(data, 16, scaled_decoding=True)
+    np.testing.assert_array_equal(decoded, scaled(data, 4, 16))
+
+
+@pytest.mark.parametrize("suffix", ["PNG", "BMP", "WEBP"])
+def test_other_photos_are_decoded_whole(suffix: str) -> None:
+    data = encoded(Image.fromarray(colourful(256, 300)), suffix)
+    np.testing.assert_array_equal(images.decode(data, 16, scaled_decoding=True), images.decode(data, 16))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_small_jpeg_is_decoded_whole_bit_by_bit(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    noise = np.random.default_rng(0).integers(0, 256, (70, 63, 3), np.uint8)
+    data = encoded(Image.fromarray(noise), "JPEG", exif=exif)
+    np.testing.assert_array_equal(images.decode(data, 16, scaled_decoding=True), images.decode(data, 16))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_scaled_decoding_comes_out_upright(orientation: int) -> None:
+    upright = colourful(130, 300)
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright)))
+    data = encoded(stored, "JPEG", exif=exif, quality=95)
+    expected = UPRIGHT[orientation](scaled(data, 4, 16))
+    decoded = images.decode(data, 16, scaled_decoding=True)
+    np.testing.assert_array_equal(decoded, expected)
+    assert np.abs(decoded.astype(int) - pillow_resize(Image.fromarray(upright), 16)).max() <= 12
+
+
+def test_a_jpeg_of_several_pictures_is_decoded_at_a_scale() -> None:
+    first, second = (Image.fromarray(colourful(128, width)) for width in (160, 200))
+    data = encoded(first, "MPO", save_all=True, append_images=[second])
+    decoded = images.decode(data, 16, scaled_decoding=True)
+    np.testing.assert_array_equal(decoded, scaled(data, 4, 16))
+
+
+def test_a_truncated_photo_is_broken_at_any_scale() -> None:
+    data = encoded(Image.fromarray(colourful(256, 256)), "JPEG")
+    for length in (len(data) - 200, len(data) // 2, 12, 3):
+        with pytest.raises(images.BrokenImageError, match=r"\w+: \w+"):
+            images.decode(data[:length], 16, scaled_decoding=True)
+
+
 def test_16_bit_grey_with_an_orientation() -> None:
     levels = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
     exif = Image.Exif()
@@ -155,7 +238,7 @@ def test_damaged_bytes_give_pixels_or_a_reason(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 4))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(images.BrokenImageError):  # and nothing else
-        decoded = images.decode(bytes(damaged), 8)
+        decoded = images.decode(bytes(damaged), 8, scaled_decoding=data.draw(st.booleans()))
         assert (decoded.shape, decoded.dtype) == ((8, 8, 3), np.uint8)
 
 

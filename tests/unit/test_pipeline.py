@@ -10,13 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from pairvpr.config.schema import DenseFeatures
+from pairvpr.data import toy_city
 from pairvpr.data.benchmarks import load_benchmark, prepare_benchmark
 from pairvpr.data.images import BrokenImageError
 from pairvpr.data.manifest import Benchmark, Manifest
 from pairvpr.data.photo_batches import load_batch, num_batches
 from pairvpr.errors import UserError
-from pairvpr.models.pair_vpr import PairVPR
+from pairvpr.models.pair_vpr import PairVPR, normalise
 from pairvpr.retrieval import pipeline
 from pairvpr.retrieval.describe import Describer
 from pairvpr.retrieval.rerank import WorkUnit
@@ -54,6 +57,30 @@ def city(tmp_path_factory: pytest.TempPathFactory) -> Benchmark:
     return benchmark
 
 
+def test_scaled_decoding_is_what_the_network_sees(tmp_path: Path, city: Benchmark, model: PairVPR) -> None:
+    sizes = [(400, 300), (120, 90), (240, 500)]
+    for number, (width_px, height_px) in enumerate(sizes):
+        photo = toy_city.database_photos(seed=0, num_places=1)[number]
+        toy_city.draw(photo, width_px=width_px, height_px=height_px).save(tmp_path / f"{number}.jpg", quality=90)
+    photos, describer = Manifest.of(str(tmp_path), [f"{number}.jpg" for number in range(len(sizes))]), Describer(model)
+    config = small_evaluate_config("unused")
+    scaled = replace(config, model=replace(config.model, scaled_decoding=True))
+    pixels = {}
+    for is_on, settings in ((False, config), (True, scaled)):
+        rows = []
+        for number, denominator in enumerate((4, 1, 4) if is_on else (1, 1, 1)):
+            with Image.open(tmp_path / f"{number}.jpg") as image:
+                image.draft(None, (image.width // denominator, image.height // denominator))
+                rows.append(np.asarray(image.resize((28, 28), Image.Resampling.BILINEAR)))
+        pixels[is_on] = np.stack(rows)
+        found = pipeline.describe(photos, describer, settings)
+        np.testing.assert_array_equal(found.descriptors, describer.descriptors(pixels[is_on]))
+        reranker = pipeline.photo_reranker(replace(city, database=photos), describer, settings)
+        for features, its in zip(reranker._database_features(range(3)), pixels[is_on], strict=True):
+            np.testing.assert_array_equal(features, describer.embedded(its))
+    assert [bool((pixels[True][i] != pixels[False][i]).any()) for i in range(3)] == [True, False, True]
+
+
 def test_candidates_equal_brute_force(city: Benchmark, model: PairVPR) -> None:
     config = small_evaluate_config("unused", num_candidates=5, num_retrieved=10)
     answers = pipeline.run(city, model, config)
@@ -72,10 +99,11 @@ def test_candidates_equal_brute_force(city: Benchmark, model: PairVPR) -> None:
 
 def test_reranking_sorts_the_first_candidates_by_the_plain_networks_scores(city: Benchmark, model: PairVPR) -> None:
     config = small_evaluate_config("unused", num_candidates=5)
-    describer = Describer(model)
 
     def dense(manifest: Manifest, image_id: int) -> torch.Tensor:
-        return describer.dense_features(load_batch(manifest, image_id, 1, 28).pixels[0])[None]
+        pixels = load_batch(manifest, image_id, 1, 28).pixels
+        with torch.no_grad():
+            return model.describe(normalise(torch.from_numpy(pixels)))[1]
 
     for answer in pipeline.run(city, model, config):
         scores = {}
@@ -124,11 +152,12 @@ def test_nothing_readable_gives_empty_answers(tmp_path: Path, city: Benchmark, m
     assert all(len(answer.candidates) == len(answer.reranked) == 0 for answer in answers)
 
 
-def test_the_cache_and_the_units_change_no_bit(city: Benchmark, model: PairVPR) -> None:
+def test_the_cache_changes_no_bit(city: Benchmark, model: PairVPR) -> None:
     results = []
-    for cache_gib, queries_per_unit in ((0.5, 2), (0.0, 1), (3e-6, 4)):
+    for dense_features, cache_gib, num_threads in (("recompute", 0.5, 1), ("cache", 0.5, 1), ("cache", 3e-6, 3)):
         config = small_evaluate_config("unused")
-        config.rerank.cache_gib, config.rerank.queries_per_unit = cache_gib, queries_per_unit
+        config.rerank.dense_features = DenseFeatures(dense_features)
+        config.rerank.cache_gib, config.rerank.num_loading_threads = cache_gib, num_threads
         answers = pipeline.run(city, model, config)
         results.append([(answer.reranked.tobytes(), answer.pair_scores.tobytes()) for answer in answers])
     assert results[0] == results[1] == results[2]

@@ -31,6 +31,7 @@ from pairvpr.index.plan import (
     size_text,
     table,
 )
+from pairvpr.index.plan_dense import DenseRun, DenseWay, dense_table, plan_dense
 
 GIB, TIB, MIB = 2**30, 2**40, 2**20
 SFXL = 2_805_840
@@ -321,7 +322,7 @@ def test_sizes_for_people() -> None:
 
 
 def test_planning_needs_no_faiss_torch_or_ray() -> None:
-    code = "import sys, pairvpr.index.plan; print({'faiss', 'torch', 'ray'} & sys.modules.keys())"
+    code = "import sys, pairvpr.index.plan_dense; print({'faiss', 'torch', 'ray'} & sys.modules.keys())"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
 
@@ -401,3 +402,51 @@ def test_other_machines_must_see_the_photos_of_a_calibration(monkeypatch: pytest
     job._check_shared("s3://bucket/plan.json")
     del nodes[1]
     job._check_shared(None)
+
+
+def dense(num_images: int, num_queries: int, num_candidates: int = 100, images_per_s: float | None = None) -> DenseRun:
+    return plan_dense(num_images, num_queries, num_candidates, VITB, images_per_s)
+
+
+def test_dense_features_of_a_run_by_hand() -> None:
+    """MSLS val with K = 100: 74,000 candidates at most, of 18,871 photos."""
+    made = dense(18_871, 740, images_per_s=100)
+    assert {cost.way: (cost.described_at_most, cost.stored_bytes_at_most) for cost in made.ways} == {
+        DenseWay.recompute: (74_000, 0),
+        DenseWay.cache: (74_000, 0),
+        DenseWay.store: (18_871, 18_871 * 529 * 768 * 2),
+        DenseWay.store_whole_database: (18_871, 18_871 * 529 * 768 * 2),
+    }
+    assert [cost.hours_at_most for cost in made.ways] == pytest.approx([74_000 / 360_000] * 2 + [18_871 / 360_000] * 2)
+    assert made.cheapest is DenseWay.store
+    assert dense(SFXL, 2140).cheapest is DenseWay.cache  # as far as can be told, no photo is asked for twice
+    text = dense_table(made)
+    assert "store                             18,871        0.05   14.28 GiB" in text
+    assert "cheapest if no two queries share a candidate: store." in text
+    assert "?" in dense_table(dense(18_871, 740))
+
+
+@given(images=st.integers(1, 10**9), queries=st.integers(1, 10**6), candidates=st.integers(1, 2000))
+def test_no_way_is_below_what_a_run_can_take(images: int, queries: int, candidates: int) -> None:
+    """Against a run that is drawn: its candidates are never more than is planned for."""
+    made = dense(images, queries, candidates)
+    described = {cost.way: cost.described_at_most for cost in made.ways}
+    of_each = min(images, candidates)
+    some = min(queries, 50)
+    drawn = [set(range(first, first + of_each)) for first in range(0, some * of_each, of_each)]
+    union = {image % images for ids in drawn for image in ids} if some * of_each < 20_000 else set()
+    assert len(union) <= described[DenseWay.store] <= described[DenseWay.recompute]
+    assert described[DenseWay.store] <= described[DenseWay.store_whole_database] == images
+    assert described[made.cheapest] == min(described.values())
+
+
+def test_queries_are_those_of_the_benchmark_or_given(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["plan.images_per_s=10", "index.memory_budget_gib=1", "model=vitb"]
+    assert job.plan(load(PlanConfig, ["plan.num_images=500", *line]))["dense_run"] is None
+    assert "rerank.dense_features" not in capsys.readouterr().out
+    content = job.plan(load(PlanConfig, ["benchmark=toy_city", *line]))["dense_run"]
+    assert (content["num_queries"], content["num_candidates"]) == (60, 100)
+    assert "dense features of 60 queries with 100 candidates each, at most:" in capsys.readouterr().out
+    line += ["plan.num_queries=7", "plan.num_candidates=3"]
+    content = job.plan(load(PlanConfig, ["plan.num_images=500", *line]))["dense_run"]
+    assert content["ways"][0]["described_at_most"] == 21

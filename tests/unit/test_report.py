@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pairvpr.data.manifest import Benchmark, Manifest
+from pairvpr.evaluation.confidence import Judge
 from pairvpr.evaluation.predictions import predictions_table, write_predictions
 from pairvpr.evaluation.report import RunFacts, metrics, summary
 from pairvpr.retrieval.pipeline import Answer
@@ -72,6 +73,8 @@ def test_predictions_have_the_columns_of_the_architecture(tmp_path: Path) -> Non
         ("reranked", ids),
         ("pair_scores", numbers),
         ("positives", ids),
+        ("confidence", pa.float32()),
+        ("in_map", pa.bool_()),
     ]
     assert table.column("query_id").to_pylist() == [0, 1, 2, 3]
     assert table.column("query_path").to_pylist() == ["a.jpg", "b.jpg", "ç.jpg", "d.jpg"]
@@ -88,7 +91,65 @@ def test_predictions_have_the_columns_of_the_architecture(tmp_path: Path) -> Non
         "reranked": [],
         "pair_scores": [],
         "positives": [0],
+        "confidence": None,
+        "in_map": None,
     }
+
+
+def test_predictions_of_a_judge() -> None:
+    """Best scores 3, 3, 3 and none; the midpoint is 3, then 2."""
+    table = predictions_table(benchmark(), answers(), Judge(1.0, 3.0))
+    assert table.column("confidence").to_pylist() == [0.5, 0.5, 0.5, None]
+    assert table.column("in_map").to_pylist() == [None] * 4
+    judged = answers()
+    judged[1].pair_scores[:] = judged[1].pair_scores - 4
+    table = predictions_table(benchmark(), judged, Judge(1.0, 2.0, not_in_map_below=0.5))
+    confidence = [1 / (1 + math.exp(-0.5)), 1 / (1 + math.exp(1.5)), 1 / (1 + math.exp(-0.5))]
+    assert table.column("confidence").to_pylist() == [*(pytest.approx(value) for value in confidence), None]
+    assert table.column("in_map").to_pylist() == [True, False, True, None]
+
+
+def test_confidence_counted_by_hand() -> None:
+    """Right, wrong, wrong and without a positive, unreadable; confidence 0.85, 0.25, 0.85."""
+    judged = answers()
+    for answer, score in zip(judged[:3], (math.log(0.85 / 0.15), -math.log(3), math.log(0.85 / 0.15)), strict=True):
+        answer.pair_scores[0] = 2 * score
+    judged[0].reranked[0] = 7
+    facts = replace(FACTS, judge=Judge(1.0, not_in_map_below=0.5))
+    content = json.loads(json.dumps(metrics(benchmark(), judged, small_model_config(), facts), allow_nan=False))
+    found = content["confidence"]
+    assert found["expected_calibration_error"] == pytest.approx((2 * abs(0.85 - 0.5) + 0.25) / 3)
+    assert [row["count"] for row in found["reliability"]] == [0, 0, 1, 0, 0, 0, 0, 0, 2, 0]
+    assert (found["num_answered"], found["num_in_map"], found["recall_at_1_of_in_map"]) == (3, 2, 50.0)
+    assert (found["refused_without_positives"], found["refused_with_positives"]) == (0.0, 50.0)
+    text = summary(content)
+    assert "2 of 3 queries answered, of them right 50.0 %, refused of queries without a positive 0.0 %" in text
+    assert "expected calibration error 0.317 at temperature 1.000, midpoint 0.000" in text
+
+
+def test_confidence_without_ground_truth_and_without_the_question() -> None:
+    facts = replace(FACTS, judge=Judge(1.0))
+    found = metrics(benchmark(ground_truth=False), answers(), small_model_config(), facts)["confidence"]
+    assert found["num_answered"] == 3
+    assert {key for key, value in found.items() if value is not None} == {"temperature", "midpoint", "num_answered"}
+    assert metrics(benchmark(), answers(), small_model_config(), FACTS)["confidence"] is None
+    nothing = [
+        replace(answer, reranked=answer.reranked[:0], pair_scores=answer.pair_scores[:0]) for answer in answers()
+    ]
+    facts = replace(FACTS, judge=Judge(1.0, not_in_map_below=0.5))
+    content = metrics(benchmark(), nothing, small_model_config(), facts)
+    json.dumps(content, allow_nan=False)
+    assert (content["confidence"]["num_in_map"], content["confidence"]["recall_at_1_of_in_map"]) == (0, None)
+    assert "0 of 0 queries answered" in summary(content)
+
+
+def test_how_many_candidates_were_scored() -> None:
+    assert metrics(benchmark(), answers(), small_model_config(), FACTS)["scored_per_query"] is None
+    stopped = answers()
+    stopped[0].pair_scores[2:] = -np.inf
+    content = metrics(benchmark(), stopped, small_model_config(), FACTS)
+    assert content["scored_per_query"] == pytest.approx((2 + 5 + 5) / 3)
+    assert "candidates scored   4.0 a query" in summary(content)
 
 
 def test_without_ground_truth_positives_are_null(tmp_path: Path) -> None:
@@ -144,6 +205,8 @@ def test_metrics_name_the_test_and_the_model() -> None:
     assert protocol["queries_paths_sha256"] == benchmark().queries.paths_sha256
     assert "miss" in protocol["queries_without_positives"]
     assert model == {"name": "small", "weights_sha256": "ab" * 32, "untrained": True, "precision": "fp32"}
+    scaled = metrics(benchmark(), answers(), replace(small_model_config(), scaled_decoding=True), FACTS)
+    assert scaled["model"] == model | {"scaled_decoding": True}
     assert content["versions"]["python"] == platform.python_version()
     assert {"pairvpr", "torch", "ray", "numpy"} <= set(content["versions"])
 

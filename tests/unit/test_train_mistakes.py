@@ -52,6 +52,8 @@ def _refusal(stage: int, root: Path, output: Path, *more: str) -> str:
         (2, "train.wandb=true", "package wandb is missing"),
         (1, "train.warmup_epochs=2", "expected fewer than train.epochs=2"),
         (2, "model.weights=mine.pth", "training starts from train.start"),
+        (1, "model.scaled_decoding=true", "expected model.scaled_decoding=false"),
+        (2, "model.scaled_decoding=true", "expected model.scaled_decoding=false"),
     ],
 )
 def test_mistakes(root: Path, tmp_path: Path, stage: int, change: str, message: str) -> None:

@@ -1,0 +1,255 @@
+"""The store of dense features that a run re-ranks from: filled beforehand, a shard at a time, in a supervised pool.
+
+Which images a shard holds follows from settings and ids alone, and so do its bytes: two attempts at one shard write the
+same, and a shard that is finished is right, whoever filled it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from pairvpr.config.schema import RerankConfig
+from pairvpr.data import images, storage
+from pairvpr.data.claim import check_claim, check_writable, claim, differences
+from pairvpr.data.manifest import Manifest
+from pairvpr.distributed.parts import check_photos_are_seen
+from pairvpr.distributed.pool import PoolActor, SupervisedPool
+from pairvpr.distributed.progress import Progress, say
+from pairvpr.distributed.room import disk_bytes
+from pairvpr.distributed.runtime import ModelSource, plan_actors
+from pairvpr.errors import IncompleteRunError, UserError
+from pairvpr.index.plan import size_text
+from pairvpr.retrieval import dense_store
+from pairvpr.retrieval.dense_store import DenseStore, Layout, StoreManifest
+from pairvpr.retrieval.features import PhotoFeatures
+
+KEY = "rerank.store_path"
+WHOLE_DATABASE = "whole database"
+SECONDS = "seconds.json"
+NUM_FAILURES_NAMED = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class WantedStore:
+    """What a run wants to find at `url` (absolute path or URL). `model` is that section of an index's settings."""
+
+    url: str
+    model: Mapping[str, Any]
+    layout: Layout
+    database: Manifest
+    config: RerankConfig
+
+    def settings(self, ids: str) -> dict[str, Any]:
+        """What decides the bytes of the store; `ids` says which images it is for."""
+        return {
+            "model": {name: value for name, value in self.model.items() if name != "name"},
+            "num_threads_per_actor": self.config.num_threads_per_actor,
+            "database": {
+                "root": self.database.root,
+                "num_images": len(self.database),
+                "paths_sha256": self.database.paths_sha256,
+            },
+            "stored_as": str(self.config.stored_as),
+            "ids": ids,
+        }
+
+
+def check_store(wanted: WantedStore, ignored: Collection[str] = ()) -> None:
+    """Raise `UserError` where `wanted.url` holds the store of another model, database or form, or can't be written.
+
+    Settings whose dotted names are `ignored` may differ. Which images a store is for is checked when they are known.
+    """
+    manifest = dense_store.read_manifest(wanted.url)
+    if manifest is not None:
+        ids = WHOLE_DATABASE if wanted.config.store_whole_database else manifest.settings["ids"]
+        _check_finished(wanted.url, manifest.settings, wanted.settings(ids), ignored)
+        return
+    check_writable(wanted.url, KEY)
+    if not wanted.config.store_whole_database:
+        ignored = (*ignored, "ids")
+    check_claim(wanted.url, wanted.settings(WHOLE_DATABASE), KEY, ignored)
+
+
+def check_sharing(stores: Sequence[WantedStore]) -> None:
+    """Raise `UserError` where several runs want stores at one place that can't be the same one."""
+    first_at: dict[str, WantedStore] = {}
+    for wanted in stores:
+        first = first_at.setdefault(wanted.url, wanted)
+        if first is wanted:
+            continue
+        if first.settings(WHOLE_DATABASE) != wanted.settings(WHOLE_DATABASE):
+            raise UserError(f"{KEY}={wanted.url}: these benchmarks have different databases; expected a store for each")
+        manifest = None if wanted.config.store_whole_database else dense_store.read_manifest(wanted.url)
+        if not wanted.config.store_whole_database and not _holds_whole_database(manifest):
+            raise UserError(
+                f"{KEY}={wanted.url}: these benchmarks have different candidates; expected "
+                "rerank.store_whole_database=true, or null, a store for each"
+            )
+
+
+def _check_finished(url: str, there: Mapping[str, Any], here: Mapping[str, Any], ignored: Collection[str] = ()) -> None:
+    found = differences(there, here, ignored)
+    if found:
+        raise UserError(
+            f"{KEY}={url}: the finished store there is another one: {'; '.join(found)}; expected one made by the same "
+            "settings, or another directory"
+        )
+
+
+def make_store(
+    wanted: WantedStore,
+    candidates: NDArray[np.int64],
+    all_ids: Callable[[], NDArray[np.int64]],
+    source: ModelSource,
+) -> DenseStore:
+    """The store, open, with the features of `candidates` (n,) ascending; what is finished is kept.
+
+    `all_ids` gives those of all photos that can be read, for a store of the whole database. Raises `UserError` where
+    other settings made what is there, where it is damaged, lacks a candidate, or does not fit on the disk, and
+    `IncompleteRunError`, after everything else is done, where shards failed for good.
+    """
+    manifest = dense_store.read_manifest(wanted.url)
+    is_whole = wanted.config.store_whole_database or _holds_whole_database(manifest)
+    digest = hashlib.sha256(candidates.astype("<i8").tobytes()).hexdigest()
+    settings = wanted.settings(WHOLE_DATABASE if is_whole else digest)
+    if manifest is not None:
+        _check_finished(wanted.url, manifest.settings, settings)
+        say("store: finished earlier, skipped")
+    else:
+        ids = all_ids() if is_whole else candidates
+        _check_room(wanted, len(ids))
+        claim(wanted.url, settings, KEY)
+        _fill(wanted, ids, source, settings)
+    store = DenseStore.open(wanted.url)
+    missing = store.missing(candidates)
+    if len(missing):
+        raise UserError(
+            f"{KEY}={wanted.url}: the store lacks {len(missing):,} of {len(candidates):,} candidates, the first is "
+            f"{wanted.database.path(int(missing[0]))}; expected a store of all of them, or another directory"
+        )
+    return store
+
+
+def _holds_whole_database(manifest: StoreManifest | None) -> bool:
+    return manifest is not None and manifest.settings["ids"] == WHOLE_DATABASE
+
+
+def _check_room(wanted: WantedStore, num_images: int) -> None:
+    store_bytes, disk = num_images * wanted.layout.record_bytes, disk_bytes(wanted.url)
+    if disk is not None and store_bytes > disk:
+        raise UserError(
+            f"{KEY}={wanted.url}: dense features of {num_images:,} photos take {size_text(store_bytes)} of disk, there "
+            f"are {size_text(disk)} for it; expected another disk, rerank.stored_as=int8, or "
+            "rerank.dense_features=cache"
+        )
+
+
+def _fill(wanted: WantedStore, ids: NDArray[np.int64], source: ModelSource, settings: Mapping[str, Any]) -> None:
+    """Fill the shards that are not there yet, and publish the manifest."""
+    shards = dense_store.cut(ids, wanted.layout)
+    rows = dense_store.read_rows(wanted.url, shards, wanted.layout)
+    pending = {shard: (shard, shards[shard]) for shard, row in enumerate(rows) if row is None}
+    num_pending = sum(len(ids_of_shard) for _, ids_of_shard in pending.values())
+    progress = Progress("store", len(ids), "photos", already_done=len(ids) - num_pending)
+    failed: dict[int, str] = {}
+    if pending:
+        plan = plan_actors(wanted.config)
+        make_actor = _StoreActor.options(
+            num_cpus=plan.cpus_per_actor, num_gpus=plan.gpus_per_actor, scheduling_strategy="SPREAD"
+        ).remote
+        args = (source, ray.put(wanted.database), wanted.url, wanted.layout, wanted.config)
+        num_actors = min(plan.num_actors, len(pending))
+        with SupervisedPool[_Unit](lambda: make_actor(*args), num_actors, "store") as pool:
+            failed = pool.run(pending, lambda shard, _: progress.add(len(shards[shard])))
+    _raise_failures(failed)
+    storage.write_json(storage.join(wanted.url, SECONDS), {"seconds": sum(_seconds(wanted.url, len(shards)))})
+    dense_store.finish(wanted.url, shards, wanted.layout, settings)
+    progress.finish()
+
+
+def _raise_failures(failed: Mapping[int, str]) -> None:
+    if not failed:
+        return
+    named = "; ".join(f"shard {shard}: {error}" for shard, error in sorted(failed.items())[:NUM_FAILURES_NAMED])
+    more = f"; and {len(failed) - NUM_FAILURES_NAMED} more" if len(failed) > NUM_FAILURES_NAMED else ""
+    raise IncompleteRunError(
+        f"{len(failed)} shards of dense features failed three times: {named}{more}. Everything else is kept: the same "
+        "line again tries only these"
+    )
+
+
+_Unit = tuple[int, NDArray[np.int64]]
+"""A shard and its ids (n,)."""
+
+
+@ray.remote
+class _StoreActor(PoolActor):
+    """Describes photos one by one, and publishes each shard of their features before it reports it done."""
+
+    def __init__(self, source: ModelSource, database: Manifest, url: str, layout: Layout, config: RerankConfig) -> None:
+        self.database, self.url, self.layout = database, url, layout
+        describer, model = source.describer(config.num_threads_per_actor), source.config
+
+        def load(image_id: int) -> NDArray[np.uint8]:
+            photo = database.url(image_id)
+            try:
+                return images.load(photo, model.image_size_px, scaled_decoding=model.scaled_decoding)
+            except images.BrokenImageError as error:
+                raise images.BrokenImageError(f"{photo}: {error}") from error
+
+        self.features = PhotoFeatures(
+            load, describer.embedded, device=describer.device, num_threads=config.num_loading_threads
+        )
+
+    def run(self, unit: _Unit) -> None:
+        started_s = time.perf_counter()
+        shard, ids = unit
+        if dense_store.read_row(self.url, shard, ids, self.layout) is not None:
+            return  # an earlier try published it and was never heard
+        try:
+            dense_store.write_shard(self.url, shard, ids, self.layout, self.features(ids.tolist()))
+        except images.BrokenImageError:
+            check_photos_are_seen(self.database)
+            raise
+        storage.write_json(_seconds_url(self.url, shard), {"seconds": time.perf_counter() - started_s})
+
+
+def _seconds_url(store: str, shard: int) -> str:
+    return storage.join(store, dense_store.shard_path(shard), SECONDS)
+
+
+def _seconds(store: str, num_shards: int) -> Sequence[float]:
+    """What each shard took; 0 where its writer died before it had said so."""
+
+    def of_shard(shard: int) -> float:
+        try:
+            return storage.read_json(_seconds_url(store, shard))["seconds"]
+        except FileNotFoundError:
+            return 0.0
+
+    with ThreadPoolExecutor(dense_store.READ_AT_ONCE) as pool:
+        return list(pool.map(of_shard, range(num_shards)))
+
+
+def about_store(wanted: WantedStore) -> dict[str, Any]:
+    """What a report says of the store: number format, images, seconds of work of all actors; null where it is gone."""
+    manifest = dense_store.read_manifest(wanted.url)
+    try:
+        seconds = storage.read_json(storage.join(wanted.url, SECONDS))["seconds"]
+    except FileNotFoundError:
+        seconds = None
+    return {
+        "values": wanted.layout.values,
+        "kib_per_image": wanted.layout.record_bytes / 1024,
+        "num_images": None if manifest is None else manifest.num_images,
+        "seconds": seconds,
+    }

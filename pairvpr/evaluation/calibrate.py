@@ -1,0 +1,253 @@
+"""The job calibrate: from a finished evaluation, how sure an answer is and when re-ranking may stop.
+
+Half of the queries is fitted to, and what was fitted is reported on the other half. Needs neither torch nor Ray.
+Q queries, K candidates.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pairvpr.config.schema import CalibrateConfig
+from pairvpr.data import storage
+from pairvpr.data.claim import FILE as SETTINGS_FILE
+from pairvpr.data.claim import check_writable
+from pairvpr.errors import UserError
+from pairvpr.evaluation.compare import FinishedRun, read_run
+from pairvpr.evaluation.confidence import (
+    Bin,
+    Calibration,
+    CurvePoint,
+    Replay,
+    ScoredQuery,
+    choose_margin,
+    expected_calibration_error,
+    fit_confidence,
+    fit_temperature,
+    probability,
+    reliability,
+)
+
+NUM_BLOCKS = 20
+FEWEST_QUERIES = 50
+"""That must have been answered in each half."""
+COLUMNS = ("candidates", "reranked", "pair_scores", "positives")
+NUM_PRINTED = 12
+
+
+@dataclass(frozen=True)
+class _Half:
+    """Some of the queries, and of those that were answered the best pair scores (n,) and which are right (n,)."""
+
+    queries: Sequence[ScoredQuery]
+    top_scores: NDArray[np.float32]
+    is_right: NDArray[np.bool_]
+
+
+def calibrate(config: CalibrateConfig) -> dict[str, Any]:
+    """Fit, print how well it fits, and publish the calibration file; returns its content (docs/formats.md).
+
+    Raises `UserError` for what is no finished evaluation with ground truth that scored all pairs both ways round, and
+    for too few queries, or none that was right, or wrong, to tell the two apart.
+    """
+    _check_output(config.output)
+    run = read_run(config.predictions)
+    settings = _read_settings(config.predictions)
+    queries = _read_queries(run)
+    is_held_out = held_out_queries(len(queries))
+    fitted, held_out = (_half(queries, is_held_out == part, run.url) for part in (False, True))
+    _check_both_kinds(fitted, run.url)
+
+    round_size = int(settings["rerank"]["batch_size"])
+    replay = Replay(fitted.queries, round_size)
+    thresholds = replay.thresholds()
+    temperature, midpoint = fit_confidence(fitted.top_scores, fitted.is_right)
+    found = Calibration(
+        benchmark=run.metrics["benchmark"],
+        num_queries=len(fitted.queries),
+        num_candidates=run.metrics["num_candidates"],
+        model=settings["model"],
+        temperature=temperature,
+        midpoint=midpoint,
+        round_size=round_size,
+        stop_margin=choose_margin(replay.curve(thresholds), config.max_loss),
+    )
+    content = found.content() | {"max_loss": config.max_loss, "held_out": _report(found, fitted, held_out, thresholds)}
+    print("\n".join(_text(content, run.url)))
+    try:
+        storage.write_json(config.output, content)
+    except OSError as error:
+        raise UserError(f"output={config.output}: can't be written: {storage.reason(error)}") from error
+    return content
+
+
+def _check_output(output: str) -> None:
+    if not storage.is_local(output):
+        return
+    path = storage.local_path(output).absolute()
+    if path.is_dir():
+        raise UserError(f"output={output}: a directory; expected a file for the calibration as JSON")
+    check_writable(str(path.parent), "output")
+
+
+def _read_settings(url: str) -> dict[str, Any]:
+    """settings.json of the run; raises `UserError` where it says that not all pairs were scored both ways."""
+    settings_url = storage.join(url, SETTINGS_FILE)
+    try:
+        settings = storage.read_json(settings_url)
+        rerank = {**settings["rerank"]}
+        model, round_size = {**settings["model"]}, int(rerank["batch_size"])
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{settings_url}: not the settings of an evaluation: {storage.reason(error)}") from error
+    for name, partial in (
+        ("rerank.adaptive=true", rerank.get("stop_margin") is not None),
+        (f"rerank.second_direction={rerank.get('second_direction')}", rerank.get("second_direction") is not None),
+    ):
+        if partial:
+            raise UserError(
+                f"predictions={url}: a run with {name}; expected one that scored all pairs in both directions"
+            )
+    if not model.get("weights_sha256") or round_size < 1:
+        raise UserError(f"{settings_url}: not the settings of an evaluation; expected its weights and batch size")
+    return {"model": model, "rerank": rerank}
+
+
+def _read_queries(run: FinishedRun) -> list[ScoredQuery]:
+    url = storage.join(run.url, "predictions.parquet")
+    try:
+        with storage.open_input(url) as file:
+            rows = pq.read_table(file, columns=list(COLUMNS)).to_pylist()
+        queries = [_scored(row) for row in rows]
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{url}: not the predictions of a run: {storage.reason(error)}") from error
+    expected = run.protocol.get("num_queries")
+    if len(queries) != expected:
+        raise UserError(f"{url}: {len(queries)} queries, {expected} in metrics.json; expected files of one run")
+    return queries
+
+
+def _scored(row: Mapping[str, Any]) -> ScoredQuery:
+    """One row of predictions.parquet, in retrieval order."""
+    score_of = dict(zip(row["reranked"], row["pair_scores"], strict=True))
+    ids = row["candidates"][: len(score_of)]
+    scores = np.array([score_of[image_id] for image_id in ids], np.float32)
+    if not np.isfinite(scores).all():
+        raise ValueError("a pair score is not finite")
+    return ScoredQuery(scores, np.isin(np.array(ids, np.int64), np.array(row["positives"], np.int64)))
+
+
+def held_out_queries(num_queries: int) -> NDArray[np.bool_]:
+    """(Q,) which queries are reported on: every other one of `NUM_BLOCKS` blocks of neighbouring ids.
+
+    Neighbours in the list of queries are often frames of one drive. In blocks only those at its borders are parted,
+    and both halves come from all over the list.
+    """
+    return np.arange(num_queries) * NUM_BLOCKS // max(1, num_queries) % 2 == 1
+
+
+def _half(queries: Sequence[ScoredQuery], is_chosen: NDArray[np.bool_], url: str) -> _Half:
+    """The queries that are chosen (Q,). Raises `UserError` where too few of them were answered."""
+    chosen = [query for query, its in zip(queries, is_chosen, strict=True) if its]
+    answered = [query for query in chosen if len(query.scores)]
+    if len(answered) < FEWEST_QUERIES:
+        raise UserError(
+            f"predictions={url}: {len(answered)} queries were answered in one half of the {len(queries)}; "
+            f"expected {FEWEST_QUERIES} or more in each"
+        )
+    return _Half(
+        chosen,
+        np.array([query.scores.max() for query in answered], np.float32),
+        np.array([query.is_right for query in answered], np.bool_),
+    )
+
+
+def _check_both_kinds(fitted: _Half, url: str) -> None:
+    """Raise `UserError` where all answers are right, or all wrong: any temperature would be a guess."""
+    if fitted.is_right.all() or not fitted.is_right.any():
+        raise UserError(
+            f"predictions={url}: the best answers to all {len(fitted.is_right)} queries that are fitted to are "
+            f"{'right' if fitted.is_right.all() else 'wrong'}; expected right and wrong ones, to tell them apart"
+        )
+
+
+def _report(found: Calibration, fitted: _Half, held_out: _Half, thresholds: Sequence[float]) -> dict[str, Any]:
+    """What the calibration does to queries that it was not fitted to."""
+    alone = fit_temperature(fitted.top_scores, fitted.is_right)
+    tables = {
+        name: reliability(probability(held_out.top_scores, temperature, midpoint), held_out.is_right)
+        for name, temperature, midpoint in (
+            ("before", 1.0, 0.0),
+            ("temperature_alone", alone, 0.0),
+            ("after", found.temperature, found.midpoint),
+        )
+    }
+    replay = Replay(held_out.queries, found.round_size)
+    return {
+        "num_queries": len(held_out.queries),
+        **{
+            name: {
+                "expected_calibration_error": expected_calibration_error(bins),
+                "reliability": [asdict(row) for row in bins],
+            }
+            for name, bins in tables.items()
+        },
+        "at_stop_margin": asdict(replay.point(found.stop_margin)),
+        "curve": [asdict(point) for point in replay.curve(thresholds)],
+    }
+
+
+def _text(content: Mapping[str, Any], url: str) -> list[str]:
+    """What a person reads of the file."""
+    held_out = content["held_out"]
+    curve = [CurvePoint(**row) for row in held_out["curve"]]
+    chosen, full = CurvePoint(**held_out["at_stop_margin"]), curve[-1]
+    shown = [curve[i] for i in np.unique(np.linspace(0, len(curve) - 2, NUM_PRINTED - 1).astype(int))]
+    lines = [
+        f"{content['benchmark']}: fitted to {content['num_queries']:,} queries, the rest is about "
+        f"{held_out['num_queries']:,} others of {url}",
+        "",
+        f"temperature {content['temperature']:.3f}, midpoint {content['midpoint']:.3f}: expected calibration error "
+        + ", ".join(
+            f"{held_out[name]['expected_calibration_error']:.3f} {name.replace('_', ' ')}"
+            for name in ("before", "temperature_alone", "after")
+        ),
+        *(line for name in ("before", "after") for line in ("", f"{name}:", *reliability_table(held_out[name]))),
+        "",
+    ]
+    if chosen.stop_margin is None:
+        why = "one round scores all candidates" if len(curve) == 1 else f"all lose more than {content['max_loss']}"
+        return [*lines, f"no margin to stop at: {why}"]
+    return [
+        *lines,
+        f"stopping at margin {chosen.stop_margin:.3f}, rounds of {content['round_size']}: recall@1 "
+        f"{chosen.recall_at_1:.1f} with {chosen.pairs_per_query:.1f} pairs a query, {full.recall_at_1:.1f} with all "
+        f"{full.pairs_per_query:.1f}",
+        f"{'margin':<12}{'recall@1':>10}{'pairs':>10}",
+        *(
+            f"{'none' if point.stop_margin is None else f'{point.stop_margin:.3f}':<12}{point.recall_at_1:>10.1f}"
+            f"{point.pairs_per_query:>10.1f}"
+            for point in dict.fromkeys([*shown, full])
+        ),
+    ]
+
+
+def reliability_table(found: Mapping[str, Any]) -> list[str]:
+    """The bins of an entry `reliability` that have answers, as lines for a person."""
+    bins = [Bin(**row) for row in found["reliability"]]
+    return [
+        f"{'confidence':<14}{'queries':>9}{'mean':>9}{'right':>9}",
+        *(
+            f"{f'{row.low:.1f} to {row.high:.1f}':<14}{row.count:>9,}"
+            f"{row.mean_confidence:>9.3f}{row.share_correct:>9.3f}"
+            for row in bins
+            if row.count
+        ),
+    ]

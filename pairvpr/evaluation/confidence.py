@@ -1,0 +1,314 @@
+"""How sure an answer is, and when re-ranking may stop: both fitted to queries whose truth is known. Needs no torch.
+
+A query's best pair score s is the sum of two logits. Its confidence is p = sigmoid((s - m) / (2 T)), their mean over
+the temperature T, counted from the midpoint m. The network's own midpoint is 0, for one pair; the best of K wrong
+candidates lies above that, and the more so the more there are. When to stop is a threshold on
+`retrieval.early_stop.margin`, chosen by replaying a run that scored everything.
+
+Q queries, K candidates, R rounds of pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pairvpr.data import storage
+from pairvpr.data.claim import differences
+from pairvpr.errors import UserError
+from pairvpr.retrieval.early_stop import margin
+
+FORMAT_VERSION = 1
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 100.0
+NUM_HALVINGS = 60
+FAR = 40.0
+"""A sigmoid is 0 or 1 so far from its middle."""
+NUM_BINS = 10
+NUM_THRESHOLDS = 101
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What `ray_jobs.calibrate` found on one benchmark with one network; its file is docs/formats.md's."""
+
+    benchmark: str
+    num_queries: int
+    """Those that it was fitted to."""
+    num_candidates: int
+    """K of the run that it was fitted to."""
+    model: dict[str, Any]
+    """The section `model` of that run's settings."""
+    temperature: float
+    midpoint: float
+    """Best pair score of answers that are right half the time."""
+    round_size: int
+    """Pairs in one forward pass, after which a query may be finished; the threshold holds for it alone."""
+    stop_margin: float | None
+    """A query is finished at this margin; None where there is none to stop at."""
+
+    def content(self) -> dict[str, Any]:
+        """What its file says of it."""
+        return {"format_version": FORMAT_VERSION, **asdict(self)}
+
+    def check(self, url: str, model: Mapping[str, Any], ignored: Sequence[str] = ()) -> None:
+        """Raise `UserError` unless a run's network (section `model` of its settings) is the one that was calibrated.
+
+        Number formats may differ, and so may settings whose dotted names are `ignored`.
+        """
+        found = differences({"model": self.model}, {"model": model}, ("model.precision", *ignored))
+        if found:
+            raise UserError(
+                f"rerank.calibration={url}: it was made with another network: {'; '.join(found)}; "
+                "expected a calibration of this one (ray_jobs.calibrate)"
+            )
+
+    def check_rounds(self, url: str, round_size: int) -> None:
+        """Raise `UserError` unless a run in rounds of so many pairs may stop by it."""
+        if self.stop_margin is None:
+            raise UserError(
+                f"rerank.adaptive=true: {url} has no margin to stop at (its run scored {self.num_candidates} "
+                f"candidates in rounds of {self.round_size}); expected one calibrated on more candidates or max_loss"
+            )
+        if self.round_size != round_size:
+            raise UserError(
+                f"rerank.adaptive=true: {url} holds for rounds of {self.round_size} pairs, rerank.batch_size is "
+                f"{round_size}; expected the same"
+            )
+
+
+@dataclass(frozen=True)
+class Judge:
+    """How the answers of a run are judged: what confidence they have, and below which one nothing is answered."""
+
+    temperature: float
+    midpoint: float = 0.0
+    not_in_map_below: float | None = None
+
+    def confidence(self, top_scores: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(Q,) for best pair scores (Q,); NaN stays NaN, which stands for no answer."""
+        return probability(top_scores, self.temperature, self.midpoint).astype(np.float32)
+
+    def in_map(self, confidence: NDArray[np.float32]) -> NDArray[np.bool_] | None:
+        """(Q,) whether queries of such confidence (Q,) are in this map; None where that is not asked."""
+        return None if self.not_in_map_below is None else confidence.astype(np.float64) >= self.not_in_map_below
+
+
+def read_calibration(url: str) -> Calibration:
+    """The calibration in a file (path or URL). Raises `UserError` for what is none."""
+    try:
+        content = storage.read_json(url)
+    except FileNotFoundError as error:
+        raise UserError(f"rerank.calibration={url}: not there; expected a file of ray_jobs.calibrate") from error
+    except OSError as error:
+        raise UserError(f"rerank.calibration={url}: can't be read: {storage.reason(error)}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"rerank.calibration={url}: not a JSON file: {storage.reason(error)}") from error
+    if not isinstance(content, dict) or "format_version" not in content:
+        raise UserError(f"rerank.calibration={url}: no calibration; expected a file of ray_jobs.calibrate")
+    if content["format_version"] != FORMAT_VERSION:
+        raise UserError(
+            f"rerank.calibration={url}: format version {content['format_version']}; expected {FORMAT_VERSION}"
+        )
+    try:
+        return _parsed(content)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"rerank.calibration={url}: damaged; expected a file of ray_jobs.calibrate") from error
+
+
+def _parsed(content: Mapping[str, Any]) -> Calibration:
+    temperature, stop_margin = float(content["temperature"]), content["stop_margin"]
+    found = Calibration(
+        benchmark=str(content["benchmark"]),
+        num_queries=int(content["num_queries"]),
+        num_candidates=int(content["num_candidates"]),
+        model=dict(content["model"]),
+        temperature=temperature,
+        midpoint=float(content["midpoint"]),
+        round_size=int(content["round_size"]),
+        stop_margin=None if stop_margin is None else float(stop_margin),
+    )
+    numbers = (temperature, found.midpoint, found.stop_margin or 0.0)
+    if not all(math.isfinite(number) for number in numbers) or temperature <= 0 or found.round_size < 1:
+        raise ValueError("out of range")
+    return found
+
+
+def fit_temperature(top_scores: NDArray[np.float32], is_correct: NDArray[np.bool_]) -> float:
+    """The likeliest T alone, with the midpoint at 0, for best pair scores (Q,) that were right or not (Q,).
+
+    It is sought between `LOWEST_TEMPERATURE` and `HIGHEST_TEMPERATURE`. Where all scores above 0 are right and all
+    below are wrong, it is the lowest; where scores say nothing or the contrary, or there is none, the highest.
+    """
+    logits, truth = np.asarray(top_scores, np.float64) / 2, np.asarray(is_correct, np.float64)
+    return 1 / _likeliest_sharpness(lambda sharpness: float((logits * (_sigmoid(sharpness * logits) - truth)).sum()))
+
+
+def fit_confidence(top_scores: NDArray[np.float32], is_correct: NDArray[np.bool_]) -> tuple[float, float]:
+    """The likeliest temperature and midpoint for best pair scores (Q,) that were right or not (Q,).
+
+    The temperature is sought between the bounds of `fit_temperature`: the lowest where one score parts right from
+    wrong, the highest where scores say nothing or the contrary (p is then the share of right ones, whatever the score).
+    Where all are right, or all wrong, nothing says where the midpoint is: it is 0, and the temperature fitted alone.
+    """
+    if np.all(is_correct) or not np.any(is_correct):
+        return fit_temperature(top_scores, is_correct), 0.0
+    logits, truth = np.asarray(top_scores, np.float64) / 2, np.asarray(is_correct, np.float64)
+
+    def shift(sharpness: float) -> float:
+        """The likeliest one: as many are expected to be right as are. It grows without bound as that share shrinks."""
+        scaled = sharpness * logits
+        return _zero_of(lambda x: float((truth - _sigmoid(scaled - x)).sum()), scaled.min() - FAR, scaled.max() + FAR)
+
+    sharpness = _likeliest_sharpness(lambda a: float((logits * (_sigmoid(a * logits - shift(a)) - truth)).sum()))
+    return 1 / sharpness, 2 * shift(sharpness) / sharpness
+
+
+def _likeliest_sharpness(slope: Callable[[float], float]) -> float:
+    """1 / T where the negative log-likelihood, which is convex in it and has this slope, is least."""
+    log_low, log_high = -math.log(HIGHEST_TEMPERATURE), -math.log(LOWEST_TEMPERATURE)
+    return math.exp(_zero_of(lambda log: slope(math.exp(log)), log_low, log_high))
+
+
+def _zero_of(rising: Callable[[float], float], low: float, high: float) -> float:
+    """Where a function that never falls crosses 0, by halving; the nearer end where it does not."""
+    if rising(low) >= 0:
+        return low
+    if rising(high) <= 0:
+        return high
+    for _ in range(NUM_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rising(middle) < 0 else (low, middle)
+    return (low + high) / 2
+
+
+def probability(pair_scores: NDArray[np.float32], temperature: float, midpoint: float = 0.0) -> NDArray[np.float64]:
+    """Of being right, for best pair scores (Q,): sigmoid((score - midpoint) / (2 temperature))."""
+    return _sigmoid((np.asarray(pair_scores, np.float64) - midpoint) / (2 * temperature))
+
+
+def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Without overflow."""
+    return 0.5 * (1 + np.tanh(0.5 * x))
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Answers whose confidence lies in [low, high), the last bin with 1: how sure they were, how many were right."""
+
+    low: float
+    high: float
+    count: int
+    mean_confidence: float | None
+    share_correct: float | None
+
+
+def reliability(confidence: NDArray[np.float64], is_correct: NDArray[np.bool_]) -> list[Bin]:
+    """`NUM_BINS` bins of equal width over confidences (Q,) from 0 to 1; shares of an empty one are None."""
+    bins = []
+    place = np.minimum((np.asarray(confidence, np.float64) * NUM_BINS).astype(np.int64), NUM_BINS - 1)
+    for number in range(NUM_BINS):
+        inside = place == number
+        count = int(inside.sum())
+        shares = (float(confidence[inside].mean()), float(is_correct[inside].mean())) if count else (None, None)
+        bins.append(Bin(number / NUM_BINS, (number + 1) / NUM_BINS, count, *shares))
+    return bins
+
+
+def expected_calibration_error(bins: Sequence[Bin]) -> float | None:
+    """Mean over all answers of how far their bin's confidence is from its share of right ones; None without answers."""
+    num_answers = sum(found.count for found in bins)
+    if num_answers == 0:
+        return None
+    gaps = (
+        found.count * abs(found.mean_confidence - found.share_correct)
+        for found in bins
+        if found.mean_confidence is not None and found.share_correct is not None
+    )
+    return sum(gaps) / num_answers
+
+
+@dataclass(frozen=True)
+class ScoredQuery:
+    """One query of a run that scored all its candidates, in retrieval order.
+
+    Their pair scores (K,) float32, and which of them are positives (K,). Both are empty for a query photo that could
+    not be read.
+    """
+
+    scores: NDArray[np.float32]
+    is_positive: NDArray[np.bool_]
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the best answer is a positive."""
+        return self.is_right_after(len(self.scores))
+
+    def is_right_after(self, num_scored: int) -> bool:
+        """The same with only the first candidates scored."""
+        return num_scored > 0 and bool(self.is_positive[int(self.scores[:num_scored].argmax())])
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """What stopping at a margin costs: recall@1 in percent over all queries, and pairs scored for each."""
+
+    stop_margin: float | None
+    """None: everything is scored."""
+    recall_at_1: float
+    pairs_per_query: float
+
+
+class Replay:
+    """What early stopping would have done in a run that scored everything, in rounds of `round_size` pairs."""
+
+    def __init__(self, queries: Sequence[ScoredQuery], round_size: int) -> None:
+        longest = max((len(query.scores) for query in queries), default=0)
+        ends = [*range(round_size, longest, round_size), longest]
+        self._margins = np.full((len(queries), len(ends)), -np.inf)  # (Q, R) after each round
+        self._pairs = np.zeros((len(queries), len(ends)), np.int64)
+        self._right = np.zeros((len(queries), len(ends)), np.bool_)
+        for row, query in enumerate(queries):
+            for column, end in enumerate(ends):
+                num_scored = min(end, len(query.scores))
+                self._pairs[row, column] = num_scored
+                self._right[row, column] = query.is_right_after(num_scored)
+                if 0 < num_scored < len(query.scores):
+                    self._margins[row, column] = margin(query.scores[:num_scored])
+
+    def thresholds(self) -> list[float]:
+        """At most `NUM_THRESHOLDS` margins that are worth a look, ascending; none where there is one round only."""
+        found = self._margins[np.isfinite(self._margins)]
+        return np.unique(np.quantile(found, np.linspace(0, 1, NUM_THRESHOLDS))).tolist() if len(found) else []
+
+    def point(self, stop_margin: float | None) -> CurvePoint:
+        """The curve at one threshold."""
+        stops = self._margins >= (np.inf if stop_margin is None else stop_margin)
+        last = self._margins.shape[1] - 1
+        column = np.where(stops.any(axis=1), stops.argmax(axis=1), last)
+        rows = np.arange(len(column))
+        return CurvePoint(
+            stop_margin, 100 * float(self._right[rows, column].mean()), float(self._pairs[rows, column].mean())
+        )
+
+    def curve(self, thresholds: Sequence[float]) -> list[CurvePoint]:
+        """A point for each threshold, and the one without stopping."""
+        return [self.point(threshold) for threshold in (*thresholds, None)]
+
+
+def choose_margin(curve: Sequence[CurvePoint], max_loss: float) -> float | None:
+    """The lowest threshold of a curve from which on none loses more than `max_loss` points of recall@1; None for none.
+
+    `curve` is ascending, the point without stopping comes last.
+    """
+    full, chosen = curve[-1].recall_at_1, None
+    for point in reversed(curve[:-1]):
+        if full - point.recall_at_1 > max_loss + 1e-9:
+            break
+        chosen = point.stop_margin
+    return chosen

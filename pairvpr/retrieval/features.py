@@ -1,0 +1,112 @@
+"""What the pair decoder reads of photos, loaded ahead and kept for later. Needs torch alone.
+
+L patches, D decoder width.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+Loaded = TypeVar("Loaded")
+
+LOADED_AHEAD = 4
+"""Photos for each loading thread that may lie ready."""
+
+
+class FeatureCache:
+    """Features by key, the least recently used dropped beyond `capacity_bytes`, or handed to the cache `behind`.
+
+    That one is larger and slower: a GPU's features go to the machine's memory, and come back when they are asked for.
+    """
+
+    def __init__(self, capacity_bytes: int, behind: FeatureCache | None = None) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.used_bytes = 0
+        self.behind = behind
+        self._features: OrderedDict[Hashable, Tensor] = OrderedDict()
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._features or (self.behind is not None and key in self.behind)
+
+    def get(self, key: Hashable, device: torch.device) -> Tensor | None:
+        """The features kept for `key`, if any, on the device."""
+        if key in self._features:
+            self._features.move_to_end(key)
+            return self._features[key].to(device, non_blocking=True)
+        return None if self.behind is None else self.behind.get(key, device)
+
+    def put(self, key: Hashable, features: Tensor) -> None:
+        """Keep features; those of one key never change. Too large ones are not kept."""
+        if key in self._features:
+            return
+        if features.nbytes > self.capacity_bytes:
+            self._hand_on(key, features)
+            return
+        self._features[key] = features
+        self.used_bytes += features.nbytes
+        while self.used_bytes > self.capacity_bytes:
+            dropped_key, dropped = self._features.popitem(last=False)
+            self.used_bytes -= dropped.nbytes
+            self._hand_on(dropped_key, dropped)
+
+    def _hand_on(self, key: Hashable, features: Tensor) -> None:
+        if self.behind is not None and key not in self.behind:
+            self.behind.put(key, in_memory(features))
+
+
+def in_memory(features: Tensor) -> Tensor:
+    """A copy in the machine's memory, pinned if it comes from a GPU: it is copied back while that computes."""
+    if features.device.type == "cpu":
+        return features
+    return torch.empty(features.shape, dtype=features.dtype, pin_memory=True).copy_(features)
+
+
+class PhotoFeatures(Generic[Loaded]):
+    """Features (L, D) of photos in a given order: `load` runs ahead on threads of its own, `embed` in the caller's.
+
+    `load` reads a photo (pixels, or a stored record) and must be safe to call from several threads; `embed` brings
+    it to the device and through the network there. What `cache` still has is not loaded.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[int], Loaded],
+        embed: Callable[[Loaded], Tensor],
+        *,
+        device: torch.device,
+        num_threads: int = 1,
+        cache: FeatureCache | None = None,
+    ) -> None:
+        self._load = load
+        self._embed = embed
+        self._device = device
+        self._num_threads = num_threads
+        self._cache = cache or FeatureCache(0)
+
+    def __call__(self, image_ids: Sequence[int]) -> Iterator[Tensor]:
+        """(L, D) of each photo, one at a time."""
+        executor = ThreadPoolExecutor(self._num_threads)
+        try:
+            ahead: deque[tuple[int, Future[Loaded] | None]] = deque()
+            for image_id in image_ids:
+                ahead.append((image_id, None if image_id in self._cache else executor.submit(self._load, image_id)))
+                if len(ahead) > LOADED_AHEAD * self._num_threads:
+                    yield self._features(*ahead.popleft())
+            while ahead:
+                yield self._features(*ahead.popleft())
+        finally:
+            executor.shutdown(cancel_futures=True)
+
+    def _features(self, image_id: int, loading: Future[Loaded] | None) -> Tensor:
+        features = self._cache.get(image_id, self._device)
+        if features is None:
+            # What was in the cache when the order began may have been dropped since.
+            features = self._embed(self._load(image_id) if loading is None else loading.result())
+            self._cache.put(image_id, features)
+        return features

@@ -1,0 +1,22 @@
+"""`python -m ray_jobs.calibrate predictions=OUT output=calibration.json`: how sure is an answer, when may one stop?"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from pairvpr.config.compose import load
+from pairvpr.config.schema import CalibrateConfig
+from pairvpr.evaluation.calibrate import calibrate
+from ray_jobs.command import run
+
+
+def main(arguments: Sequence[str]) -> None:
+    """One evaluation; neither Ray nor torch is needed."""
+    config = load(CalibrateConfig, arguments)
+    calibrate(config)
+    print(f"\n{config.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(CalibrateConfig, main))

@@ -1,0 +1,222 @@
+"""The job calibrate: what it reads, fits and writes, and the runs it refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pairvpr.config.compose import load
+from pairvpr.config.schema import CalibrateConfig
+from pairvpr.data import storage
+from pairvpr.data.manifest import Benchmark, Manifest
+from pairvpr.errors import UserError
+from pairvpr.evaluation.calibrate import NUM_BLOCKS, calibrate, held_out_queries
+from pairvpr.evaluation.confidence import (
+    Replay,
+    ScoredQuery,
+    expected_calibration_error,
+    fit_confidence,
+    probability,
+    read_calibration,
+    reliability,
+)
+from pairvpr.evaluation.predictions import predictions_table, write_predictions
+from pairvpr.evaluation.report import RunFacts, metrics
+from pairvpr.retrieval.pipeline import Answer
+from ray_jobs import calibrate as job
+from ray_jobs.command import run
+from tests.support.small import small_model_config
+
+NUM_QUERIES, NUM_CANDIDATES, ROUND_SIZE = 160, 10, 3
+MODEL = {"name": "small", "precision": "fp32", "weights_sha256": "ab" * 32}
+SETTINGS = {"model": MODEL, "rerank": {"batch_size": ROUND_SIZE, "num_candidates": NUM_CANDIDATES}}
+FACTS = RunFacts(
+    index={"kind": "flat"},
+    weights_sha256="ab" * 32,
+    untrained=False,
+    num_candidates=NUM_CANDIDATES,
+    seconds_describe=0.0,
+    seconds_retrieve=0.0,
+    seconds_rerank=0.0,
+    num_rejected_database=0,
+    num_rejected_queries=0,
+)
+
+
+def queries(number: int = NUM_QUERIES, share: float = 0.7) -> list[ScoredQuery]:
+    """A positive stands among the first candidates of most queries and has, mostly, a good score; one is unreadable."""
+    rng = np.random.default_rng(4)
+    made = []
+    for query_id in range(number):
+        scores = rng.normal(1.0, 1.5, NUM_CANDIDATES).astype(np.float32)
+        is_positive = np.zeros(NUM_CANDIDATES, np.bool_)
+        if rng.random() < share:
+            place = int(rng.exponential(1.5)) % NUM_CANDIDATES
+            is_positive[place], scores[place] = True, rng.normal(5.0, 2.0)
+        made.append(ScoredQuery(scores, is_positive))
+        if query_id == 7:
+            made[-1] = ScoredQuery(scores[:0], is_positive[:0])
+    return made
+
+
+def write_run(folder: Path, its: list[ScoredQuery], *, ground_truth: bool = True, **changes: Any) -> str:
+    """The files of a finished evaluation; candidates of query q are q, q + 1, ..., kept: two more than were scored."""
+    answers, positives = [], []
+    for query_id, query in enumerate(its):
+        ids = query_id + np.arange(len(query.scores))
+        order = np.argsort(-query.scores, kind="stable")
+        kept = np.concatenate([ids, ids[-1:] + 1, ids[-1:] + 2])
+        distances = np.linspace(0, 1, len(kept), dtype=np.float32)
+        answers.append(Answer(query_id, kept, distances, ids[order], query.scores[order]))
+        positives.append(ids[query.is_positive])
+    benchmark = Benchmark(
+        name="made_up",
+        database=Manifest.of("/d", [f"{number:04d}.jpg" for number in range(len(its) + 20)]),
+        queries=Manifest.of("/q", [f"{number:04d}.jpg" for number in range(len(its))]),
+        positives=positives if ground_truth else None,
+        protocol={"positives": "radius", "radius_m": 25.0},
+    )
+    write_predictions(f"{folder}/predictions.parquet", predictions_table(benchmark, answers))
+    storage.write_json(f"{folder}/metrics.json", metrics(benchmark, answers, small_model_config(), FACTS))
+    storage.write_json(f"{folder}/settings.json", SETTINGS | changes)
+    return str(folder)
+
+
+def calibrated(url: str, folder: Path, **settings: Any) -> dict[str, Any]:
+    return calibrate(CalibrateConfig(predictions=url, output=f"{folder}/calibration.json", **settings))
+
+
+def mistake(url: str, folder: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        calibrated(url, folder)
+    assert "\n" not in str(caught.value)
+    assert url in str(caught.value)
+    assert not (folder / "calibration.json").exists()
+    return str(caught.value)
+
+
+def test_fits_to_one_half_and_reports_on_the_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    its = queries()
+    content = calibrated(write_run(tmp_path / "run", its), tmp_path, max_loss=2.0)
+    assert content == json.loads((tmp_path / "calibration.json").read_text())
+    is_held_out = held_out_queries(NUM_QUERIES)
+    fitted, others = ([query for query, flag in zip(its, is_held_out, strict=True) if flag == half] for half in (0, 1))
+    assert (content["num_queries"], content["held_out"]["num_queries"]) == (len(fitted), len(others)) == (80, 80)
+
+    scores = [np.array([query.scores.max() for query in half if len(query.scores)]) for half in (fitted, others)]
+    right = [np.array([query.is_right for query in half if len(query.scores)]) for half in (fitted, others)]
+    found = fit_confidence(scores[0], right[0])
+    assert (content["temperature"], content["midpoint"]) == found
+    error = expected_calibration_error(reliability(probability(scores[1], *found), right[1]))
+    after, before = content["held_out"]["after"], content["held_out"]["before"]
+    assert after["expected_calibration_error"] == error
+    assert error < before["expected_calibration_error"]
+    assert sum(row["count"] for row in after["reliability"]) == len(scores[1])
+
+    margin, replay = content["stop_margin"], Replay(fitted, ROUND_SIZE)
+    assert replay.point(None).recall_at_1 - replay.point(margin).recall_at_1 <= 2.0
+    assert replay.point(margin).pairs_per_query < 0.9 * NUM_CANDIDATES
+    at_margin = Replay(others, ROUND_SIZE).point(margin)
+    assert content["held_out"]["at_stop_margin"]["pairs_per_query"] == at_margin.pairs_per_query
+    assert content["held_out"]["curve"][-1]["stop_margin"] is None
+    calibration = read_calibration(f"{tmp_path}/calibration.json")
+    assert (calibration.model, calibration.round_size, calibration.num_candidates) == (MODEL, ROUND_SIZE, 10)
+    text = capsys.readouterr().out
+    assert f"stopping at margin {margin:.3f}, rounds of 3: recall@1 {at_margin.recall_at_1:.1f} with" in text
+    assert f"{error:.3f} after" in text
+
+
+def test_halves_are_blocks_of_neighbours() -> None:
+    for number in (0, 1, 20, 747, 27_592):
+        flags = held_out_queries(number)
+        assert len(flags) == number
+        assert abs(2 * int(flags.sum()) - number) <= max(1, number / NUM_BLOCKS)
+        assert int((flags[1:] != flags[:-1]).sum()) == max(0, min(number, NUM_BLOCKS) - 1)
+
+
+def test_one_round_has_nothing_to_stop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = write_run(tmp_path / "run", queries(), rerank={"batch_size": 16})
+    assert calibrated(url, tmp_path)["stop_margin"] is None
+    assert "no margin to stop at: one round scores all candidates" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("rerank", "words"),
+    [
+        ({"stop_margin": 1.0}, "a run with rerank.adaptive=true; expected one that scored all pairs in both"),
+        ({"second_direction": 5}, "a run with rerank.second_direction=5; expected one that scored all pairs in both"),
+        ({"batch_size": None}, "not the settings of an evaluation"),
+    ],
+)
+def test_runs_that_left_pairs_out(tmp_path: Path, rerank: dict[str, Any], words: str) -> None:
+    url = write_run(tmp_path / "run", queries(), rerank=SETTINGS["rerank"] | rerank)
+    assert words in mistake(url, tmp_path)
+
+
+def test_too_few_queries_or_all_alike(tmp_path: Path) -> None:
+    message = mistake(write_run(tmp_path / "few", queries(98)), tmp_path)
+    assert "queries were answered in one half of the 98; expected 50 or more in each" in message
+    wrong = [ScoredQuery(query.scores, np.zeros_like(query.is_positive)) for query in queries()]
+    assert "that are fitted to are wrong; expected right and wrong" in mistake(
+        write_run(tmp_path / "w", wrong), tmp_path
+    )
+    right = [ScoredQuery(query.scores, np.ones_like(query.is_positive)) for query in queries()]
+    assert "that are fitted to are right; expected right and wrong" in mistake(
+        write_run(tmp_path / "r", right), tmp_path
+    )
+
+
+def test_what_is_no_finished_evaluation(tmp_path: Path) -> None:
+    assert "expected the output directory of an evaluation" in mistake(f"{tmp_path}/none", tmp_path)
+    storage.write_json(f"{tmp_path}/begun/settings.json", SETTINGS)
+    assert "the run is not finished" in mistake(f"{tmp_path}/begun", tmp_path)
+    assert "no ground truth" in mistake(write_run(tmp_path / "blind", queries(), ground_truth=False), tmp_path)
+    url = write_run(tmp_path / "run", queries())
+    (tmp_path / "run/settings.json").unlink()
+    assert "not the settings of an evaluation" in mistake(url, tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["gone", "text", "other", "infinite"])
+def test_damaged_predictions(tmp_path: Path, damage: str) -> None:
+    its = queries()
+    url = write_run(tmp_path / "run", its)
+    file = tmp_path / "run" / "predictions.parquet"
+    if damage == "gone":
+        file.unlink()
+    elif damage == "text":
+        file.write_text("x")
+    elif damage == "other":
+        write_run(tmp_path / "other", its[:-1])
+        file.write_bytes((tmp_path / "other" / "predictions.parquet").read_bytes())
+    else:
+        its[0].scores[3] = -np.inf
+        write_run(tmp_path / "run", its)
+    expected = "expected files of one run" if damage == "other" else "not the predictions of a run"
+    assert expected in mistake(url, tmp_path)
+
+
+def test_as_a_user_calls_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, output = write_run(tmp_path / "run", queries()), f"{tmp_path}/calibration.json"
+    monkeypatch.setattr(sys, "argv", ["calibrate", f"predictions={url}", f"output={output}"])
+    assert run(CalibrateConfig, job.main) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == output
+    assert read_calibration(output).benchmark == "made_up"
+    monkeypatch.setattr(sys, "argv", ["calibrate", f"predictions={url}", f"output={tmp_path}"])
+    assert run(CalibrateConfig, job.main) == 2
+    assert (
+        capsys.readouterr().err
+        == f"error: output={tmp_path}: a directory; expected a file for the calibration as JSON\n"
+    )
+
+
+@pytest.mark.parametrize("loss", [-0.1, 101, float("nan")])
+def test_a_loss_that_is_none(loss: float) -> None:
+    with pytest.raises(UserError, match=r"^max_loss=.*: expected points of recall, 0 to 100"):
+        load(CalibrateConfig, ["predictions=/p", "output=/o", f"max_loss={loss}"])
