@@ -288,7 +288,7 @@ class RerankConfig:
     num_candidates: int = 100
     """Candidates K re-ranked for each query (at most the number of database photos)."""
     batch_size: int = 16
-    """Pairs in one forward pass, all those of a unit that have a candidate in common in one; decides rounding."""
+    """Pairs in one forward pass: some candidates with all queries of the unit that have them. Decides rounding."""
     queries_per_unit: int = 8
     """Queries of one work unit, which share candidates; what a dying actor loses. Decides rounding."""
     num_threads_per_actor: int = 2
@@ -298,7 +298,7 @@ class RerankConfig:
     num_gpus_per_actor: float | None = None
     """GPUs of one actor, 0 = its CPU threads; null = 1 where the cluster has GPUs. A GPU rounds unlike a CPU."""
     dense_features: DenseFeatures = DenseFeatures.cache
-    """recompute them in each unit, cache those used last, or store those of all candidates before re-ranking."""
+    """Scheduling: recompute them in each unit, cache those used last, or store all candidates' before re-ranking."""
     cache_gib: float = 0.5
     """Scheduling: what an actor of dense_features=cache keeps in memory from unit to unit."""
     gpu_cache_gib: float = 2.0
@@ -306,9 +306,9 @@ class RerankConfig:
     stored_as: StoredAs = StoredAs.half
     """With dense_features=store: 16 bits a value, or 8 with a scale for each patch."""
     store_path: str | None = None
-    """With dense_features=store: directory (path or URL) of the store; null = OUT/dense."""
+    """Scheduling: with dense_features=store: directory (path or URL) of the store; null = OUT/dense."""
     store_whole_database: bool = False
-    """With dense_features=store: keep every photo of the database, so that other runs can use the store."""
+    """Scheduling: with dense_features=store: keep every photo of the database, so that other runs can use the store."""
     num_loading_threads: int = 1
     """Scheduling: threads of an actor that read and decode photos, or stored features, ahead of the network."""
     second_direction: int | None = None
@@ -355,6 +355,11 @@ class RerankConfig:
             or (len(numbers) > 0 and numbers == sorted({n for n in numbers if 0 < n <= self.num_candidates})),
             f"rerank.report_candidates={numbers}: expected different numbers in ascending order, "
             f"from 1 to rerank.num_candidates={self.num_candidates}",
+        )
+        require(
+            self.second_direction is None or numbers in (None, [self.num_candidates]),
+            f"rerank.report_candidates={numbers}, rerank.second_direction={self.second_direction}: a score then "
+            "depends on the other candidates, and fewer can't be reported on; expected one of the two",
         )
         require_gpus(self, "rerank")
 

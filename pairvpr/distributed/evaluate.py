@@ -38,7 +38,7 @@ from pairvpr.index.reader import live_ids
 from pairvpr.models.weights import NOT_LOADED, Weights, announce, load_weights
 from pairvpr.retrieval.dense_store import Layout
 from pairvpr.retrieval.pipeline import answers
-from pairvpr.retrieval.rerank import WorkUnit, work_units
+from pairvpr.retrieval.rerank import SCORING, WorkUnit, work_units
 
 OF_THE_WEIGHTS = ("model.weights_sha256",)
 OF_THE_INDEX = (
@@ -111,11 +111,12 @@ class Run:
                 name: getattr(self.config.rerank, name)
                 for name in ("num_candidates", "batch_size", "queries_per_unit", "num_threads_per_actor")
             }
+            | {"scoring": SCORING}
             | self._unusual_settings(),
         }
 
     def _unusual_settings(self) -> dict[str, float | str]:
-        """What most runs don't ask for: theirs are those of runs from before it was there."""
+        """What most runs don't ask for."""
         values = {
             "second_direction": self.config.rerank.second_direction,
             "stored_as": None if self.store is None else str(self.config.rerank.stored_as),
@@ -339,6 +340,7 @@ def answer(
         num_rejected_database=manifest.num_rejected,
         num_rejected_queries=queries_about["num_rejected"],
         report_candidates=config.rerank.report_candidates,
+        second_direction=config.rerank.second_direction,
         judge=run.judge,
         dense_store=None if run.store is None else about_store(run.store),
         index=about_index(manifest, config.index.num_probes),

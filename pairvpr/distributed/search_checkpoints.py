@@ -29,6 +29,7 @@ from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.evaluation.recall import recall_at
 from pairvpr.models.weights import build_model, load_weights
 from pairvpr.retrieval import pipeline
+from pairvpr.retrieval.rerank import SCORING
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
 ROLLING = "last.pt"
@@ -55,6 +56,9 @@ class Search:
             "describe_batch_size": config.describe.batch_size,
             "num_candidates": config.rerank.num_candidates,
             "rerank_batch_size": config.rerank.batch_size,
+            "rerank_queries_per_unit": config.rerank.queries_per_unit,
+            "rerank_second_direction": config.rerank.second_direction,
+            "scoring": SCORING,
         }
 
 

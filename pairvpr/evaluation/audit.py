@@ -2,8 +2,8 @@
 
 A candidate's pair score does not depend on the others. So re-ranking K' of K candidates gives the re-ranked list less
 those that retrieval put at place K' or later: both lists are by score, equal scores in the order of retrieval. Only
-rounding can differ from a run with K' candidates, in the last forward pass of a query, where K' is no multiple of
-`rerank.batch_size`.
+rounding can differ from a run with K' candidates, whose pairs share other forward passes. With
+`rerank.second_direction` a score does depend on the others, and K alone is audited.
 
 Q queries, K candidates.
 """

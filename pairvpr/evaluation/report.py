@@ -38,6 +38,7 @@ class RunFacts:
     index: dict[str, Any]
     """Its kind and, if it is approximate, its measured recall."""
     report_candidates: Sequence[int] | None = None
+    second_direction: int | None = None
     """What `audited_candidates` gets."""
     judge: Judge | None = None
     """How sure of its answers the run is."""
@@ -63,7 +64,8 @@ def metrics(benchmark: Benchmark, answers: Sequence[Answer], model: ModelConfig,
         "num_candidates": facts.num_candidates,
         "scored_per_query": _scored_per_query(answers),
         "confidence": None if facts.judge is None else _confidence(benchmark, answers, facts.judge),
-        "audit": audit(benchmark, answers, audited_candidates(facts.report_candidates, facts.num_candidates)),
+        "second_direction": facts.second_direction,
+        "audit": audit(benchmark, answers, _audited(facts)),
         "seconds_per_query": {
             "describe": facts.seconds_describe / num_queries,
             "retrieve": facts.seconds_retrieve / num_queries,
@@ -79,6 +81,12 @@ def metrics(benchmark: Benchmark, answers: Sequence[Answer], model: ModelConfig,
         "rejected_images": {"database": facts.num_rejected_database, "queries": facts.num_rejected_queries},
         "versions": _versions(),
     }
+
+
+def _audited(facts: RunFacts) -> list[int]:
+    if facts.second_direction is not None:
+        return [facts.num_candidates]
+    return audited_candidates(facts.report_candidates, facts.num_candidates)
 
 
 def _recalls(benchmark: Benchmark, answers: Sequence[Answer], num_candidates: int) -> dict[str, Any]:

@@ -22,7 +22,8 @@ LOADED_AHEAD = 4
 class FeatureCache:
     """Features by key, the least recently used dropped beyond `capacity_bytes`, or handed to the cache `behind`.
 
-    That one is larger and slower: a GPU's features go to the machine's memory, and come back when they are asked for.
+    That one is larger and slower: a GPU's features go to the machine's memory, and are copied back when they are asked
+    for. They stay there: what many units ask for is in either place.
     """
 
     def __init__(self, capacity_bytes: int, behind: FeatureCache | None = None) -> None:
@@ -56,15 +57,18 @@ class FeatureCache:
             self._hand_on(dropped_key, dropped)
 
     def _hand_on(self, key: Hashable, features: Tensor) -> None:
-        if self.behind is not None and key not in self.behind:
+        if self.behind is not None and key not in self.behind and features.nbytes <= self.behind.capacity_bytes:
             self.behind.put(key, in_memory(features))
 
 
 def in_memory(features: Tensor) -> Tensor:
-    """A copy in the machine's memory, pinned if it comes from a GPU: it is copied back while that computes."""
+    """A copy in the machine's memory, pinned if it comes from a GPU, which goes on computing meanwhile.
+
+    The copy is only ever read by a copy back, which the GPU makes after this one.
+    """
     if features.device.type == "cpu":
         return features
-    return torch.empty(features.shape, dtype=features.dtype, pin_memory=True).copy_(features)
+    return torch.empty(features.shape, dtype=features.dtype, pin_memory=True).copy_(features, non_blocking=True)
 
 
 class PhotoFeatures(Generic[Loaded]):

@@ -23,6 +23,8 @@ from pairvpr.retrieval.early_stop import margin
 Features: TypeAlias = Callable[[Sequence[int]], Iterator[Tensor]]
 """`PairVPR.embed`'s output (L, D) of photos, in the order of their ids, on the model's device."""
 
+SCORING = 2
+"""Goes up when the same settings make other units or forward passes, so that no run is resumed with a mixture."""
 QUERY_FIRST, CANDIDATE_FIRST = 0, 1
 MOST_QUERIES_OF_A_HUB = 1000
 """A photo that more queries have among their candidates tells little about which of them are neighbours."""
@@ -88,10 +90,10 @@ def work_units(candidates: Mapping[int, Sequence[int]], queries_per_unit: int) -
 class Reranker:
     """Scores work units.
 
-    `query_features` and `database_features` give what the decoder reads of photos; each is asked once for a photo in
-    a unit, and once more for those that are scored the other way round later. `second_direction` is how many
-    candidates of a query, those that look best with the query first, are scored the other way round (None: all).
-    With `stop_margin` a query's candidates are scored `batch_size` at a time, until its margin is as large.
+    `query_features` and `database_features` give what the decoder reads of photos, in one pass over the unit's
+    different candidates. `second_direction` is how many candidates of a query, those that look best with the query
+    first, are scored the other way round (None: all), in a second pass. With `stop_margin` a query's candidates are
+    scored `batch_size` at a time, a pass each, until its margin is as large. Each pass asks for its photos anew.
     """
 
     def __init__(
@@ -184,8 +186,8 @@ class Reranker:
     def _logits(self, batch: Sequence[_Pair], embedded: Tensor, queries: _Queries, directions: Sequence[int]) -> Tensor:
         """Logits (B, directions) of one forward pass; `embedded` (n, L, D) are its candidates, in order."""
         image_ids = list(dict.fromkeys(pair.image_id for pair in batch))
-        candidate_of = torch.tensor([image_ids.index(pair.image_id) for pair in batch], device=embedded.device)
-        query_of = torch.tensor([pair.row for pair in batch], device=embedded.device)
+        places = [[image_ids.index(pair.image_id) for pair in batch], [pair.row for pair in batch]]
+        candidate_of, query_of = _sent(torch.tensor(places), embedded.device)
         scorer, found = self._scorer, []
         if QUERY_FIRST in directions:
             memory = scorer.as_memory(embedded, keep=False)
@@ -226,6 +228,11 @@ def _batches(pairs: Sequence[_Pair], batch_size: int) -> list[list[_Pair]]:
             else:
                 batches.append(piece)
     return batches
+
+
+def _sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """On the device, which does not have to wait for it."""
+    return numbers if device.type == "cpu" else numbers.pin_memory().to(device, non_blocking=True)
 
 
 def _checked(found: Sequence[Tensor], model: PairVPR) -> NDArray[np.float32]:

@@ -189,8 +189,10 @@ def test_a_calibration_is_part_of_the_settings_and_its_absence_is_not(config: Ev
     """An output directory of before is resumed; with another calibration, or none, it is another run."""
     (plain,) = prepare([config])
     assert set(plain.settings()["rerank"]) == {
-        *("num_candidates", "batch_size", "queries_per_unit", "num_threads_per_actor")
+        *("num_candidates", "batch_size", "queries_per_unit", "num_threads_per_actor", "scoring")
     }
+    (partly,) = prepare([replace(config, rerank=replace(config.rerank, second_direction=3))])
+    assert partly.settings()["rerank"] == plain.settings()["rerank"] | {"second_direction": 3}
     asked = calibrated(config, tmp_path, adaptive=True, not_in_map_below=0.5)
     (run,) = prepare([asked])
     used = {"temperature": 1.5, "midpoint": 0.25, "not_in_map_below": 0.5, "stop_margin": 0.75}
