@@ -20,6 +20,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -78,17 +79,11 @@ def pair_rows(name: str, num_candidates: int, options: argparse.Namespace, devic
         is_plain = not rows
         number = min(options.plain_candidates, num_candidates) if is_plain else num_candidates
         dense = torch.randn(number, *shape, device=device)
-        if is_plain:
-
-            def work(model: PairVPR = model, query: Tensor = query, dense: Tensor = dense) -> object:
-                return [plain(model, query, some) for some in dense.split(options.plain_batch)]
-        else:
-
-            def work(
-                model: PairVPR = model, query: Tensor = query, dense: Tensor = dense, size: int = batch_size
-            ) -> object:
-                return ours(model, query, dense, batch_size=size)
-
+        work = (
+            partial(plain_passes, model, query, dense, options.plain_batch)
+            if is_plain
+            else partial(ours, model, query, dense, batch_size=batch_size)
+        )
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         seconds, flop = seconds_of(work, options.rounds, device), flop_of(work)
@@ -110,6 +105,11 @@ def pair_rows(name: str, num_candidates: int, options: argparse.Namespace, devic
         print(" | ".join(rows[-1]), flush=True)
         del model, query, dense, work
     return rows
+
+
+def plain_passes(model: PairVPR, query: Tensor, dense: Tensor, batch_size: int) -> list[Tensor]:
+    """The plain loop in passes of some pairs."""
+    return [plain(model, query, some) for some in dense.split(batch_size)]
 
 
 def description_row(name: str, precision: Precision, options: argparse.Namespace, device: torch.device) -> list[str]:
