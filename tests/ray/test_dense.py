@@ -79,6 +79,7 @@ def test_a_store_of_any_size_gives_the_same_predictions(
         assert mended == times | {str(victim): mended[str(victim)]}
 
 
+@pytest.mark.soak
 def test_a_driver_that_dies_while_the_store_is_filled(city: Path, tmp_path: Path) -> None:
     line = arguments(city, tmp_path / "out", STORE, "rerank.stored_as=int8", "rerank.num_actors=1")
     expected = single_machine_predictions(line, tmp_path / "expected.parquet")

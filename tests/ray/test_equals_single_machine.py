@@ -99,6 +99,7 @@ def test_stopping_early_and_confidence(city: Path, expected: bytes, tmp_path: Pa
     assert content["confidence"]["num_in_map"] == sum(row["in_map"] is True for row in rows)
 
 
+@pytest.mark.soak
 def test_scaled_decoding(tmp_path: Path) -> None:
     """Photos large enough for it: described and re-ranked at a scale, here and there."""
     for part, photos in (

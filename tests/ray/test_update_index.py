@@ -100,6 +100,7 @@ def test_added_replaced_removed_compacted(city: Path, root: Path) -> None:
     assert (half.generation, half.kind) == (5, IndexKind.flat_fp16)
 
 
+@pytest.mark.soak
 def test_a_folder_below_the_root_comes_and_goes(city: Path, root: Path) -> None:
     """In an approximate index, of which queries near their prior positions find what is near, written out here."""
     index = build_from(root / "photos", root / "index", "index.kind=ivf_rabitq", "index.num_lists=4")
