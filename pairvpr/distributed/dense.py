@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from pairvpr.index.plan import size_text
 from pairvpr.retrieval import dense_store
 from pairvpr.retrieval.dense_store import DenseStore, Layout, StoreManifest
 from pairvpr.retrieval.features import PhotoFeatures
+from pairvpr.retrieval.pipeline import load_pixels
 
 KEY = "rerank.store_path"
 WHOLE_DATABASE = "whole database"
@@ -197,17 +199,12 @@ class _StoreActor(PoolActor):
 
     def __init__(self, source: ModelSource, database: Manifest, url: str, layout: Layout, config: RerankConfig) -> None:
         self.database, self.url, self.layout = database, url, layout
-        describer, model = source.describer(config.num_threads_per_actor), source.config
-
-        def load(image_id: int) -> NDArray[np.uint8]:
-            photo = database.url(image_id)
-            try:
-                return images.load(photo, model.image_size_px, scaled_decoding=model.scaled_decoding)
-            except images.BrokenImageError as error:
-                raise images.BrokenImageError(f"{photo}: {error}") from error
-
+        describer = source.describer(config.num_threads_per_actor)
         self.features = PhotoFeatures(
-            load, describer.embedded, device=describer.device, num_threads=config.num_loading_threads
+            partial(load_pixels, database, source.config),
+            describer.embedded,
+            device=describer.device,
+            num_threads=config.num_loading_threads,
         )
 
     def run(self, unit: _Unit) -> None:

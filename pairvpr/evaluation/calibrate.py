@@ -41,6 +41,7 @@ FEWEST_QUERIES = 50
 """That must have been answered in each half."""
 COLUMNS = ("candidates", "reranked", "pair_scores", "positives")
 NUM_PRINTED = 12
+QUERIES_READ_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,8 @@ def _read_queries(run: FinishedRun) -> list[ScoredQuery]:
     url = storage.join(run.url, "predictions.parquet")
     try:
         with storage.open_input(url) as file:
-            rows = pq.read_table(file, columns=list(COLUMNS)).to_pylist()
-        queries = [_scored(row) for row in rows]
+            batches = pq.ParquetFile(file).iter_batches(QUERIES_READ_AT_ONCE, columns=list(COLUMNS))
+            queries = [_scored(row) for batch in batches for row in batch.to_pylist()]
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{url}: not the predictions of a run: {storage.reason(error)}") from error
     expected = run.protocol.get("num_queries")

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pairvpr.config.schema import DenseFeatures, EvaluateConfig, RerankConfig
+from pairvpr.config.schema import DenseFeatures, EvaluateConfig, ModelConfig, RerankConfig
 from pairvpr.data import images
 from pairvpr.data.manifest import Benchmark, Manifest
 from pairvpr.data.photo_batches import load_batch, num_batches
@@ -105,7 +105,7 @@ def photo_reranker(
             return as_stored(features, settings.stored_as) if is_rounded else features
 
         is_rounded = photos is benchmark.database and settings.dense_features is DenseFeatures.store
-        load = partial(_pixels, photos, config)
+        load = partial(load_pixels, photos, config.model)
         return PhotoFeatures(load, embedded, device=device, num_threads=num_threads, cache=cache)
 
     def to_device(features: Tensor) -> Tensor:
@@ -123,11 +123,11 @@ def photo_reranker(
     )
 
 
-def _pixels(photos: Manifest, config: EvaluateConfig, image_id: int) -> NDArray[np.uint8]:
-    """(S, S, 3) uint8."""
+def load_pixels(photos: Manifest, model: ModelConfig, image_id: int) -> NDArray[np.uint8]:
+    """A photo (S, S, 3) uint8 as the network sees it. Raises `BrokenImageError`, which names it."""
     url = photos.url(image_id)
     try:
-        return images.load(url, config.model.image_size_px, scaled_decoding=config.model.scaled_decoding)
+        return images.load(url, model.image_size_px, scaled_decoding=model.scaled_decoding)
     except images.BrokenImageError as error:
         raise images.BrokenImageError(f"{url}: {error}") from error
 
