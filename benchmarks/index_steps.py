@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from pairvpr.data.manifest import Manifest
 from pairvpr.index import build, choose, make, measure, store
 from pairvpr.index.make import InThisProcess, build_shards, first_generation, make_index
 from pairvpr.index.manifest import IndexManifest, commit, generation_url
-from pairvpr.index.reader import OpenIndex, search_index
+from pairvpr.index.reader import OpenIndex, groups_of_shards, search_index
 from pairvpr.index.search import Effort, Shard
 from pairvpr.index.update import with_added, without
 
@@ -56,11 +56,11 @@ class HeldIndex(OpenIndex):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._held = dict[tuple[str, int], Any]()
+        self._held = dict[tuple[str, Hashable], Any]()
 
-    def shard(self, number: int) -> Shard:
+    def joined(self, numbers: Sequence[int]) -> Shard:
         """As `OpenIndex` does, once."""
-        return self._once("shard", number)
+        return self._once("joined", numbers)
 
     def ids(self, number: int) -> NDArray[np.int64]:
         """As `OpenIndex` does, once."""
@@ -70,16 +70,18 @@ class HeldIndex(OpenIndex):
         """As `OpenIndex` does, once."""
         return self._once("descriptors", number)
 
-    def _once(self, what: str, number: int) -> Any:
-        if (what, number) not in self._held:
-            self._held[what, number] = getattr(super(), what)(number)
-        return self._held[what, number]
+    def _once(self, what: str, which: Hashable) -> Any:
+        if (what, which) not in self._held:
+            self._held[what, which] = getattr(super(), what)(which)
+        return self._held[what, which]
 
     def hold(self) -> None:
         """All that a search asks for."""
-        for number in range(len(self.manifest.shards)):
-            self.shard(number)
-            if choose.KINDS[self.spec.kind].is_rescored:
+        for group in groups_of_shards(self.manifest):
+            self.joined(group)
+        if choose.KINDS[self.spec.kind].is_rescored:
+            for number in range(len(self.manifest.shards)):
+                self.ids(number)
                 self.descriptors(number)
 
 

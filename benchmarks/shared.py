@@ -36,22 +36,23 @@ def draw_photos(folder: Path, num_photos: int, num_distinct: int) -> None:
     for i, photo in enumerate(toy_city.database_photos(seed=0, num_places=places)[: min(num_photos, num_distinct)]):
         sink = io.BytesIO()
         toy_city.draw(photo, width_px=WIDTH_PX, height_px=HEIGHT_PX).save(sink, "JPEG", quality=JPEG_QUALITY)
-        (folder / _name(i)).write_bytes(sink.getvalue())
+        (folder / photo_name(i)).write_bytes(sink.getvalue())
     for i in range(num_distinct, num_photos):
-        original, copy = folder / _name(i % num_distinct), folder / _name(i)
+        original, copy = folder / photo_name(i % num_distinct), folder / photo_name(i)
         try:
             os.link(original, copy)
         except OSError:  # a file system without hard links
             shutil.copyfile(original, copy)
 
 
-def _name(i: int) -> str:
+def photo_name(i: int) -> str:
+    """Of `draw_photos`."""
     return f"{i:06d}.jpg"
 
 
 def first_photos(folder: Path, num_photos: int) -> Manifest:
     """The first photos that `draw_photos` put there."""
-    return Manifest.of(str(folder), [_name(i) for i in range(num_photos)])
+    return Manifest.of(str(folder), [photo_name(i) for i in range(num_photos)])
 
 
 def job_config(model: str, batch_size: int, num_threads: int) -> BuildIndexConfig:

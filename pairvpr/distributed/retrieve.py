@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from pairvpr.index import choose, store
 from pairvpr.index.filters import Filters, Places, search_filtered
 from pairvpr.index.manifest import IndexManifest
 from pairvpr.index.merge import Found, merge_top_k
-from pairvpr.index.reader import OpenIndex, short_list_length
+from pairvpr.index.reader import OpenIndex, groups_of_shards, short_list_length
 from pairvpr.index.search import NO_ID, Effort, rescore, search
 
 
@@ -100,8 +100,12 @@ def ask(question: Question, config: SearchConfig) -> tuple[Found, float]:
     Raises `IncompleteRunError` where a shard gave no answer: an answer is never that of some of the shards.
     """
     manifest = question.manifest
-    num_shards = len(manifest.shards)
-    num_actors = min(num_shards, config.num_actors or max(1, int(ray.cluster_resources().get("CPU", 2) // 2)))
+    alone, groups = [range(n, n + 1) for n in range(len(manifest.shards))], groups_of_shards(manifest)
+    is_rescored = choose.KINDS[IndexKind(manifest.kind)].is_rescored
+    num_actors = min(
+        len(alone if is_rescored else groups),
+        config.num_actors or max(1, int(ray.cluster_resources().get("CPU", 2) // 2)),
+    )
     effort = Effort(**manifest.effort)
     if config.num_probes is not None:
         effort = Effort(config.num_probes, effort.num_rescored)
@@ -118,51 +122,58 @@ def ask(question: Question, config: SearchConfig) -> tuple[Found, float]:
         def merge(found: Found) -> None:
             best[:] = [merge_top_k([*best, found], length)]
 
-        work.on_all_shards("retrieve", num_shards, None, merge)
-        if choose.KINDS[IndexKind(manifest.kind)].is_rescored:
+        work.on_shards("retrieve", groups, None, merge)
+        if is_rescored:
             ids = best[0][1]
             distances = np.full(ids.shape, np.inf, np.float32)
-            work.on_all_shards(
-                "rescore", num_shards, ray.put(ids), lambda found: np.minimum(distances, found, out=distances)
-            )
+            work.on_shards("rescore", alone, ray.put(ids), lambda found: np.minimum(distances, found, out=distances))
             best = [merge_top_k([(distances, ids)], question.k)]
     return best[0], work.seconds
 
 
 @dataclass(frozen=True)
 class _Unit:
-    """A shard to search, or (with short lists) to rescore."""
+    """Shards to search as one, or (with short lists) a shard to rescore."""
 
-    shard: int
+    shards: range
     short_lists: Any = None
 
 
 class _Work:
-    """Asks every shard something, and adds up the seconds."""
+    """Asks all shards something, and adds up the seconds."""
 
     def __init__(self, pool: SupervisedPool[_Unit], index: str) -> None:
         self.pool = pool
         self.index = index
         self.seconds = 0.0
 
-    def on_all_shards(self, what: str, num_shards: int, short_lists: Any, on_answer: Callable[[Any], object]) -> None:
-        """`on_answer` gets each shard's answer, in no fixed order."""
-        progress = Progress(what, num_shards, "shards")
+    def on_shards(
+        self, what: str, groups: Sequence[range], short_lists: Any, on_answer: Callable[[Any], object]
+    ) -> None:
+        """`on_answer` gets each group's answer, in no fixed order."""
+        progress = Progress(what, groups[-1].stop, "shards")
 
-        def on_done(_: int, answer: tuple[Any, float]) -> None:
+        def on_done(number: int, answer: tuple[Any, float]) -> None:
             on_answer(answer[0])
             self.seconds += answer[1]
-            progress.add(1)
+            progress.add(len(groups[number]))
 
-        failed = self.pool.run({shard: _Unit(shard, short_lists) for shard in range(num_shards)}, on_done)
+        failed = self.pool.run({n: _Unit(group, short_lists) for n, group in enumerate(groups)}, on_done)
         if failed:
-            raise IncompleteRunError("; ".join(f"shard {n:05d} of {self.index}: {why}" for n, why in failed.items()))
+            raise IncompleteRunError(
+                "; ".join(f"{_named(groups[n])} of {self.index}: {why}" for n, why in failed.items())
+            )
         progress.finish()
+
+
+def _named(group: range) -> str:
+    """Shards, for people."""
+    return f"shard {group.start:05d}" if len(group) == 1 else f"one of shards {group.start:05d} to {group[-1]:05d}"
 
 
 @ray.remote
 class _ShardActor(PoolActor):
-    """Searches one shard at a time."""
+    """Searches one group of shards at a time."""
 
     def __init__(self, question: Question, effort: Effort, config: SearchConfig) -> None:
         self.question = question
@@ -175,11 +186,11 @@ class _ShardActor(PoolActor):
 
     def run(self, unit: _Unit) -> tuple[Any, float]:
         started_s = time.perf_counter()
-        found = self._searched(unit.shard) if unit.short_lists is None else self._rescored(unit)
+        found = self._searched(unit.shards) if unit.short_lists is None else self._rescored(unit)
         return found, time.perf_counter() - started_s
 
-    def _searched(self, number: int) -> Found:
-        question, shard = self.question, self.opened.shard(number)
+    def _searched(self, group: range) -> Found:
+        question, shard = self.question, self.opened.joined(group)
         length = short_list_length(question.manifest, self.effort, question.k)
         if question.filters is None or question.places is None:
             return search(
@@ -204,9 +215,10 @@ class _ShardActor(PoolActor):
         )
 
     def _rescored(self, unit: _Unit) -> NDArray[np.float32]:
+        (number,) = unit.shards
         return rescore(
-            self.opened.descriptors(unit.shard),
-            self.opened.ids(unit.shard),
+            self.opened.descriptors(number),
+            self.opened.ids(number),
             self.question.queries,
             ray.get(unit.short_lists),
             num_threads=self.num_threads,

@@ -19,6 +19,8 @@ MOST_LISTS, FEWEST_LISTS = 65_536, 16
 RABITQ_FACTORS_BYTES = 8
 IMAGES_PER_SHARD = 250_000
 BYTES_ADDED_AT_ONCE = 32 << 20
+BYTES_TOGETHER, ROWS_OF_A_LIST_TOGETHER = 512 << 20, 256
+"""Shards of lists are searched as one, until that is so large or its lists are so long: see `num_groups`."""
 MOST_TRAINING_BYTES = 640 << 20
 ROWS_PER_LIST, FEWEST_TRAINING_ROWS = 64, 1 << 16
 """Of the sample that an index learns from."""
@@ -100,6 +102,18 @@ def index_bytes(kind: IndexKind, num_rows: int, descriptor_dim: int, num_lists: 
     if KINDS[kind].has_lists:
         centres = 4 * descriptor_dim * (num_lists or default_num_lists(num_rows))
     return num_rows * bytes_per_row(kind, descriptor_dim) + centres
+
+
+def num_groups(num_shards: int, num_rows: int, num_bytes: int, num_lists: int) -> int:
+    """Into how many groups the shards of an index go, each of which is searched as one; without lists, every shard.
+
+    faiss prepares a query anew for every list of every index, which takes as long as a visit of some 150 codes: with
+    short lists in many shards, nearly all of the time. Long enough lists leave the other groups to other actors.
+    """
+    if not num_lists:
+        return num_shards
+    wanted = max(-(-num_bytes // BYTES_TOGETHER), num_rows // (ROWS_OF_A_LIST_TOGETHER * num_lists), 1)
+    return min(num_shards, wanted)
 
 
 def kinds_that_fit(num_rows: int, descriptor_dim: int, budget_bytes: float, config: BuildConfig) -> list[IndexKind]:

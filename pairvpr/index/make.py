@@ -25,7 +25,7 @@ from pairvpr.index.build import IndexSpec
 from pairvpr.index.manifest import ImageTable, IndexManifest, ShardEntry, StoredFile, stored_file
 from pairvpr.index.measure import Step
 from pairvpr.index.merge import Found, merge_top_k
-from pairvpr.index.reader import OpenIndex, removed_ids
+from pairvpr.index.reader import OpenIndex, groups_of_shards, removed_ids
 from pairvpr.index.search import Effort, rescore, search
 
 ONE_SHARD_BYTES = 1 << 40
@@ -254,7 +254,7 @@ def _measured(
         f"index: {manifest.factory}: measuring recall of the exact {k} nearest with {len(queries)} held-out rows"
     )
     ask = _Asking(directory, manifest, num_threads, runner)
-    exact = measure.without_self(ask.merged(_exact_nearest, k + 1, queries, k + 1), own_ids)
+    exact = measure.without_self(ask.merged(_exact_nearest, ask.shards, k + 1, queries, k + 1), own_ids)
     steps = list[Step]()
     is_reached = False
     for num_probes in measure.probe_steps(build.spec_of(manifest.kind, manifest.factory).num_lists):
@@ -277,33 +277,38 @@ class _Asking:
     num_threads: int
     runner: Runner
 
-    def merged(self, work: Callable[..., Found], length: int, *more: Any) -> Found:
-        """The best of all shards."""
+    @property
+    def shards(self) -> range:
+        """Numbers of all."""
+        return range(len(self.manifest.shards))
+
+    def merged(self, work: Callable[..., Found], pieces: Sequence[Any], length: int, *more: Any) -> Found:
+        """The best of all pieces: shards, or groups of them."""
         best: list[Found] = []
-        for answers in self._on_shards(work, *more):
+        for answers in self._on(pieces, work, *more):
             best = [merge_top_k([*best, *answers], length)]
         return best[0]
 
     def answers(self, queries: NDArray[np.float32], num_probes: int, k: int) -> Iterator[tuple[Effort, Found]]:
         """The k nearest with so many lists visited, for each length of short lists."""
+        groups = groups_of_shards(self.manifest)
         if not choose.KINDS[IndexKind(self.manifest.kind)].is_rescored:
-            yield Effort(num_probes), self.merged(_short_lists, k, queries, num_probes, k)
+            yield Effort(num_probes), self.merged(_short_lists, groups, k, queries, num_probes, k)
             return
         length = max(measure.RESCORED_STEPS) + 1
-        _, ids = self.merged(_short_lists, length, queries, num_probes, length)
+        _, ids = self.merged(_short_lists, groups, length, queries, num_probes, length)
         distances = np.full(ids.shape, np.inf, np.float32)
-        for answers in self._on_shards(_rescored, queries, ids):
+        for answers in self._on(self.shards, _rescored, queries, ids):
             distances = np.minimum.reduce([distances, *answers])
         for num_rescored in measure.RESCORED_STEPS:
             some = slice(num_rescored + 1)
             yield Effort(num_probes, num_rescored), merge_top_k([(distances[:, some], ids[:, some])], k)
 
-    def _on_shards(self, work: Callable[..., Any], *more: Any) -> Iterator[list[Any]]:
-        numbers = range(len(self.manifest.shards))
-        for first in range(0, len(numbers), SHARDS_AT_ONCE):
+    def _on(self, pieces: Sequence[Any], work: Callable[..., Any], *more: Any) -> Iterator[list[Any]]:
+        for first in range(0, len(pieces), SHARDS_AT_ONCE):
             arguments = [
-                (self.directory, self.manifest, self.num_threads, number, *more)
-                for number in numbers[first : first + SHARDS_AT_ONCE]
+                (self.directory, self.manifest, self.num_threads, piece, *more)
+                for piece in pieces[first : first + SHARDS_AT_ONCE]
             ]
             yield self.runner.run("", work, arguments)
 
@@ -332,14 +337,14 @@ def _short_lists(
     directory: str,
     manifest: IndexManifest,
     num_threads: int,
-    number: int,
+    group: range,
     queries: NDArray[np.float32],
     num_probes: int,
     length: int,
 ) -> Found:
     """Of the lists asked for and no others, so that a search, which fills up its answer, finds as much or more."""
     with own_cache() as cache:
-        shard = OpenIndex(directory, manifest, cache).shard(number)
+        shard = OpenIndex(directory, manifest, cache).joined(group)
         effort = Effort(num_probes)
         return search(shard, queries, length, num_threads=num_threads, effort=effort, at_least=1)
 

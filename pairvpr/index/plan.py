@@ -23,6 +23,8 @@ COPIES_GATHERED = 2.5
 """Of a shard's descriptors: as read from the parts, put together, and their check."""
 COPIES_FILLED = 1.25
 """Of a shard's faiss index, while it grows."""
+COPIES_JOINED = 2
+"""Of shards that are searched as one, while their lists grow."""
 COPIES_OF_A_SAMPLE = 2
 INSIST = "or index.allow_overcommit=true"
 
@@ -77,7 +79,7 @@ class MemoryPlan:
     """What one process holds at most.
 
     Tasks: gathering a shard's descriptors, learning from a sample (0 = nothing to learn), filling a shard's faiss
-    index. Then an actor that searches, with one shard, and the driver with the list of photos.
+    index. Then an actor that searches, with one shard or some small ones, and the driver with the list of photos.
     """
 
     gather_bytes: int
@@ -216,11 +218,14 @@ def _memory_plan(num_images: int, descriptor_dim: int, num_lists: int, num_shard
     about, shard_bytes = choose.KINDS[kind], choose.index_bytes(kind, num_rows, descriptor_dim, num_lists)
     num_sampled = choose.num_training_rows(num_images, descriptor_dim, num_lists if about.has_lists else 0)
     sample_bytes = _descriptors_bytes(num_sampled, descriptor_dim)
+    index_bytes = choose.index_bytes(kind, num_images, descriptor_dim, num_lists)
+    num_groups = choose.num_groups(num_shards, num_images, index_bytes, num_lists if about.has_lists else 0)
+    searched_bytes = shard_bytes if num_groups == num_shards else COPIES_JOINED * index_bytes // num_groups
     return MemoryPlan(
         gather_bytes=PROCESS_BYTES + int(COPIES_GATHERED * _descriptors_bytes(num_rows, descriptor_dim)),
         learn_bytes=PROCESS_BYTES + COPIES_OF_A_SAMPLE * sample_bytes if about.needs_training else 0,
         fill_bytes=PROCESS_BYTES + WORKING_BYTES + int(COPIES_FILLED * shard_bytes),
-        search_bytes=PROCESS_BYTES + shard_bytes,
+        search_bytes=PROCESS_BYTES + searched_bytes,
         driver_bytes=PROCESS_BYTES + BYTES_OF_A_PHOTO * num_images,
     )
 
@@ -236,7 +241,7 @@ def _memory_problems(plan: Plan, nodes: Sequence[NodeRoom]) -> Iterator[str]:
         (f"gathering {shards}", plan.memory.gather_bytes, lambda _: 1, more_shards),
         ("learning from a sample", plan.memory.learn_bytes, lambda _: 1, "another index.kind"),
         (f"filling {shards}", plan.memory.fill_bytes, lambda node: node.num_cpus, more_shards),
-        (f"searching {shards}", plan.memory.search_bytes, lambda node: node.num_cpus // 2, more_shards),
+        ("searching shards", plan.memory.search_bytes, lambda node: node.num_cpus // 2, more_shards),
     ):
         for node in nodes:
             at_once = max(1, min(plan.num_shards, most_at_once(node)))

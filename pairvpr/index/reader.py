@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +66,27 @@ class OpenIndex:
     def shard(self, number: int) -> Shard:
         """A shard. Raises `UserError`, naming the file, where its bytes have changed or do not fit the manifest."""
         entry = self.manifest.shards[number]
-        index, is_removed = self._index(entry), self.is_removed(number) if entry.num_removed else None
+        index, is_removed = self._index(entry, self._flags), self.is_removed(number) if entry.num_removed else None
         on_gpu = None
         if self._gpu is not None:
             on_gpu = faiss.index_cpu_to_gpu(self._gpu, 0, index)  # pyright: ignore[reportAttributeAccessIssue]
         return Shard(index, self.ids(number), is_removed, on_gpu)
+
+    def joined(self, numbers: Sequence[int]) -> Shard:
+        """Some shards as one; if they are several of the same lists, their rows are copied into one index in memory.
+
+        Raises `UserError` as `shard` does.
+        """
+        if len(numbers) == 1:
+            return self.shard(numbers[0])
+        entries = [self.manifest.shards[number] for number in numbers]
+        index = self._index(entries[0], flags=0)
+        for entry in entries[1:]:
+            index.merge_from(self._index(entry, flags=0), index.ntotal)
+        is_removed = None
+        if any(entry.num_removed for entry in entries):
+            is_removed = np.concatenate([self.is_removed(number) for number in numbers])
+        return Shard(index, np.concatenate([self.ids(number) for number in numbers]), is_removed)
 
     def is_removed(self, number: int) -> NDArray[np.bool_]:
         """(n,) which rows of a shard are of removed photos."""
@@ -92,9 +110,9 @@ class OpenIndex:
         self._check(file, "values a row", rows.shape[1], self.manifest.descriptor_dim)
         return rows
 
-    def _index(self, entry: ShardEntry) -> Any:
+    def _index(self, entry: ShardEntry, flags: int) -> Any:
         file = entry.files[self.spec.index_file(self.manifest.trained)]
-        index: Any = faiss.read_index(str(self._path(file)), self._flags)
+        index: Any = faiss.read_index(str(self._path(file)), flags)
         self._check(file, "values a row", index.d, self.manifest.descriptor_dim)
         self._check(file, "rows", index.ntotal, entry.num_rows)
         if self._trained is not None and self.spec.num_lists:
@@ -123,18 +141,40 @@ def search_index(
 ) -> Found:
     """The k nearest photos of each query (Q, G), shard after shard on this machine: (Q, k), or as many as there are."""
     effort = effort or opened.effort
-    numbers = range(len(opened.manifest.shards))
     length = short_list_length(opened.manifest, effort, k)
     options: dict[str, Any] = {"num_threads": num_threads, "effort": effort, "at_least": k}
     options["visits"] = opened.visits(queries, effort, num_threads)
-    found = merge_top_k([search(opened.shard(number), queries, length, **options) for number in numbers], length)
+    groups = groups_of_shards(opened.manifest)
+    found = merge_top_k([search(opened.joined(group), queries, length, **options) for group in groups], length)
     if not choose.KINDS[opened.spec.kind].is_rescored:
         return found
     distances = [
         rescore(opened.descriptors(number), opened.ids(number), queries, found[1], num_threads=num_threads)
-        for number in numbers
+        for number in range(len(opened.manifest.shards))
     ]
     return merge_top_k([(np.minimum.reduce(distances), found[1])], k)
+
+
+def groups_of_shards(manifest: IndexManifest) -> list[range]:
+    """Which shards are searched as one (`choose.num_groups`): neighbours, about the same number of bytes in each group.
+
+    Settings and actors have no say in it, because a query visits more lists where those of a group hold too few rows.
+    """
+    spec = build.spec_of(manifest.kind, manifest.factory)
+    index_file, shards = spec.index_file(manifest.trained), manifest.shards
+    sizes = [entry.files[index_file].bytes + entry.files["ids.npy"].bytes for entry in shards]
+    num_rows = sum(entry.num_rows for entry in shards)
+    return neighbours(sizes, choose.num_groups(len(shards), num_rows, sum(sizes), spec.num_lists))
+
+
+def neighbours(sizes: Sequence[int], num_groups: int) -> list[range]:
+    """Shards of these sizes (above 0) in at most so many groups; none is larger than its share and half a shard."""
+    if num_groups == len(sizes):
+        return [range(number, number + 1) for number in range(len(sizes))]
+    stops = np.cumsum(sizes)
+    group_of = ((stops - np.asarray(sizes) / 2) / stops[-1] * num_groups).astype(np.int64)
+    firsts = [0, *(np.flatnonzero(np.diff(group_of)) + 1).tolist(), len(sizes)]
+    return [range(first, stop) for first, stop in pairwise(firsts)]
 
 
 def short_list_length(manifest: IndexManifest, effort: Effort, k: int) -> int:

@@ -270,8 +270,10 @@ def rescore(
     faiss.omp_set_num_threads(num_threads)
     distances = np.full(short_lists.shape, np.inf, np.float32)
     if len(ids):
-        rows = np.searchsorted(ids, short_lists).clip(max=len(ids) - 1)
-        query_of, place = np.nonzero(ids[rows] == short_lists)
-        found = _pair_distances(queries, query_of, faiss.swig_ptr(descriptors), rows[query_of, place])
-        distances[query_of, place] = found
+        query_of, place = np.nonzero((short_lists >= ids[0]) & (short_lists <= ids[-1]))
+        wanted = short_lists[query_of, place]
+        rows = np.searchsorted(ids, wanted)
+        is_here = ids[rows] == wanted
+        query_of, place, rows = query_of[is_here], place[is_here], rows[is_here]
+        distances[query_of, place] = _pair_distances(queries, query_of, faiss.swig_ptr(descriptors), rows)
     return distances

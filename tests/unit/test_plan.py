@@ -113,7 +113,10 @@ def test_memory_of_each_process_by_hand() -> None:
     assert made.memory.gather_bytes == PROCESS_BYTES + 5 * 250_000 * 512 * 4 // 2
     assert made.memory.learn_bytes == PROCESS_BYTES + 2 * 65_536 * 512 * 4
     assert made.memory.fill_bytes == PROCESS_BYTES + WORKING_BYTES + 5 * shard // 4
-    assert made.memory.search_bytes == PROCESS_BYTES + shard
+    index = CITIES * (512 + 16) + 1024 * 512 * 4
+    assert made.memory.search_bytes == PROCESS_BYTES + 2 * index // (CITIES // (256 * 1024))  # short lists: in pairs
+    few_lists = plan(CITIES, kind=IndexKind.ivf_8bit, num_lists=512)
+    assert few_lists.memory.search_bytes == PROCESS_BYTES + shard - 512 * 512 * 4  # long lists: every shard alone
     most = plan(CITIES, kind=IndexKind.ivf_8bit).memory.learn_bytes
     assert most == PROCESS_BYTES + 2 * choose.MOST_TRAINING_BYTES
     assert plan(CITIES, kind=IndexKind.flat).memory.learn_bytes == 0
@@ -231,7 +234,7 @@ def test_shards_too_large_for_a_node_are_refused_with_the_numbers() -> None:
     gathering, filling, searching = problems(made, memory_gib=4)
     assert gathering.startswith("gathering a shard of 2,805,840 photos takes 13.57 GiB")
     assert filling.startswith("filling a shard of 2,805,840 photos takes 7.04 GiB")
-    assert searching.startswith("searching a shard of 2,805,840 photos takes 5.57 GiB")
+    assert searching.startswith("searching shards takes 5.57 GiB")
     assert problems(plan(SFXL, num_shards=12), memory_gib=4, num_cpus=2) == []
 
 

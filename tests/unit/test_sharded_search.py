@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -17,12 +18,12 @@ from numpy.typing import NDArray
 
 from pairvpr.config.schema import BuildConfig, IndexKind
 from pairvpr.errors import UserError
-from pairvpr.index import build
+from pairvpr.index import build, choose
 from pairvpr.index.filters import Filters, Places, allowed, search_filtered
 from pairvpr.index.make import InThisProcess, make_index
 from pairvpr.index.manifest import IndexManifest
 from pairvpr.index.merge import Found, merge_top_k
-from pairvpr.index.reader import OpenIndex, removed_ids, search_index
+from pairvpr.index.reader import OpenIndex, groups_of_shards, neighbours, removed_ids, search_index
 from pairvpr.index.search import NO_ID, SPARE_ROWS, TF32_STEP, Effort, Shard, flat_index, search
 from pairvpr.index.update import without
 from tests.support.index import opened, write_index
@@ -252,6 +253,52 @@ def test_shards_of_lists_equal_one_index(tmp_path: Path, kind: IndexKind) -> Non
         answers.append(search_index(index, queries, 40, num_threads=1, effort=Effort(12, 200)))
     np.testing.assert_array_equal(answers[0][1], answers[1][1])
     np.testing.assert_array_equal(answers[0][0], answers[1][0])
+
+
+@pytest.mark.parametrize("kind", [IndexKind.ivf_fp16, IndexKind.ivf_8bit, IndexKind.ivf_rabitq])
+def test_shards_that_are_searched_together_answer_as_each_alone(tmp_path: Path, kind: IndexKind) -> None:
+    """Bit by bit, also where photos are removed, a shard is empty, and a filter allows some rows."""
+    rows, queries = clustered(6000, 0), clustered(50, 1)
+    rows[3000:3200] = rows[:200]
+    paths, config = [f"{number:04d}.jpg" for number in range(6000)], BuildConfig(kind=kind, num_lists=32)
+    manifest = write_index(str(tmp_path), paths, rows, [2000, 2000, 4000], config=config)
+    manifest = without(str(tmp_path), replace(manifest, generation=2), "updates/2/", np.arange(0, 4000, 7))
+    assert groups_of_shards(manifest) == [range(4)]
+    for memory_map in (False, True):
+        index = opened(str(tmp_path), manifest, memory_map=memory_map)
+        visits = index.visits(queries, Effort(12), 1)
+        places = Places(np.arange(12_000.0).reshape(6000, 2), np.zeros(6000))
+        filters = Filters.of(50, near=np.array([6000.0, 6000.0]), radius_m=4000.0)
+        for more in ((), (filters, places)):
+            way = search_filtered if more else search
+
+            def asked(shard: Shard, way: Any = way, more: Any = more, visits: Any = visits) -> Found:
+                return way(shard, queries, 40, *more, num_threads=1, effort=Effort(12), visits=visits)
+
+            together = asked(index.joined(range(4)))
+            alone = merge_top_k([asked(index.shard(number)) for number in range(4)], 40)
+            np.testing.assert_array_equal(together[1], alone[1])
+            np.testing.assert_array_equal(together[0], alone[0])
+
+
+@given(st.lists(st.integers(1, 10**12), min_size=1, max_size=60), st.data())
+def test_groups_hold_every_shard_once_and_about_as_many_bytes(sizes: list[int], data: st.DataObject) -> None:
+    num_groups = data.draw(st.integers(1, len(sizes)))
+    groups = neighbours(sizes, num_groups)
+    assert [number for group in groups for number in group] == list(range(len(sizes)))
+    assert len(groups) <= num_groups
+    for group in groups:
+        assert len(group)
+        its = sizes[group.start : group.stop]
+        assert len(its) == 1 or sum(its) <= sum(sizes) / num_groups * (1 + 1e-9) + (its[0] + its[-1]) / 2
+
+
+def test_groups_grow_with_the_lists_and_end_where_memory_does() -> None:
+    assert choose.num_groups(400, 100_000_000, 205 << 30, 0) == 400  # no lists
+    assert choose.num_groups(8, 2_805_840, 240 << 20, 4096) == 2  # 256 rows a list
+    assert choose.num_groups(8, 2_805_840, 240 << 20, 65_536) == 1
+    assert choose.num_groups(8, 2_805_840, 240 << 20, 16) == 8
+    assert choose.num_groups(400, 100_000_000, 8 << 30, 65_536) == 16  # 512 MiB
 
 
 def scattered(num_rows: int, seed: int) -> Rows:
