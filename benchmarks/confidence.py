@@ -191,66 +191,76 @@ def report(fitted: City, tested: Sequence[City], options: argparse.Namespace, lo
         np.concatenate([city.has_positive for city in tested]),
     )
     temperature, midpoint = _fit(fitted)
-    bins = reliability(probability(together.top_scores, temperature, midpoint), together.is_right)
-    reliability_rows = [
-        [f"{row.low:.1f} to {row.high:.1f}", f"{row.count:,}", f"{row.mean_confidence:.3f}", f"{row.share_correct:.3f}"]
-        for row in bins
-        if row.count
-    ]
     return f"""# Confidence, "not in this map", and stopping early
 
 The small network, calibrated on city {fitted.seed} (temperature {temperature:.3f}, midpoint {midpoint:.3f}), tested on
 others. Each city: {options.places} places in the map, 3 photos each; a query from each of them and from
 {options.unknown} places that are not in the map; {options.candidates} candidates.
 
-Expected calibration error (10 bins) of the best answers:
+{confidence_text(fitted, tested, together)}
 
-{
-        shared.markdown_table(
-            ("test", "queries", "recall@1", "as it is", "temperature alone", "temperature and midpoint"),
-            calibration_rows(fitted, tested),
-        )
-    }
+{stopping_text(fitted, together, options.candidates)}
+
+{shared.circumstances(WHAT, load_at_start)}"""
+
+
+def confidence_text(fitted: City, tested: Sequence[City], together: City) -> str:
+    """How far the calibrated confidence can be trusted, and what it refuses."""
+    errors = shared.markdown_table(
+        ("test", "queries", "recall@1", "as it is", "temperature alone", "temperature and midpoint"),
+        calibration_rows(fitted, tested),
+    )
+    temperature, midpoint = _fit(fitted)
+    bins = shared.markdown_table(
+        ("confidence", "queries", "mean", "right"),
+        [
+            [
+                f"{row.low:.1f} to {row.high:.1f}",
+                f"{row.count:,}",
+                f"{row.mean_confidence:.3f}",
+                f"{row.share_correct:.3f}",
+            ]
+            for row in reliability(probability(together.top_scores, temperature, midpoint), together.is_right)
+            if row.count
+        ],
+    )
+    refusals = shared.markdown_table(
+        ("below", "answered", "right", "refused without", "refused with", "refused right ones"),
+        refusal_rows(fitted, together),
+    )
+    return f"""Expected calibration error (10 bins) of the best answers:
+
+{errors}
 
 Reliability of all tested cities together, with temperature and midpoint:
 
-{shared.markdown_table(("confidence", "queries", "mean", "right"), reliability_rows)}
+{bins}
 
 "Not in this map" below a confidence, in percent: of the queries that are answered, how many are right; how many are
 refused of those without a positive, of those with one, of those that would have been answered rightly:
 
-{
-        shared.markdown_table(
-            ("below", "answered", "right", "refused without", "refused with", "refused right ones"),
-            refusal_rows(fitted, together),
-        )
-    }
+{refusals}"""
 
-Which margin: percent of queries lost (right if all {
-        options.candidates
-    } are scored, wrong with early stopping) at so many
-pairs scored a query, interpolated, all cities:
 
-{
-        shared.markdown_table(
-            ("margin", "round", *(f"{number} pairs" for number in PAIRS)),
-            margin_rows([*fitted.queries, *together.queries]),
-        )
-    }
+def stopping_text(fitted: City, together: City, num_candidates: int) -> str:
+    """Which margin tells best when to stop, and what stopping there loses."""
+    margins = shared.markdown_table(
+        ("margin", "round", *(f"{number} pairs" for number in PAIRS)),
+        margin_rows([*fitted.queries, *together.queries]),
+    )
+    stopped = shared.markdown_table(
+        ("round", "margin", "recall@1, early", "pairs, early", "recall@1, all", "pairs, all"),
+        stopping_rows(fitted, together),
+    )
+    return f"""Which margin: percent of queries lost (right if all {num_candidates} are scored, wrong with early
+stopping) at so many pairs scored a query, interpolated, all cities:
 
-The best score as the margin, its threshold chosen on city {fitted.seed} to lose at most {
-        MAX_LOSS
-    } points of recall@1, on the
-tested cities:
+{margins}
 
-{
-        shared.markdown_table(
-            ("round", "margin", "recall@1, early", "pairs, early", "recall@1, all", "pairs, all"),
-            stopping_rows(fitted, together),
-        )
-    }
+The best score as the margin, its threshold chosen on city {fitted.seed} to lose at most {MAX_LOSS} points of recall@1,
+on the tested cities:
 
-{shared.circumstances(WHAT, load_at_start)}"""
+{stopped}"""
 
 
 def main() -> None:

@@ -243,6 +243,9 @@ def check_auto(bench: Bench, asked: dict[str, list[Ran[Asked]]], truth: NDArray[
     ]
     peak = max(one.peak_anonymous_bytes for one in asked[AUTO])
     ray = call(index_steps.search_with_ray, bench.directory, manifest, queries, K).answer
+    group = call(index_steps.search_one_at_a_time, bench.directory, manifest, queries, K)
+    config = BuildConfig(kind=IndexKind(manifest.kind), num_shards=NUM_SHARDS)
+    planned = plan_index(bench.drawn.num_rows, ModelConfig(), config, budget_bytes=PLENTY_BYTES).memory.search_bytes
     bench.add(
         "Search: auto",
         verdict(recall >= GOAL_RECALL, f"recall {recall:.4f} +- {error:.4f} of the exact {K}, goal {GOAL_RECALL}"),
@@ -252,6 +255,11 @@ def check_auto(bench: Bench, asked: dict[str, list[Ran[Asked]]], truth: NDArray[
             peak <= bench.options.budget_gib * choose.GIB,
             f"{mib(peak)} MiB at the peak without pages of files; mapped descriptors come on top, which the system "
             "drops when it needs room",
+        ),
+        verdict(
+            group.peak_anonymous_bytes <= planned,
+            f"one group of shards at a time ({group.seconds:.1f} s with reading and checksums): "
+            f"{mib(group.peak_anonymous_bytes)} MiB without pages of files; `plan.py` says {mib(planned)} MiB",
         ),
         f"- {way_through_ray(ray)}; recall {measure.recall(ray.ids, truth)[0]:.4f}",
         f"Over the effort, the first {len(queries[some])} queries:",
