@@ -19,7 +19,6 @@ from pairvpr.index import build, choose, measure
 from pairvpr.index.manifest import IndexManifest
 from pairvpr.index.plan import Plan, plan_index, size_text
 
-AUTOFAISS_MEMORY = "1GB"
 GOAL_OF_PLAN = 0.1
 
 
@@ -36,7 +35,7 @@ def beside_autofaiss(bench: Bench) -> None:
     if versions.exists():
         its = ", ".join(f"{name} {version}" for name, version in json.loads(versions.read_text()).items())
         bench.versions.append(f"beside it {its}")
-    call_text = f"`build_index(max_index_memory_usage='{AUTOFAISS_MEMORY}', metric_type='l2', nb_cores=2)`"
+    call_text = f"`build_index(max_index_memory_usage='{memory_of_autofaiss(bench)}', metric_type='l2', nb_cores=2)`"
     if status != 0:
         why = "stopped" if status is None else f"failed with status {status}"
         bench.add(
@@ -61,13 +60,19 @@ def beside_autofaiss(bench: Bench) -> None:
     bench.add(title, f"{call_text}:", shared.markdown_table(("", "autofaiss"), rows))
 
 
+def memory_of_autofaiss(bench: Bench) -> str:
+    """The budget, as it wants it."""
+    return f"{bench.options.budget_gib * choose.GIB / 1e6:.0f}MB"
+
+
 def run_autofaiss(bench: Bench, python: str, output: Path) -> tuple[int | None, float, int]:
     """Its status (None: stopped), its seconds, and the most that its processes held together."""
     script, drawn = Path(__file__).with_name("index_autofaiss.py"), bench.drawn
     command = [python, str(script), str(drawn.rows_file.parent), str(drawn.queries_file), str(output)]
+    command += [memory_of_autofaiss(bench), str(K)]
     start_s, peak_bytes = time.perf_counter(), 0
     with (output / "log").open("wb") as log:
-        process = psutil.Popen([*command, AUTOFAISS_MEMORY, str(K)], stdout=log, stderr=subprocess.STDOUT)
+        process = psutil.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         while process.poll() is None and time.perf_counter() - start_s < 60 * bench.options.autofaiss_minutes:
             peak_bytes = max(peak_bytes, sum(map(resident_bytes, [process, *children(process)])))
             time.sleep(0.25)
@@ -121,19 +126,13 @@ def hundred_million(bench: Bench) -> None:
         f"{choose.num_training_rows(other.num_live, plan.descriptor_dim, spec.num_lists):,} rows; one shard of "
         f"{num_rows:,} rows was built, and its figures taken {num_shards:,.0f} times where they are of all.",
         *plan_blocks(plan, manifest, num_shards, learn, fill, searched),
-        f"One actor searches some {plan.num_shards / num_groups_of(plan):.0f} of the shards as one, at most "
+        f"One actor searches some {plan.num_shards / plan.num_groups:.0f} of the shards as one, at most "
         f"{size_text(plan.memory.search_bytes)} by the plan; that was not tried at this size (the smaller index above "
         "was).",
         f"Learning: {learn.seconds:.0f} s. Filling: {fill.seconds:.1f} s a shard, "
         f"{num_shards * fill.seconds / 3600:.1f} hours for all, one after another on "
         f"{index_steps.NUM_THREADS} threads.",
     )
-
-
-def num_groups_of(plan: Plan) -> int:
-    """Into how many groups its shards go."""
-    planned = next(each for each in plan.kinds if each.kind is plan.kind)
-    return choose.num_groups(plan.num_shards, plan.num_images, planned.bytes, planned.num_lists)
 
 
 def plan_blocks(

@@ -206,11 +206,11 @@ class SearchConfig:
     num_threads_per_actor: int = 2
     """CPU threads of faiss in one shard actor."""
     num_actors: int | None = None
-    """Scheduling: shard actors; null = one for each shard, at most one for every two CPUs."""
+    """Scheduling: shard actors; null = one for each shard (of ivf_rabitq: group), at most one for every two CPUs."""
     num_gpus_per_actor: float = 0.0
     """Scheduling: GPUs of a shard actor; they make the short lists of a flat index, and need faiss-gpu."""
     memory_map: bool = False
-    """Scheduling: shards stay in local files and are mapped; false = an actor reads its shard into memory."""
+    """Scheduling: shards stay in local files and are mapped, but for groups of ivf_rabitq; false = they are read."""
     cache_dir: str | None = None
     """Scheduling: folder for shards of an index that lies elsewhere; null = pairvpr-cache among temporary ones."""
     cache_gib: float = 20.0

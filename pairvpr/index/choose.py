@@ -20,7 +20,7 @@ RABITQ_FACTORS_BYTES = 8
 IMAGES_PER_SHARD = 250_000
 BYTES_ADDED_AT_ONCE = 32 << 20
 BYTES_TOGETHER, ROWS_OF_A_LIST_TOGETHER = 512 << 20, 256
-"""Shards of lists are searched as one, until that is so large or its lists are so long: see `num_groups`."""
+"""Shards of codes of one bit are searched as one, until that is so large or its lists are so long: `num_groups`."""
 MOST_TRAINING_BYTES = 640 << 20
 ROWS_PER_LIST, FEWEST_TRAINING_ROWS = 64, 1 << 16
 """Of the sample that an index learns from."""
@@ -104,14 +104,16 @@ def index_bytes(kind: IndexKind, num_rows: int, descriptor_dim: int, num_lists: 
     return num_rows * bytes_per_row(kind, descriptor_dim) + centres
 
 
-def num_groups(num_shards: int, num_rows: int, num_bytes: int, num_lists: int) -> int:
-    """Into how many groups the shards of an index go, each of which is searched as one; without lists, every shard.
+def num_groups(kind: IndexKind, num_shards: int, num_rows: int, descriptor_dim: int, num_lists: int) -> int:
+    """Into how many groups the shards of an index go, each of which is searched as one; of most kinds, every shard.
 
-    faiss prepares a query anew for every list of every index, which takes as long as a visit of some 150 codes: with
-    short lists in many shards, nearly all of the time. Long enough lists leave the other groups to other actors.
+    To meet codes of one bit, faiss prepares a query anew for every list of every index, which takes as long as a visit
+    of some 150 codes: with short lists in many shards, nearly all of the time. Where lists are long enough, the other
+    groups are left to other actors.
     """
-    if not num_lists:
+    if not KINDS[kind].is_rescored:
         return num_shards
+    num_bytes = num_rows * bytes_per_row(kind, descriptor_dim)
     wanted = max(-(-num_bytes // BYTES_TOGETHER), num_rows // (ROWS_OF_A_LIST_TOGETHER * num_lists), 1)
     return min(num_shards, wanted)
 

@@ -24,7 +24,7 @@ COPIES_GATHERED = 2.5
 COPIES_FILLED = 1.25
 """Of a shard's faiss index, while it grows."""
 COPIES_JOINED = 2
-"""Of shards that are searched as one, while their lists grow."""
+"""Of shards that are searched as one, while their lists grow to at most twice what is in them."""
 COPIES_OF_A_SAMPLE = 2
 INSIST = "or index.allow_overcommit=true"
 
@@ -79,7 +79,7 @@ class MemoryPlan:
     """What one process holds at most.
 
     Tasks: gathering a shard's descriptors, learning from a sample (0 = nothing to learn), filling a shard's faiss
-    index. Then an actor that searches, with one shard or some small ones, and the driver with the list of photos.
+    index. Then an actor that searches, with one shard or a group of them, and the driver with the list of photos.
     """
 
     gather_bytes: int
@@ -93,6 +93,8 @@ class MemoryPlan:
 class Plan:
     """An index of `num_images` photos. `kind` is what `index_kind` asks for, or stands for; `hours` are of describing.
 
+    The shards are searched in `num_groups` groups (`choose.num_groups`).
+
     `budget_problem` is why no kind fits, if none does; `kind` is the smallest then, or the one that was asked for.
     """
 
@@ -101,6 +103,7 @@ class Plan:
     descriptor_dim: int
     num_shards: int
     images_per_shard: int
+    num_groups: int
     index_kind: IndexKind
     kind: IndexKind
     budget_bytes: int
@@ -139,12 +142,14 @@ def plan_index(
     num_lists = config.num_lists or choose.default_num_lists(num_images)
     num_shards = config.num_shards or choose.default_num_shards(num_images)
     kinds, problem = _wanted_kinds(num_images, width, budget_bytes, config)
+    num_groups = choose.num_groups(kinds[0], num_shards, num_images, width, num_lists)
     return Plan(
         num_images=num_images,
         model=model.name,
         descriptor_dim=width,
         num_shards=num_shards,
         images_per_shard=-(-num_images // num_shards),
+        num_groups=num_groups,
         index_kind=config.kind,
         kind=kinds[0],
         budget_bytes=int(budget_bytes),
@@ -153,7 +158,7 @@ def plan_index(
         kinds=[_kind_plan(kind, num_images, width, num_lists, budget_bytes) for kind in choose.KINDS],
         dense_features=_dense_plan(num_images, model),
         storage=_storage_plan(num_images, width, num_lists, kinds),
-        memory=_memory_plan(num_images, width, num_lists, num_shards, kinds[0]),
+        memory=_memory_plan(num_images, width, num_lists, num_shards, num_groups, kinds[0]),
         images_per_s=images_per_s,
         hours=None if images_per_s is None else num_images / images_per_s / 3600,
     )
@@ -213,14 +218,17 @@ def _storage_plan(num_images: int, descriptor_dim: int, num_lists: int, kinds: S
     return StoragePlan(index_bytes=base + files[0], peak_bytes=base + max(described, sum(files)))
 
 
-def _memory_plan(num_images: int, descriptor_dim: int, num_lists: int, num_shards: int, kind: IndexKind) -> MemoryPlan:
+def _memory_plan(
+    num_images: int, descriptor_dim: int, num_lists: int, num_shards: int, num_groups: int, kind: IndexKind
+) -> MemoryPlan:
     num_rows = -(-num_images // num_shards)
     about, shard_bytes = choose.KINDS[kind], choose.index_bytes(kind, num_rows, descriptor_dim, num_lists)
     num_sampled = choose.num_training_rows(num_images, descriptor_dim, num_lists if about.has_lists else 0)
     sample_bytes = _descriptors_bytes(num_sampled, descriptor_dim)
-    index_bytes = choose.index_bytes(kind, num_images, descriptor_dim, num_lists)
-    num_groups = choose.num_groups(num_shards, num_images, index_bytes, num_lists if about.has_lists else 0)
-    searched_bytes = shard_bytes if num_groups == num_shards else COPIES_JOINED * index_bytes // num_groups
+    searched_bytes = shard_bytes
+    if num_groups < num_shards:
+        row_bytes, most_together = choose.bytes_per_row(kind, descriptor_dim), -(-num_shards // num_groups)
+        searched_bytes += (COPIES_JOINED * most_together - 1) * num_rows * row_bytes
     return MemoryPlan(
         gather_bytes=PROCESS_BYTES + int(COPIES_GATHERED * _descriptors_bytes(num_rows, descriptor_dim)),
         learn_bytes=PROCESS_BYTES + COPIES_OF_A_SAMPLE * sample_bytes if about.needs_training else 0,
@@ -233,15 +241,22 @@ def _memory_plan(num_images: int, descriptor_dim: int, num_lists: int, num_shard
 def _memory_problems(plan: Plan, nodes: Sequence[NodeRoom]) -> Iterator[str]:
     """Each step on the first node that can't hold what would run there at once.
 
-    One shard is gathered at a time, because describing the next one takes longer.
+    One shard is gathered at a time, because describing the next one takes longer. Groups of shards are searched by a
+    task for each CPU when the index is measured, single shards are smaller then than when they are filled.
     """
+    is_grouped = plan.num_groups < plan.num_shards
     shards = f"a shard of {plan.images_per_shard:,} photos"
     more_shards = f"more shards than index.num_shards={plan.num_shards}"
     for what, task_bytes, most_at_once, advice in (
         (f"gathering {shards}", plan.memory.gather_bytes, lambda _: 1, more_shards),
         ("learning from a sample", plan.memory.learn_bytes, lambda _: 1, "another index.kind"),
         (f"filling {shards}", plan.memory.fill_bytes, lambda node: node.num_cpus, more_shards),
-        ("searching shards", plan.memory.search_bytes, lambda node: node.num_cpus // 2, more_shards),
+        (
+            "searching shards",
+            plan.memory.search_bytes,
+            lambda node: min(plan.num_groups, node.num_cpus if is_grouped else node.num_cpus // 2),
+            "another index.kind" if is_grouped else more_shards,
+        ),
     ):
         for node in nodes:
             at_once = max(1, min(plan.num_shards, most_at_once(node)))

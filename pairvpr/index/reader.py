@@ -73,7 +73,7 @@ class OpenIndex:
         return Shard(index, self.ids(number), is_removed, on_gpu)
 
     def joined(self, numbers: Sequence[int]) -> Shard:
-        """Some shards as one; if they are several of the same lists, their rows are copied into one index in memory.
+        """A group of `groups_of_shards`: several shards are copied into one index in memory, also with `memory_map`.
 
         Raises `UserError` as `shard` does.
         """
@@ -156,19 +156,21 @@ def search_index(
 
 
 def groups_of_shards(manifest: IndexManifest) -> list[range]:
-    """Which shards are searched as one (`choose.num_groups`): neighbours, about the same number of bytes in each group.
+    """Which shards are searched as one (`choose.num_groups`): neighbours, about as many rows in each group.
 
     Settings and actors have no say in it, because a query visits more lists where those of a group hold too few rows.
     """
     spec = build.spec_of(manifest.kind, manifest.factory)
-    index_file, shards = spec.index_file(manifest.trained), manifest.shards
-    sizes = [entry.files[index_file].bytes + entry.files["ids.npy"].bytes for entry in shards]
-    num_rows = sum(entry.num_rows for entry in shards)
-    return neighbours(sizes, choose.num_groups(len(shards), num_rows, sum(sizes), spec.num_lists))
+    counts = [entry.num_rows for entry in manifest.shards]
+    about = (spec.kind, len(counts), sum(counts), manifest.descriptor_dim, spec.num_lists)
+    return cut_into_groups([1 + count for count in counts], choose.num_groups(*about))
 
 
-def neighbours(sizes: Sequence[int], num_groups: int) -> list[range]:
-    """Shards of these sizes (above 0) in at most so many groups; none is larger than its share and half a shard."""
+def cut_into_groups(sizes: Sequence[int], num_groups: int) -> list[range]:
+    """Neighbours of these sizes (above 0) in at most so many groups, each of about the same size.
+
+    A group is larger than its share by half of its first and half of its last member at most.
+    """
     if num_groups == len(sizes):
         return [range(number, number + 1) for number in range(len(sizes))]
     stops = np.cumsum(sizes)

@@ -113,13 +113,33 @@ def test_memory_of_each_process_by_hand() -> None:
     assert made.memory.gather_bytes == PROCESS_BYTES + 5 * 250_000 * 512 * 4 // 2
     assert made.memory.learn_bytes == PROCESS_BYTES + 2 * 65_536 * 512 * 4
     assert made.memory.fill_bytes == PROCESS_BYTES + WORKING_BYTES + 5 * shard // 4
-    index = CITIES * (512 + 16) + 1024 * 512 * 4
-    assert made.memory.search_bytes == PROCESS_BYTES + 2 * index // (CITIES // (256 * 1024))  # short lists: in pairs
-    few_lists = plan(CITIES, kind=IndexKind.ivf_8bit, num_lists=512)
-    assert few_lists.memory.search_bytes == PROCESS_BYTES + shard - 512 * 512 * 4  # long lists: every shard alone
+    assert (made.num_groups, made.memory.search_bytes) == (400, PROCESS_BYTES + shard)
     most = plan(CITIES, kind=IndexKind.ivf_8bit).memory.learn_bytes
     assert most == PROCESS_BYTES + 2 * choose.MOST_TRAINING_BYTES
     assert plan(CITIES, kind=IndexKind.flat).memory.learn_bytes == 0
+
+
+def test_memory_of_shards_that_are_searched_as_one_by_hand() -> None:
+    """Twice a group's, and the centres: three shards of a pair are in memory while the second one is copied."""
+    of_a_row = 512 // 8 + 8 + 16
+    made = plan(CITIES, kind=IndexKind.ivf_rabitq)
+    assert made.num_groups == 23  # of 256 rows a list; 400 shards in groups of 17 and 18
+    assert made.memory.search_bytes == PROCESS_BYTES + 16_384 * 512 * 4 + 2 * 18 * 250_000 * of_a_row
+    pairs = plan(CITIES, kind=IndexKind.ivf_rabitq, num_lists=1024)
+    assert pairs.num_groups == 381
+    assert pairs.memory.search_bytes == PROCESS_BYTES + 1024 * 512 * 4 + 2 * 2 * 250_000 * of_a_row
+    alone = plan(CITIES, kind=IndexKind.ivf_rabitq, num_lists=512)
+    assert alone.num_groups == 400
+    assert alone.memory.search_bytes == PROCESS_BYTES + 512 * 512 * 4 + 250_000 * of_a_row
+
+
+def test_a_group_for_each_cpu_must_fit_at_once() -> None:
+    made = plan(CITIES, kind=IndexKind.ivf_rabitq, budget_gib=32)
+    (line,) = problems(made, memory_gib=16, num_cpus=24)
+    assert line.startswith(
+        "searching shards takes 987.31 MiB of memory, 23 at once 22.18 GiB, and a node has 16.00 GiB"
+    )
+    assert "expected another index.kind, larger nodes" in line
 
 
 def test_the_files_of_kinds_that_auto_may_try_in_vain_are_part_of_the_peak() -> None:

@@ -23,7 +23,7 @@ from pairvpr.index.filters import Filters, Places, allowed, search_filtered
 from pairvpr.index.make import InThisProcess, make_index
 from pairvpr.index.manifest import IndexManifest
 from pairvpr.index.merge import Found, merge_top_k
-from pairvpr.index.reader import OpenIndex, groups_of_shards, neighbours, removed_ids, search_index
+from pairvpr.index.reader import OpenIndex, cut_into_groups, groups_of_shards, removed_ids, search_index
 from pairvpr.index.search import NO_ID, SPARE_ROWS, TF32_STEP, Effort, Shard, flat_index, search
 from pairvpr.index.update import without
 from tests.support.index import opened, write_index
@@ -257,13 +257,17 @@ def test_shards_of_lists_equal_one_index(tmp_path: Path, kind: IndexKind) -> Non
 
 @pytest.mark.parametrize("kind", [IndexKind.ivf_fp16, IndexKind.ivf_8bit, IndexKind.ivf_rabitq])
 def test_shards_that_are_searched_together_answer_as_each_alone(tmp_path: Path, kind: IndexKind) -> None:
-    """Bit by bit, also where photos are removed, a shard is empty, and a filter allows some rows."""
+    """Bit by bit, also where photos are removed, a shard is empty, and a filter allows some rows.
+
+    As long as the lists that are visited hold enough rows of each shard.
+    """
     rows, queries = clustered(6000, 0), clustered(50, 1)
     rows[3000:3200] = rows[:200]
     paths, config = [f"{number:04d}.jpg" for number in range(6000)], BuildConfig(kind=kind, num_lists=32)
     manifest = write_index(str(tmp_path), paths, rows, [2000, 2000, 4000], config=config)
     manifest = without(str(tmp_path), replace(manifest, generation=2), "updates/2/", np.arange(0, 4000, 7))
-    assert groups_of_shards(manifest) == [range(4)]
+    is_grouped = kind is IndexKind.ivf_rabitq
+    assert groups_of_shards(manifest) == ([range(4)] if is_grouped else [range(n, n + 1) for n in range(4)])
     for memory_map in (False, True):
         index = opened(str(tmp_path), manifest, memory_map=memory_map)
         visits = index.visits(queries, Effort(12), 1)
@@ -284,7 +288,7 @@ def test_shards_that_are_searched_together_answer_as_each_alone(tmp_path: Path, 
 @given(st.lists(st.integers(1, 10**12), min_size=1, max_size=60), st.data())
 def test_groups_hold_every_shard_once_and_about_as_many_bytes(sizes: list[int], data: st.DataObject) -> None:
     num_groups = data.draw(st.integers(1, len(sizes)))
-    groups = neighbours(sizes, num_groups)
+    groups = cut_into_groups(sizes, num_groups)
     assert [number for group in groups for number in group] == list(range(len(sizes)))
     assert len(groups) <= num_groups
     for group in groups:
@@ -293,12 +297,29 @@ def test_groups_hold_every_shard_once_and_about_as_many_bytes(sizes: list[int], 
         assert len(its) == 1 or sum(its) <= sum(sizes) / num_groups * (1 + 1e-9) + (its[0] + its[-1]) / 2
 
 
+def test_few_rows_in_the_lists_of_a_group_are_no_lack(tmp_path: Path) -> None:
+    """More lists are visited: k photos are found, whether the shards are searched as one or not."""
+    rows, queries = clustered(600, 0), clustered(20, 1)
+    config = BuildConfig(kind=IndexKind.ivf_rabitq, num_lists=16)
+    manifest = write_index(
+        str(tmp_path), [f"{number:03d}.jpg" for number in range(600)], rows, [100, 400], config=config
+    )
+    index = opened(str(tmp_path), manifest)
+    alone = [search(index.shard(number), queries, 300, num_threads=1) for number in range(3)]
+    for found in (search(index.joined(range(3)), queries, 300, num_threads=1), merge_top_k(alone, 300)):
+        assert found[1].shape == (20, 300)
+        for ids in found[1]:
+            assert len(np.setdiff1d(ids, [NO_ID])) == 300
+
+
 def test_groups_grow_with_the_lists_and_end_where_memory_does() -> None:
-    assert choose.num_groups(400, 100_000_000, 205 << 30, 0) == 400  # no lists
-    assert choose.num_groups(8, 2_805_840, 240 << 20, 4096) == 2  # 256 rows a list
-    assert choose.num_groups(8, 2_805_840, 240 << 20, 65_536) == 1
-    assert choose.num_groups(8, 2_805_840, 240 << 20, 16) == 8
-    assert choose.num_groups(400, 100_000_000, 8 << 30, 65_536) == 16  # 512 MiB
+    sfxl, cities = (8, 2_805_840, 512), (400, 100_000_000, 512)
+    for kind in (IndexKind.flat, IndexKind.ivf_fp16, IndexKind.ivf_8bit):
+        assert choose.num_groups(kind, *sfxl, 4096) == 8
+    assert choose.num_groups(IndexKind.ivf_rabitq, *sfxl, 4096) == 2  # 256 rows a list
+    assert choose.num_groups(IndexKind.ivf_rabitq, *sfxl, 65_536) == 1
+    assert choose.num_groups(IndexKind.ivf_rabitq, *sfxl, 16) == 8
+    assert choose.num_groups(IndexKind.ivf_rabitq, *cities, 65_536) == 17  # 512 MiB
 
 
 def scattered(num_rows: int, seed: int) -> Rows:
