@@ -252,7 +252,7 @@ def _memory_problems(plan: Plan, nodes: Sequence[NodeRoom]) -> Iterator[str]:
         ("learning from a sample", plan.memory.learn_bytes, lambda _: 1, "another index.kind"),
         (f"filling {shards}", plan.memory.fill_bytes, lambda node: node.num_cpus, more_shards),
         (
-            "searching shards",
+            "searching a group of shards" if is_grouped else f"searching {shards}",
             plan.memory.search_bytes,
             lambda node: min(plan.num_groups, node.num_cpus if is_grouped else node.num_cpus // 2),
             "another index.kind" if is_grouped else more_shards,

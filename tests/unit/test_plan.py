@@ -137,7 +137,7 @@ def test_a_group_for_each_cpu_must_fit_at_once() -> None:
     made = plan(CITIES, kind=IndexKind.ivf_rabitq, budget_gib=32)
     (line,) = problems(made, memory_gib=16, num_cpus=24)
     assert line.startswith(
-        "searching shards takes 987.31 MiB of memory, 23 at once 22.18 GiB, and a node has 16.00 GiB"
+        "searching a group of shards takes 987.31 MiB of memory, 23 at once 22.18 GiB, and a node has 16.00 GiB"
     )
     assert "expected another index.kind, larger nodes" in line
 
@@ -254,7 +254,7 @@ def test_shards_too_large_for_a_node_are_refused_with_the_numbers() -> None:
     gathering, filling, searching = problems(made, memory_gib=4)
     assert gathering.startswith("gathering a shard of 2,805,840 photos takes 13.57 GiB")
     assert filling.startswith("filling a shard of 2,805,840 photos takes 7.04 GiB")
-    assert searching.startswith("searching shards takes 5.57 GiB")
+    assert searching.startswith("searching a shard of 2,805,840 photos takes 5.57 GiB")
     assert problems(plan(SFXL, num_shards=12), memory_gib=4, num_cpus=2) == []
 
 
