@@ -165,9 +165,7 @@ def _fill(wanted: WantedStore, ids: NDArray[np.int64], source: ModelSource, sett
     failed: dict[int, str] = {}
     if pending:
         plan = plan_actors(wanted.config)
-        make_actor = _StoreActor.options(
-            num_cpus=plan.cpus_per_actor, num_gpus=plan.gpus_per_actor, scheduling_strategy="SPREAD"
-        ).remote
+        make_actor = _StoreActor.options(**plan.actor_options()).remote
         args = (source, ray.put(wanted.database), wanted.url, wanted.layout, wanted.config)
         num_actors = min(plan.num_actors, len(pending))
         with SupervisedPool[_Unit](lambda: make_actor(*args), num_actors, "store") as pool:

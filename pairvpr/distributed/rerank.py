@@ -60,9 +60,7 @@ def rerank(
     if pending:
         plan = plan_actors(config.rerank)
         args = (source, ray.put(benchmark), config, directory, store, stop_margin)
-        make_actor = _RerankActor.options(
-            num_cpus=plan.cpus_per_actor, num_gpus=plan.gpus_per_actor, scheduling_strategy="SPREAD"
-        ).remote
+        make_actor = _RerankActor.options(**plan.actor_options()).remote
         num_actors = min(plan.num_actors, len(pending))
         with SupervisedPool[WorkUnit](lambda: make_actor(*args), num_actors, "re-rank") as pool:
             failed = pool.run(pending, lambda key, _: progress.add(len(pending[key].candidates)))

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import ray
@@ -102,6 +103,19 @@ class ActorPlan:
     gpus_per_actor: float
     cpus_per_task: float
     """What a decoding task beside the actors reserves."""
+
+    def actor_options(self) -> dict[str, Any]:
+        """Ray's options of one such actor.
+
+        Photos and features are read by threads, and glibc's malloc keeps what they free in up to eight arenas a core:
+        unless these are few, an actor grows with the photos that it has seen.
+        """
+        return {
+            "num_cpus": self.cpus_per_actor,
+            "num_gpus": self.gpus_per_actor,
+            "scheduling_strategy": "SPREAD",
+            "runtime_env": {"env_vars": {"MALLOC_ARENA_MAX": "2"}},
+        }
 
 
 def plan_actors(config: DescribeConfig | RerankConfig) -> ActorPlan:
