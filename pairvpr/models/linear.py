@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+USUAL_ROWS = 4 * 529
+"""Some pairs at 322 px. oneDNN's layout for so many rows serves other numbers, too."""
+
 
 class Linear(nn.Linear):
     """`nn.Linear`, whose weights may be kept in 16 bits for inference (`to_sixteen_bits`)."""
@@ -27,7 +30,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, *, with_gelu: bool = False) 
     On a CPU, where no gradient is asked for, oneDNN makes it: torch leaves fp32 to MKL, which takes a fifth longer on
     an AMD processor, and GELU to another pass over memory. Under autocast it is a product of 16 bits, as torch's is.
     """
-    if x.device.type == "cpu" and not torch.is_grad_enabled():
+    if x.device.type == "cpu" and (weight.is_mkldnn or not torch.is_grad_enabled()):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         operator = _onednn_operator(dtype)
         if operator is not None:
@@ -38,10 +41,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, *, with_gelu: bool = False) 
 
 
 def to_sixteen_bits(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the weights of every `Linear` in this type, as autocast would round them at each call. In place."""
+    """Keep the weights of every `Linear` in this type, as autocast would round them at each call. In place.
+
+    On a CPU where oneDNN makes the products they are laid out as it reads them, too, which it would do at each call.
+    """
     for module in model.modules():
         if isinstance(module, Linear):
             module.to(dtype)
+            if module.weight.device.type == "cpu" and _onednn_operator(dtype) is not None:
+                laid_out = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), USUAL_ROWS)
+                module.weight = nn.Parameter(laid_out, requires_grad=False)
+
+
+def plain_weight(layer: Linear) -> Tensor:
+    """The weight (D, C), whose rows can be taken, however it is kept."""
+    return layer.weight.to_dense() if layer.weight.is_mkldnn else layer.weight
 
 
 @cache

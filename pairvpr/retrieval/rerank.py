@@ -23,8 +23,8 @@ from pairvpr.retrieval.early_stop import margin
 Features: TypeAlias = Callable[[Sequence[int]], Iterator[Tensor]]
 """`PairVPR.embed`'s output (L, D) of photos, in the order of their ids, on the model's device."""
 
-SCORING = 2
-"""Goes up when the same settings make other units or forward passes, so that no run is resumed with a mixture."""
+SCORING = 3
+"""Goes up when the same settings make other units, forward passes or roundings: no run is resumed with a mixture."""
 QUERY_FIRST, CANDIDATE_FIRST = 0, 1
 MOST_QUERIES_OF_A_HUB = 1000
 """A photo that more queries have among their candidates tells little about which of them are neighbours."""

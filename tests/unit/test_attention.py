@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pairvpr.models.attention import _xformers_operator, attention
+from pairvpr.models.attention import _by_products, _xformers_operator, attention
 from pairvpr.models.pair_vpr import PairVPR
 from pairvpr.models.pos_embed import resize_encoder_table, sine_cosine_2d
 from tests.support.small import small_model_config
@@ -46,6 +46,43 @@ def test_attention_is_a_softmax_of_scaled_products(shape: tuple[int, int, int, i
     single = attention(query.float(), key.float(), value.float())
     assert single.shape == (B, L, H, E)
     np.testing.assert_allclose(single.numpy(), expected, rtol=0, atol=1e-4)
+
+
+@pytest.fixture
+def empty_memory_is_nan() -> Iterator[None]:
+    """What `torch.empty` gives is not left to chance."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("empty_memory_is_nan")
+@pytest.mark.parametrize("engine", [attention, _by_products])
+@given(
+    st.tuples(
+        st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.integers(1, 3), st.sampled_from([1, 8, 32])
+    ),
+    st.floats(0.1, 3.0),
+    st.integers(0, 2**32 - 1),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_attention_in_bf16_is_off_by_its_roundings_alone(
+    engine: Callable[..., Tensor], shape: tuple[int, int, int, int, int], scale: float, seed: int
+) -> None:
+    B, L, M, H, E = shape
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = (
+        (scale * torch.randn(B, rows, 2, H, E, generator=generator)).bfloat16()[:, :, 1] for rows in (L, M, M)
+    )
+    with torch.inference_mode():
+        found = engine(query, key, value)
+    assert (found.shape, found.dtype) == ((B, L, H, E), torch.bfloat16)
+    query, key, value = (tensor.double().numpy() for tensor in (query, key, value))
+    largest_logit = np.abs(np.einsum("blhe,bmhe->bhlm", query, key)).max() / math.sqrt(E)
+    half_a_step = torch.finfo(torch.bfloat16).eps / 2
+    # A logit's rounding moves its weight, and the sum of all of them; weights and the answer are rounded, too.
+    allowed = half_a_step * (2 * largest_logit + 3) * 1.1 * np.abs(value).max()
+    np.testing.assert_allclose(found.double().numpy(), naive_attention(query, key, value), rtol=0, atol=allowed)
 
 
 def _without_gradient(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
