@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pairvpr.config.schema import EncoderConfig, Ffn
 from pairvpr.models.attention import attention
-from pairvpr.models.linear import Linear, linear, plain_weight
+from pairvpr.models.linear import Linear, linear, plain
 from pairvpr.models.pos_embed import resize_encoder_table
 
 LAYER_NORM_EPS = 1e-6
@@ -35,7 +35,7 @@ class SelfAttention(nn.Module):
     def first_row(self, x: Tensor) -> Tensor:
         """(B, L, C) -> (B, 1, C): what `forward` gives for the first token, which looks at all of them."""
         dim = x.shape[-1]
-        weight, bias = plain_weight(self.qkv), self.qkv.bias
+        weight, bias = plain(self.qkv.weight), self.qkv.bias
         query = linear(x[:, :1], weight[:dim], bias[:dim])
         keys_values = linear(x, weight[dim:], bias[dim:])
         key, value = keys_values.unflatten(-1, (2, self.num_heads, -1)).unbind(2)

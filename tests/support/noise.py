@@ -38,7 +38,7 @@ OTHERS_BYTES = (NUM_DATABASE - NUM_CANDIDATES) * FEATURES_BYTES
 """Features of the candidates of all units but the first."""
 
 
-def bound(dense_features: DenseFeatures) -> int:
+def most_bytes(dense_features: DenseFeatures) -> int:
     """What re-ranking may hold beside the network and what the allocator leaves."""
     cache = CACHE_PHOTOS * FEATURES_BYTES if dense_features is DenseFeatures.cache else 0
     return cache + UNIT_BYTES + BATCH_SIZE * PAIR_BYTES

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from pairvpr.models.linear import Linear, linear, plain_weight, to_sixteen_bits
+from pairvpr.models.linear import Linear, linear, plain, to_sixteen_bits
 
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 70), st.integers(1, 70))
 
@@ -39,7 +39,7 @@ def test_weights_kept_in_16_bits_are_the_rounded_ones(
     layer, x = layer_and_rows(*sizes, seed)
     rounded_weight, rounded_bias = layer.weight.to(dtype), layer.bias.to(dtype)
     to_sixteen_bits(nn.ModuleDict({"layer": layer}), dtype)
-    assert torch.equal(plain_weight(layer), rounded_weight)
+    assert torch.equal(plain(layer.weight), rounded_weight)
     assert torch.equal(layer.bias, rounded_bias)
     expected = x.to(dtype).double() @ rounded_weight.double().T + rounded_bias.double()
     expected = F.gelu(expected) if with_gelu else expected
@@ -49,3 +49,7 @@ def test_weights_kept_in_16_bits_are_the_rounded_ones(
             found = linear(x, layer.weight, layer.bias, with_gelu=with_gelu)
         assert found.dtype == dtype
         np.testing.assert_allclose(found.double(), expected, rtol=0, atol=largest_rounding)
+    with torch.inference_mode():
+        in_32_bits = linear(x, layer.weight, layer.bias, with_gelu=with_gelu)
+    expected = x.double() @ rounded_weight.double().T + rounded_bias.double()
+    np.testing.assert_allclose(in_32_bits, F.gelu(expected) if with_gelu else expected, rtol=0, atol=1e-5)

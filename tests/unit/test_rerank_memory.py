@@ -15,7 +15,7 @@ from tests.support.noise import (
     NUM_DATABASE,
     NUM_QUERIES,
     OTHERS_BYTES,
-    bound,
+    most_bytes,
     noise_config,
     noise_photos,
     noise_store,
@@ -72,5 +72,5 @@ def test_memory_does_not_grow_with_the_candidates(tmp_path: Path, dense_features
         timeout=300,
     )
     before, full, last = map(int, done.stdout.split())
-    assert full - before < bound(dense_features) + ALLOWED_BYTES
+    assert full - before < most_bytes(dense_features) + ALLOWED_BYTES
     assert last - full < ALLOWED_BYTES < OTHERS_BYTES / 4
