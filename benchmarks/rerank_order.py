@@ -7,7 +7,8 @@ network, the same candidates (those of fp32) are re-ranked
 
 - in fp32, both directions of all pairs;
 - from a store of dense features in 16 bits a value (half), or 8 (int8);
-- with the network in bf16, or fp16, dense features included;
+- with the network in bf16, or fp16, dense features included; in bf16 also with the attention that only larger photos
+  than this network's get (`attention.MANY_WEIGHTS`), where the machine has it;
 - with the second direction of the best 2, or 5, alone.
 
 Measured are recall@1, with 95 % percentile bootstraps over the queries; Kendall's tau of the pair scores of each
@@ -24,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -40,6 +42,7 @@ from pairvpr.data.manifest import Benchmark
 from pairvpr.distributed.progress import say
 from pairvpr.evaluation.bootstrap import bootstrap_interval
 from pairvpr.index.search import Shard, flat_index, search
+from pairvpr.models import attention
 from pairvpr.models.weights import build_model, load_weights
 from pairvpr.retrieval import pipeline
 from pairvpr.retrieval.dense_store import as_stored
@@ -56,6 +59,7 @@ class Way:
     precision: Precision = Precision.fp32
     stored_as: StoredAs | None = None
     second_direction: int | None = None
+    smallest_products: int = attention.MANY_WEIGHTS
 
 
 EXACT = "fp32"
@@ -64,6 +68,7 @@ WAYS = {
     "half": Way(stored_as=StoredAs.half),
     "int8": Way(stored_as=StoredAs.int8),
     "bf16": Way(precision=Precision.bf16),
+    "bf16, products": Way(precision=Precision.bf16, smallest_products=0),
     "fp16": Way(precision=Precision.fp16),
     "second 2": Way(second_direction=2),
     "second 5": Way(second_direction=5),
@@ -112,11 +117,12 @@ def run(config: EvaluateConfig, name: str) -> Test:
         model = replace(config.model, precision=way.precision)
         settings = replace(config, model=model, rerank=replace(config.rerank, second_direction=way.second_direction))
         describer = Describer(build_model(model, load_weights(model), torch.device("cpu")))
-        dense = dense_features(benchmark, units, describer, settings, way.stored_as)
-        reranker = pipeline.photo_reranker(benchmark, describer, settings, dense.__getitem__)
-        start_s = time.perf_counter()
-        scored = [answer for unit in units for answer in reranker.rerank(unit)]
-        seconds[title] = time.perf_counter() - start_s
+        with patch.object(attention, "MANY_WEIGHTS", way.smallest_products):
+            dense = dense_features(benchmark, units, describer, settings, way.stored_as)
+            reranker = pipeline.photo_reranker(benchmark, describer, settings, dense.__getitem__)
+            start_s = time.perf_counter()
+            scored = [answer for unit in units for answer in reranker.rerank(unit)]
+            seconds[title] = time.perf_counter() - start_s
         answers[title] = sorted(scored, key=lambda answer: answer.query_id)
         say(f"{name}: {title} done in {seconds[title]:.1f} s")
     return Test(name, benchmark, answers, seconds)
@@ -161,8 +167,8 @@ def report(tests: Sequence[Test], config: EvaluateConfig, load_at_start: float) 
     return f"""# What roundings and short cuts do to the order of re-ranking
 
 {sum(len(test.answers[EXACT]) for test in tests):,} queries, {config.rerank.num_candidates} candidates of each, model
-{config.model.name}. half, int8: dense features from a store. bf16, fp16: the whole network. second N: both directions
-for the best N of the first alone.
+{config.model.name}. half, int8: dense features from a store. bf16, fp16: the whole network; products:
+with the attention of larger photos. second N: both directions for the best N of the first alone.
 
 recall@1 in percent with 95 % bootstrap intervals over the queries, and differences in points, paired by query:
 

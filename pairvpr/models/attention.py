@@ -12,16 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MANY_WEIGHTS = 100_000
+"""L x M x H from which on `_by_products` gains, measured on two cores: 1.0 to 1.3 times there, 1.4 to 1.6 above."""
+
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(query key^T / sqrt(E)) value, for every head.
 
     query (B, L, H, E), key and value (B, M, H, E), one floating type -> (B, L, H, E). xformers' memory-efficient
     operator runs where it has one for this device, type and head width; torch's own attention elsewhere, but for bf16
-    on some CPUs (`_by_products`).
+    on some CPUs and large images (`_by_products`).
     """
     if query.device.type == "cpu":
-        if query.dtype is torch.bfloat16 and _products_are_faster() and not torch.is_grad_enabled():
+        num_weights = query.shape[1] * query.shape[2] * key.shape[1]
+        is_large = query.dtype is torch.bfloat16 and num_weights >= MANY_WEIGHTS
+        if is_large and not torch.is_grad_enabled() and _products_are_faster():
             return _by_products(query, key, value)
     else:
         operator = _xformers_operator(query.device.type, query.dtype, query.shape[-1])

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pairvpr.models import attention as attention_module
 from pairvpr.models.attention import _by_products, _xformers_operator, attention
 from pairvpr.models.pair_vpr import PairVPR
 from pairvpr.models.pos_embed import resize_encoder_table, sine_cosine_2d
@@ -84,6 +85,19 @@ def test_attention_in_bf16_is_off_by_its_roundings_alone(
     # weights and the answer are rounded, too.
     allowed = half_a_step * (4 * largest_logit + 3) * 1.1 * np.abs(value).max()
     np.testing.assert_allclose(found.double().numpy(), naive_attention(query, key, value), rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize(("is_large", "has_fast_products"), [(True, True), (True, False), (False, True)])
+def test_large_photos_in_bf16_go_by_products_where_these_are_fast(
+    monkeypatch: pytest.MonkeyPatch, is_large: bool, has_fast_products: bool
+) -> None:
+    monkeypatch.setattr(attention_module, "_products_are_faster", lambda: has_fast_products)
+    monkeypatch.setattr(attention_module, "MANY_WEIGHTS", 3 * 50 * 60 if is_large else 3 * 50 * 60 + 1)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, rows, 3, 16, generator=generator).bfloat16() for rows in (50, 60, 60))
+    with torch.no_grad():
+        by_products = torch.equal(attention(query, key, value), _by_products(query, key, value))
+    assert by_products == (is_large and has_fast_products)
 
 
 def _without_gradient(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
