@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -71,7 +72,7 @@ class _Arenas:
 
 
 def test_a_model_actor_keeps_few_malloc_arenas() -> None:
-    actor = _Arenas.options(**plan_actors(RerankConfig()).actor_options()).remote()
+    actor: Any = _Arenas.options(**plan_actors(RerankConfig()).actor_options()).remote()
     assert ray.get(actor.most.remote()) == "2"
 
 
