@@ -24,7 +24,7 @@ from pairvpr.retrieval import dense_store
 from pairvpr.retrieval.dense_store import Layout
 
 FEATURES_BYTES = 529 * 768 * 4
-CACHE_PHOTOS, NUM_DATABASE, NUM_CANDIDATES, NUM_QUERIES = 20, 320, 40, 4
+CACHE_PHOTOS, NUM_DATABASE, NUM_CANDIDATES, NUM_QUERIES = 20, 320, 40, 2
 BATCH_SIZE = 4
 UNIT_BYTES = NUM_QUERIES * (3 + 2) * FEATURES_BYTES
 """Queries: as read, as first images, with positions; keys and values of the one block."""
