@@ -24,10 +24,10 @@ from pairvpr.retrieval import dense_store
 from pairvpr.retrieval.dense_store import Layout
 
 FEATURES_BYTES = 529 * 768 * 4
-CACHE_PHOTOS, NUM_DATABASE, NUM_CANDIDATES, NUM_QUERIES = 20, 320, 40, 2
+CACHE_PHOTOS, NUM_DATABASE, NUM_CANDIDATES = 20, 320, 40
 BATCH_SIZE = 4
-UNIT_BYTES = NUM_QUERIES * (3 + 2) * FEATURES_BYTES
-"""Queries: as read, as first images, with positions; keys and values of the one block."""
+QUERY_BYTES = (3 + 2) * FEATURES_BYTES
+"""A unit's query: as read, as first images, with positions; keys and values of the one block."""
 PAIR_BYTES = 16 * FEATURES_BYTES
 """A forward pass: tokens, keys and values of candidates, what a block makes of them meanwhile."""
 ALLOWED_BYTES = 40 << 20
@@ -38,10 +38,10 @@ OTHERS_BYTES = (NUM_DATABASE - NUM_CANDIDATES) * FEATURES_BYTES
 """Features of the candidates of all units but the first."""
 
 
-def most_bytes(dense_features: DenseFeatures) -> int:
+def most_bytes(dense_features: DenseFeatures, num_queries: int) -> int:
     """What re-ranking may hold beside the network and what the allocator leaves."""
     cache = CACHE_PHOTOS * FEATURES_BYTES if dense_features is DenseFeatures.cache else 0
-    return cache + UNIT_BYTES + BATCH_SIZE * PAIR_BYTES
+    return cache + num_queries * QUERY_BYTES + BATCH_SIZE * PAIR_BYTES
 
 
 def noise_config(folder: Path, dense_features: DenseFeatures) -> EvaluateConfig:

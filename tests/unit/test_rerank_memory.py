@@ -13,7 +13,6 @@ from tests.support.noise import (
     ALLOWED_BYTES,
     NUM_CANDIDATES,
     NUM_DATABASE,
-    NUM_QUERIES,
     OTHERS_BYTES,
     most_bytes,
     noise_config,
@@ -22,6 +21,7 @@ from tests.support.noise import (
 )
 from tests.support.runs import ROOT
 
+NUM_QUERIES = 2
 CODE = """
 import sys
 from tests.unit.test_rerank_memory import peaks
@@ -72,5 +72,5 @@ def test_memory_does_not_grow_with_the_candidates(tmp_path: Path, dense_features
         timeout=300,
     )
     before, full, last = map(int, done.stdout.split())
-    assert full - before < most_bytes(dense_features) + ALLOWED_BYTES
+    assert full - before < most_bytes(dense_features, NUM_QUERIES) + ALLOWED_BYTES
     assert last - full < ALLOWED_BYTES < OTHERS_BYTES / 4
