@@ -38,7 +38,7 @@ soak: setup
 
 # On two cores, from nothing to tiny/tiny.safetensors; the same line again goes on where it was killed.
 tiny: setup
-	$(BIN)/python -m pairvpr.data.toy_training_sets $(TINY)/photos
+	$(BIN)/python -m pairvpr.toy.training_sets $(TINY)/photos
 	$(BIN)/python -m ray_jobs.train_stage_one train=tiny train.root=$(TINY)/photos output=$(TINY)/stage_one
 	$(BIN)/python -m ray_jobs.train_stage_two train=tiny train.root=$(TINY)/photos output=$(TINY)/stage_two \
 	    train.start=$(TINY)/stage_one/checkpoints/last.pt train.validation=toy_city train.validation.seed=500 \

@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 from benchmarks import shared
 from pairvpr.config.compose import load
 from pairvpr.config.schema import EvaluateConfig
-from pairvpr.data import toy_city
 from pairvpr.data.benchmarks import load_benchmark
 from pairvpr.distributed.progress import say
 from pairvpr.evaluation.confidence import (
@@ -42,6 +41,7 @@ from pairvpr.evaluation.confidence import (
 from pairvpr.models.weights import build_model, load_weights
 from pairvpr.retrieval import pipeline
 from pairvpr.retrieval.early_stop import margin
+from pairvpr.toy import city as toy_city
 
 WHAT = "confidence"
 WIDTH_PX, HEIGHT_PX = 320, 240

@@ -34,7 +34,7 @@ from PIL import Image
 from benchmarks import shared
 from pairvpr.config.compose import load
 from pairvpr.config.schema import EvaluateConfig
-from pairvpr.data import images, toy_city
+from pairvpr.data import images
 from pairvpr.data.benchmarks import load_benchmark
 from pairvpr.distributed.progress import say
 from pairvpr.evaluation.bootstrap import bootstrap_interval
@@ -42,6 +42,7 @@ from pairvpr.index.search import Shard, flat_index, search
 from pairvpr.models.weights import build_model, load_weights
 from pairvpr.retrieval import pipeline
 from pairvpr.retrieval.describe import Describer
+from pairvpr.toy import city as toy_city
 
 WHAT = "scaled_decoding"
 SIZES = ((640, 480), (1600, 1200), (3264, 2448))

@@ -22,8 +22,8 @@ import torch
 
 from pairvpr.config.compose import load
 from pairvpr.config.schema import BuildIndexConfig
-from pairvpr.data import toy_city
 from pairvpr.data.manifest import Manifest
+from pairvpr.toy import city as toy_city
 
 WIDTH_PX, HEIGHT_PX, JPEG_QUALITY = 640, 480, 90
 REPORTS = Path(__file__).resolve().parent / "reports"

@@ -140,7 +140,7 @@ def main() -> None:
     cases = {"stage one, tiny": 64, "stage two, tiny": 12}
     summary, each = [], []
     with tempfile.TemporaryDirectory() as folder:
-        draw = [sys.executable, "-m", "pairvpr.data.toy_training_sets", f"{folder}/root"]
+        draw = [sys.executable, "-m", "pairvpr.toy.training_sets", f"{folder}/root"]
         subprocess.run([*draw, "--places", "60", "--photos", "5"], check=True)
         for name, batch in cases.items():
             job_name = name.replace(",", "")

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from scipy.spatial import KDTree
 
 from benchmarks import shared
-from pairvpr.data import toy_city
 from pairvpr.retrieval.rerank import WorkUnit, work_units
+from pairvpr.toy import city as toy_city
 
 WHAT = "unit_sharing"
 NUM_CANDIDATES = 100

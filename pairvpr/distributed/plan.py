@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 from pairvpr.config.schema import PlanConfig
-from pairvpr.data import storage, toy_city
+from pairvpr.data import storage
 from pairvpr.data.benchmarks import load_benchmark
 from pairvpr.data.claim import check_writable
 from pairvpr.data.manifest import Manifest
@@ -28,6 +28,7 @@ from pairvpr.errors import UserError
 from pairvpr.index.plan import Room, plan_index, table
 from pairvpr.index.plan_dense import dense_table, plan_dense
 from pairvpr.models.weights import Weights, untrained_state
+from pairvpr.toy import city as toy_city
 
 WIDTH_PX, HEIGHT_PX, JPEG_QUALITY = 640, 480, 90
 NUM_DRAWN = 64

@@ -11,7 +11,7 @@ import pytest
 
 from pairvpr.config.compose import load, load_evaluations
 from pairvpr.config.schema import BuildIndexConfig, QueryConfig
-from pairvpr.data import storage, toy_city
+from pairvpr.data import storage
 from pairvpr.distributed.build import build
 from pairvpr.distributed.evaluate import evaluate, prepare
 from pairvpr.distributed.parts import Parts
@@ -20,6 +20,7 @@ from pairvpr.errors import UserError
 from pairvpr.evaluation.confidence import Calibration
 from pairvpr.index.manifest import read_manifest
 from pairvpr.retrieval.early_stop import stopped_after
+from pairvpr.toy import city as toy_city
 from tests.support.runs import arguments, draw_city, single_machine_predictions
 
 pytestmark = pytest.mark.usefixtures("local_ray")

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pairvpr.config.compose import load_evaluations
-from pairvpr.data.toy_benchmarks import write_msls, write_sfxl_test
 from pairvpr.distributed.evaluate import evaluate
 from pairvpr.evaluation.compare import main
+from pairvpr.toy.benchmarks import write_msls, write_sfxl_test
 from tests.support.runs import ONE_THREAD, SMALL_NETWORK
 
 pytestmark = pytest.mark.usefixtures("local_ray")

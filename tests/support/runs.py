@@ -14,12 +14,12 @@ import psutil
 import torch
 
 from pairvpr.config.compose import load_evaluations
-from pairvpr.data import toy_city
 from pairvpr.data.benchmarks import load_benchmark
 from pairvpr.evaluation.confidence import Judge, read_calibration
 from pairvpr.evaluation.predictions import predictions_table, write_predictions
 from pairvpr.models.weights import build_model, load_weights
 from pairvpr.retrieval import pipeline
+from pairvpr.toy import city as toy_city
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_PLACES = 12

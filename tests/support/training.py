@@ -12,8 +12,8 @@ import torch.multiprocessing as mp
 
 from pairvpr.config.compose import load
 from pairvpr.config.train_schema import TrainStageOneConfig, TrainStageTwoConfig
-from pairvpr.data import toy_training_sets
 from pairvpr.data.training_sets.gsv_cities import read_gsv_cities
+from pairvpr.toy import training_sets as toy_training_sets
 from pairvpr.training import loop, stage_one, stage_two
 from pairvpr.training.context import TrainContext
 from pairvpr.training.metrics_log import read_metrics

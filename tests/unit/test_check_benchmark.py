@@ -13,8 +13,8 @@ from pairvpr.config.compose import load
 from pairvpr.config.schema import CheckBenchmarkConfig
 from pairvpr.data.benchmarks import load_benchmark
 from pairvpr.data.benchmarks.check import WHOLE, check_benchmark
-from pairvpr.data.toy_benchmarks import write_benchmarks, write_msls, write_named
 from pairvpr.errors import UserError
+from pairvpr.toy.benchmarks import write_benchmarks, write_msls, write_named
 from ray_jobs import check_benchmark as job
 from ray_jobs.command import run
 from tests.support.small import PUBLIC

@@ -28,7 +28,6 @@ from pairvpr.config.schema import (
 from pairvpr.data import storage
 from pairvpr.data.claim import claim
 from pairvpr.data.manifest import folder_manifest
-from pairvpr.data.toy_benchmarks import write_sfxl_test
 from pairvpr.distributed import evaluate as steps
 from pairvpr.distributed.build import build
 from pairvpr.distributed.evaluate import Run, evaluate, prepare
@@ -37,6 +36,7 @@ from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.evaluation.confidence import Calibration, Judge
 from pairvpr.index import make
 from pairvpr.index.manifest import StoredFile, commit
+from pairvpr.toy.benchmarks import write_sfxl_test
 from ray_jobs import command
 from tests.support.flaky import FlakyFileSystem
 from tests.support.index import FLAT, PLENTY_BYTES, describe_rows, write_index

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from pairvpr.config.benchmark_schema import MslsConfig, MslsSplit, MslsSubtask
-from pairvpr.data import toy_city
 from pairvpr.data.benchmarks import load_benchmark, read_benchmark
 from pairvpr.data.manifest import Benchmark
 from pairvpr.data.problems import Problems
-from pairvpr.data.toy_benchmarks import MSLS_CITIES, write_msls
 from pairvpr.errors import UserError
+from pairvpr.toy import city as toy_city
+from pairvpr.toy.benchmarks import MSLS_CITIES, write_msls
 
 SUBTASKS = ["all", "s2w", "w2s", "o2n", "n2o", "d2n", "n2d"]
 Rows = dict[str, tuple[float, float, bool, str]]  # key -> easting, northing, panorama, subtasks by spaces

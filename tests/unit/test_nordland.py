@@ -17,8 +17,8 @@ from pairvpr.data.benchmarks.check import WHOLE
 from pairvpr.data.benchmarks.nordland import frame_number, within_frames
 from pairvpr.data.manifest import Benchmark
 from pairvpr.data.problems import Problems
-from pairvpr.data.toy_benchmarks import write_nordland, write_nordland_with_names
 from pairvpr.errors import UserError
+from pairvpr.toy.benchmarks import write_nordland, write_nordland_with_names
 
 
 def positives_of(benchmark: Benchmark) -> list[list[int]]:

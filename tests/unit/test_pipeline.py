@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from pairvpr.config.schema import DenseFeatures
-from pairvpr.data import toy_city
 from pairvpr.data.benchmarks import load_benchmark, prepare_benchmark
 from pairvpr.data.images import BrokenImageError
 from pairvpr.data.manifest import Benchmark, Manifest
@@ -23,6 +22,7 @@ from pairvpr.models.pair_vpr import PairVPR, normalise
 from pairvpr.retrieval import pipeline
 from pairvpr.retrieval.describe import Describer
 from pairvpr.retrieval.rerank import WorkUnit
+from pairvpr.toy import city as toy_city
 from tests.support.small import SMALL_CITY, shaken_model, small_evaluate_config, small_model
 
 BROKEN_QUERY, BROKEN_PHOTOS = 2, (0, 7, 17)

@@ -21,13 +21,14 @@ from PIL.ExifTags import GPS, IFD
 from PIL.TiffImagePlugin import IFDRational
 
 from pairvpr.config.benchmark_schema import FoldersConfig, PositionColumns, PositionSource
-from pairvpr.data import storage, toy_city
+from pairvpr.data import storage
 from pairvpr.data.benchmarks import load_benchmark, read_benchmark
 from pairvpr.data.exif import NUM_HEAD_BYTES, GpsError, gps_position
 from pairvpr.data.manifest import Benchmark, Manifest
 from pairvpr.data.positions import positions_from_names, positions_from_tables
 from pairvpr.data.problems import FoundProblemsError, Problems
 from pairvpr.errors import UserError
+from pairvpr.toy import city as toy_city
 
 
 def touch(root: Path, *names: str) -> None:

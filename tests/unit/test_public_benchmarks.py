@@ -16,12 +16,12 @@ from pairvpr.config.schema import CheckBenchmarkConfig
 from pairvpr.data import storage
 from pairvpr.data.benchmarks import load_benchmark
 from pairvpr.data.manifest import Benchmark, Manifest
-from pairvpr.data.toy_benchmarks import write_benchmarks
 from pairvpr.errors import UserError
 from pairvpr.evaluation.recall import recall_at
 from pairvpr.evaluation.report import RunFacts, metrics, summary
 from pairvpr.models.pair_vpr import PairVPR
 from pairvpr.retrieval import pipeline
+from pairvpr.toy.benchmarks import write_benchmarks
 from tests.support.small import PUBLIC, shaken_model, small_evaluate_config
 
 # Queries, database photos, and the positives of the first and the last query; 4 places of each benchmark.

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from pairvpr.data.toy_city import Photo, database_photos, draw, photos, query_photos
+from pairvpr.toy.city import Photo, database_photos, draw, photos, query_photos
 
 REPOSITORY = Path(__file__).parents[2]
 WIDTH_PX, HEIGHT_PX, RADIUS_M = 160, 120, 25.0
 
 DIGEST_IN_ANOTHER_PROCESS = """
 from tests.unit.test_toy_city import digest
-from pairvpr.data.toy_city import database_photos
+from pairvpr.toy.city import database_photos
 print(digest(database_photos(seed=3, num_places=4)[::-1]))
 """
 

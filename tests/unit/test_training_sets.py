@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pairvpr.data import images, panoramas, storage
-from pairvpr.data.toy_training_sets import write_gsv_cities, write_landmarks, write_sfxl
 from pairvpr.data.training_sets import sfxl
 from pairvpr.data.training_sets.base import TrainingSet, View
 from pairvpr.data.training_sets.gsv_cities import CITIES, GsvCities, read_gsv_cities
@@ -26,6 +25,7 @@ from pairvpr.data.training_sets.places import group
 from pairvpr.data.training_sets.read import FOLDERS, load_view, read_training_sets
 from pairvpr.data.training_sets.sfxl import SfXl, read_sfxl
 from pairvpr.errors import UserError
+from pairvpr.toy.training_sets import write_gsv_cities, write_landmarks, write_sfxl
 
 HEADER = "place_id,year,month,northdeg,city_id,lat,lon,panoid"
 ORIENTATION = 0x0112
@@ -457,7 +457,8 @@ def test_the_miniature_of_sfxl_has_one_cell_per_place(tmp_path: Path, monkeypatc
 
 def test_panoramas_of_any_yaw_show_the_same_fronts_in_the_same_direction(tmp_path: Path) -> None:
     """The same court from the same spot and day: only the yaw, and with it the columns, differs."""
-    from pairvpr.data import toy_city, toy_training_sets
+    from pairvpr.toy import city as toy_city
+    from pairvpr.toy import training_sets as toy_training_sets
 
     (photo,) = toy_city.photos(seed=2000, num_places=1, photos_per_place=1, days=[0])
     views = [

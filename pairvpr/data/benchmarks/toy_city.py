@@ -1,4 +1,4 @@
-"""Layout `toy_city`: photos that `pairvpr.data.toy_city` draws, positives within a radius."""
+"""Layout `toy_city`: photos that `pairvpr.toy.city` draws, positives within a radius."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import io
 import numpy as np
 
 from pairvpr.config.benchmark_schema import ToyCityConfig
-from pairvpr.data import storage, toy_city
+from pairvpr.data import storage
 from pairvpr.data.manifest import Benchmark, Manifest
 from pairvpr.data.positives import within_radius
+from pairvpr.toy import city
 
 JPEG_QUALITY = 90
 WIDTH_PX, HEIGHT_PX = 160, 120
@@ -44,7 +45,7 @@ def draw_photos(config: ToyCityConfig, output: str) -> None:
             if f"{part}/{photo.path}" in existing:
                 continue
             sink = io.BytesIO()
-            image = toy_city.draw(photo, width_px=WIDTH_PX, height_px=HEIGHT_PX)
+            image = city.draw(photo, width_px=WIDTH_PX, height_px=HEIGHT_PX)
             image.save(sink, "JPEG", quality=JPEG_QUALITY)
             storage.write_bytes(storage.join(directory, part, photo.path), sink.getvalue())
 
@@ -53,12 +54,12 @@ def _directory(output: str) -> str:
     return storage.join(storage.absolute(output), "photos")
 
 
-def _photos(config: ToyCityConfig) -> dict[str, list[toy_city.Photo]]:
+def _photos(config: ToyCityConfig) -> dict[str, list[city.Photo]]:
     return {
-        "database": toy_city.database_photos(
+        "database": city.database_photos(
             seed=config.seed, num_places=config.num_places, photos_per_place=config.photos_per_place
         ),
-        "queries": toy_city.query_photos(
+        "queries": city.query_photos(
             seed=config.seed, num_places=config.num_places, photos_per_place=config.queries_per_place
         ),
     }

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pairvpr.data import panoramas, storage, toy_city
-from pairvpr.data.toy_city import Photo
+from pairvpr.data import panoramas, storage
 from pairvpr.data.training_sets import gsv_cities, landmarks
 from pairvpr.errors import UserError
+from pairvpr.toy import city as toy_city
+from pairvpr.toy.city import Photo
 
 FIRST_SEED = 1000
 JPEG_QUALITY = 85

@@ -1,6 +1,6 @@
 """Miniatures of the public benchmarks, in the layouts of their downloads, drawn from the toy city.
 
-    python -m pairvpr.data.toy_benchmarks DIR
+    python -m pairvpr.toy.benchmarks DIR
 
 writes all of them below DIR, which then is a `datasets_root`. The same arguments draw the same bytes.
 """
@@ -17,12 +17,13 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-from pairvpr.data import storage, toy_city
+from pairvpr.data import storage
 from pairvpr.data.benchmarks.nordland import FRAME_SPACING_M
 from pairvpr.data.benchmarks.pittsburgh import QUERIES_FOLDER
-from pairvpr.data.toy_city import Photo
-from pairvpr.data.toy_training_sets import FIRST_SEED, HEIGHT_PX, WIDTH_PX, lat_lon_deg, write_jpeg, write_lines
 from pairvpr.errors import UserError
+from pairvpr.toy import city as toy_city
+from pairvpr.toy.city import Photo
+from pairvpr.toy.training_sets import FIRST_SEED, HEIGHT_PX, WIDTH_PX, lat_lon_deg, write_jpeg, write_lines
 
 MSLS_CITIES = {
     "train_val": ("cph", "sf"),
