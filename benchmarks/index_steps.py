@@ -24,7 +24,7 @@ from pairvpr.data import storage
 from pairvpr.data.local_cache import LocalCache
 from pairvpr.data.manifest import Manifest
 from pairvpr.index import build, choose, make, measure, store
-from pairvpr.index.make import InThisProcess, build_shards, first_generation, make_index
+from pairvpr.index.make import LocalRunner, build_shards, first_generation, next_generation
 from pairvpr.index.manifest import IndexManifest, commit, generation_url
 from pairvpr.index.reader import OpenIndex, groups_of_shards, search_index
 from pairvpr.index.search import Effort, Shard
@@ -114,7 +114,7 @@ def build_index(
 ) -> tuple[IndexManifest, list[Ran[None]]]:
     """A generation of an index, each piece of work in a process of its own as on a cluster; and what they took."""
     runner = FreshProcesses()
-    manifest = make_index(directory, start or draft(directory), config, budget_bytes, runner)
+    manifest = next_generation(directory, start or draft(directory), config, budget_bytes, runner)
     commit(directory, manifest)
     return manifest, runner.ran
 
@@ -125,7 +125,7 @@ def build_alike(directory: str, other_directory: str, other: IndexManifest) -> I
     if trained is not None:
         shutil.copyfile(Path(other_directory) / trained.path, Path(directory) / trained.path)
     spec = build.spec_of(other.kind, other.factory)
-    shards = build_shards(directory, start.shards, spec, trained, NUM_THREADS, InThisProcess())
+    shards = build_shards(directory, start.shards, spec, trained, NUM_THREADS, LocalRunner())
     return replace(start, kind=other.kind, factory=other.factory, trained=trained, shards=shards, effort=other.effort)
 
 
@@ -223,7 +223,7 @@ def update(
     describe(storage.join(directory, prefix.rstrip("/")), added_file, num_added, 1, manifest.num_images)
     times_s.append(time.perf_counter())
     changed = replace(manifest, generation=generation)
-    changed = with_added(directory, changed, prefix, num_added, 1, NUM_THREADS, InThisProcess())
+    changed = with_added(directory, changed, prefix, num_added, 1, NUM_THREADS, LocalRunner())
     times_s.append(time.perf_counter())
     changed = without(directory, changed, prefix, gone)
     times_s.append(time.perf_counter())

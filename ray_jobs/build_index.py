@@ -1,20 +1,54 @@
-"""`python -m ray_jobs.build_index database=DIR output=INDEX`: describe a folder of photos and index it."""
+"""`pairvpr build_index database=DIR output=INDEX`: describe a folder of photos and index it."""
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Sequence
 
+import ray
+
+from pairvpr.cli import run_job
 from pairvpr.config.compose import load
 from pairvpr.config.schema import BuildIndexConfig
-from pairvpr.distributed.build import build
-from ray_jobs.command import run
+from pairvpr.data import storage
+from pairvpr.data.claim import check_claim, check_writable, claim
+from pairvpr.data.manifest import folder_manifest
+from pairvpr.distributed.progress import say
+from pairvpr.distributed.runtime import ModelSource, ray_session
+from pairvpr.index import choose
+from pairvpr.models.weights import NOT_LOADED, announce, load_weights
+from ray_jobs.run import index_settings, located
+from ray_jobs.steps import about_generation, ensure_index
 
 
 def main(arguments: Sequence[str]) -> None:
     """One index."""
-    print(f"index: {build(load(BuildIndexConfig, arguments))}")
+    print(f"index: {build_index(load(BuildIndexConfig, arguments))}")
+
+
+def build_index(config: BuildIndexConfig) -> str:
+    """Describe and index a folder of photos; returns the index directory."""
+    database = located(folder_manifest(config.database, "database"), config, "database")
+    directory = storage.absolute(config.output)
+    check_writable(directory, "output")
+    num_shards = config.index.num_shards or choose.default_num_shards(len(database))
+    settings = index_settings(database, num_shards, config.model, NOT_LOADED, config.describe)
+    if config.positions is not None:
+        places = database.utm_m.tobytes() + database.heading_deg.tobytes()
+        settings["positions_sha256"] = hashlib.sha256(places).hexdigest()
+    check_claim(directory, settings, "output", ("model.weights_sha256",))
+    weights = load_weights(config.model)
+    settings |= index_settings(database, num_shards, config.model, weights, config.describe)
+    check_claim(directory, settings, "output")
+    announce(config.model, weights)
+    claim(directory, settings, "output")
+    with ray_session(config.cluster):
+        source = ModelSource(config.model, ray.put(weights))
+        manifest = ensure_index(database, directory, num_shards, source, config.describe, config.index, settings)
+    say(about_generation(manifest))
+    return directory
 
 
 if __name__ == "__main__":
-    sys.exit(run(BuildIndexConfig, main))
+    sys.exit(run_job("build_index"))

@@ -1,14 +1,14 @@
-"""`python -m ray_jobs.calibrate predictions=OUT output=calibration.json`: how sure is an answer, when may one stop?"""
+"""`pairvpr calibrate predictions=OUT output=calibration.json`: how sure is an answer, when may one stop?"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
+from pairvpr.cli import run_job
 from pairvpr.config.compose import load
 from pairvpr.config.schema import CalibrateConfig
 from pairvpr.evaluation.calibrate import calibrate
-from ray_jobs.command import run
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -19,4 +19,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(CalibrateConfig, main))
+    sys.exit(run_job("calibrate"))

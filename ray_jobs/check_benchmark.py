@@ -1,15 +1,15 @@
-"""`python -m ray_jobs.check_benchmark benchmark=msls_val datasets_root=DIR`: is the download whole?"""
+"""`pairvpr check_benchmark benchmark=msls_val datasets_root=DIR`: is the download whole?"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
+from pairvpr.cli import run_job
 from pairvpr.config.compose import load
 from pairvpr.config.schema import CheckBenchmarkConfig
 from pairvpr.data.benchmarks.check import check_benchmark
 from pairvpr.errors import IncompleteRunError
-from ray_jobs.command import run
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -23,4 +23,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(CheckBenchmarkConfig, main))
+    sys.exit(run_job("check_benchmark"))

@@ -1,14 +1,38 @@
-"""`python -m ray_jobs.evaluate benchmark=toy_city output=OUT`: describe, index, retrieve, re-rank, report."""
+"""`pairvpr evaluate benchmark=toy_city output=OUT`: describe, index, retrieve, re-rank, report."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
+import ray
+
+from pairvpr.cli import run_job
 from pairvpr.config.compose import load_evaluations
 from pairvpr.config.schema import EvaluateConfig
-from pairvpr.distributed.evaluate import evaluate
-from ray_jobs.command import run
+from pairvpr.data import storage
+from pairvpr.data.benchmarks import load_benchmark, prepare_benchmark
+from pairvpr.data.claim import check_writable, claim
+from pairvpr.data.manifest import Benchmark
+from pairvpr.distributed.dense import check_sharing
+from pairvpr.distributed.progress import say
+from pairvpr.distributed.runtime import ModelSource, ray_session
+from pairvpr.errors import IncompleteRunError, UserError
+from pairvpr.index.manifest import read_manifest
+from pairvpr.models.weights import NOT_LOADED, announce, load_weights
+from ray_jobs.run import (
+    OF_THE_WEIGHTS,
+    Run,
+    calibrated,
+    check_calibration,
+    check_claims,
+    check_dense_store,
+    check_index_model,
+    check_photos,
+)
+from ray_jobs.steps import answer, ensure_index
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -16,5 +40,96 @@ def main(arguments: Sequence[str]) -> None:
     evaluate(load_evaluations(arguments))
 
 
+def evaluate(configs: Sequence[EvaluateConfig]) -> list[dict[str, Any]]:
+    """Run one benchmark or several; prints a table for each and returns the contents of their metrics.json.
+
+    Raises `IncompleteRunError` for the benchmarks in which work failed for good, when all others are done.
+    """
+    runs = prepare(configs)
+    announce(configs[0].model, runs[0].weights)
+    for run in runs:
+        claim(run.output, run.settings(), "output")
+        if read_manifest(run.index) is None:
+            claim(run.index, run.index_settings(), "index.path")
+    reports: list[dict[str, Any]] = []
+    incomplete: list[str] = []
+    with ray_session(configs[0].cluster):
+        for run in runs:
+            prepare_benchmark(run.config.benchmark, run.output)
+        source = ModelSource(configs[0].model, ray.put(runs[0].weights))
+        for run in runs:
+            database, settings = run.benchmark.database, run.index_settings()
+            try:
+                manifest = ensure_index(
+                    database, run.index, run.num_shards, source, run.config.describe, run.config.index, settings
+                )
+                reports.append(answer(run, source, manifest))
+            except IncompleteRunError as error:
+                say(f"{run.benchmark.name}: incomplete: {error}")
+                incomplete.append(f"{run.benchmark.name}: {error}")
+    if incomplete:
+        raise IncompleteRunError("; ".join(incomplete))
+    return reports
+
+
+def prepare(configs: Sequence[EvaluateConfig]) -> list[Run]:
+    """Check all benchmarks of a run; writes nothing. Those of a list get folders of their own and share the weights."""
+    outputs = [storage.absolute(config.output) for config in configs]
+    if len(configs) > 1 or configs[0].benchmarks:
+        outputs = [storage.join(output, config.benchmark.name) for output, config in zip(outputs, configs, strict=True)]
+    indices = [
+        storage.absolute(config.index.path or storage.join(output, "index"))
+        for config, output in zip(configs, outputs, strict=True)
+    ]
+    for output, index in zip(outputs, indices, strict=True):
+        check_writable(output, "output")
+        if read_manifest(index) is None:
+            check_writable(index, "index.path")
+        if index in (output, storage.join(output, "queries")):
+            raise UserError(f"index.path={index}: the run writes other files there; expected a directory of its own")
+    calibration = calibrated(configs[0].rerank)
+    runs: list[Run] = []
+    for config, benchmark, output, index in zip(configs, _load(configs, outputs), outputs, indices, strict=True):
+        run = Run(
+            config=config,
+            benchmark=benchmark,
+            weights=NOT_LOADED,
+            index=index,
+            output=output,
+            calibration=calibration,
+        )
+        check_calibration(run, OF_THE_WEIGHTS)
+        check_claims(run, OF_THE_WEIGHTS)
+        check_photos(run)
+        check_dense_store(run, OF_THE_WEIGHTS)
+        if any(other.index == index and other.index_settings() != run.index_settings() for other in runs):
+            raise UserError(
+                f"index.path={index}: these benchmarks have different databases; expected an index for each"
+            )
+        runs.append(run)
+    check_sharing([run.store for run in runs if run.store is not None])
+    weights = load_weights(configs[0].model)
+    runs = [replace(run, weights=weights) for run in runs]
+    for run in runs:
+        check_calibration(run)
+        check_claims(run)
+        check_index_model(run)
+        check_dense_store(run)
+    return runs
+
+
+def _load(configs: Sequence[EvaluateConfig], outputs: Sequence[str]) -> list[Benchmark]:
+    """The benchmarks. Equal databases become one object: each may list millions of photos."""
+    found: list[Benchmark] = []
+    for config, output in zip(configs, outputs, strict=True):
+        benchmark = load_benchmark(config.benchmark, output)
+        database = benchmark.database
+        for other in found:
+            if other.database.root == database.root and other.database.table.equals(database.table):
+                database = other.database
+        found.append(replace(benchmark, database=database))
+    return found
+
+
 if __name__ == "__main__":
-    sys.exit(run(EvaluateConfig, main))
+    sys.exit(run_job("evaluate"))

@@ -1,14 +1,14 @@
-"""`python -m ray_jobs.export_weights checkpoint=FILE output=FILE.safetensors`: what `evaluate` loads."""
+"""`pairvpr export_weights checkpoint=FILE output=FILE.safetensors`: what `evaluate` loads."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
+from pairvpr.cli import run_job
 from pairvpr.config.compose import load
 from pairvpr.config.train_schema import ExportWeightsConfig
 from pairvpr.training.export import export_weights
-from ray_jobs.command import run
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -18,4 +18,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(ExportWeightsConfig, main))
+    sys.exit(run_job("export_weights"))

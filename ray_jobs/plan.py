@@ -1,14 +1,63 @@
-"""`python -m ray_jobs.plan plan.num_images=2805840 model=vitb`: sizes, memory and hours, before anything is run."""
+"""`pairvpr plan plan.num_images=2805840 model=vitb`: sizes, memory and hours, before anything is run."""
 
 from __future__ import annotations
 
+import io
+import json
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
 
+import ray
+
+from pairvpr.cli import run_job
 from pairvpr.config.compose import load
 from pairvpr.config.schema import PlanConfig
-from pairvpr.distributed.plan import plan
-from ray_jobs.command import run
+from pairvpr.data import storage
+from pairvpr.data.benchmarks import load_benchmark
+from pairvpr.data.claim import check_writable
+from pairvpr.data.manifest import Manifest
+from pairvpr.distributed.capacity import room
+from pairvpr.distributed.describe import Description, describe
+from pairvpr.distributed.progress import say
+from pairvpr.distributed.runtime import ModelSource, plan_actors, ray_session
+from pairvpr.errors import UserError
+from pairvpr.index.plan import Room, plan_index, table
+from pairvpr.index.plan_dense import dense_table, plan_dense
+from pairvpr.models.weights import Weights, untrained_state
+from pairvpr.toy import city as toy_city
+from ray_jobs.steps import memory_budget_bytes
+
+WIDTH_PX, HEIGHT_PX, JPEG_QUALITY = 640, 480, 90
+NUM_DRAWN = 64
+"""Different photos of a calibration; a longer one has them again and again."""
+BATCHES_PER_ACTOR = 4
+ENOUGH_S = 5.0
+MOST_PHOTOS = 100_000
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """A measurement: `num_timed` photos in `seconds`, the last ones of `num_photos`."""
+
+    num_photos: int
+    num_timed: int
+    seconds: float
+    start_included: bool
+
+    @property
+    def images_per_s(self) -> float:
+        """Photos that all actors together describe in a second."""
+        return self.num_timed / max(self.seconds, 1e-9)
+
+    def __str__(self) -> str:
+        which = "start included" if self.start_included else f"the last {self.num_timed:,} timed"
+        return f"measured: {self.num_photos:,} drawn photos of {WIDTH_PX} x {HEIGHT_PX}, {which}"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -16,5 +65,141 @@ def main(arguments: Sequence[str]) -> None:
     plan(load(PlanConfig, arguments))
 
 
+def plan(config: PlanConfig) -> dict[str, Any]:
+    """Print the plan as a table and as JSON, write the JSON to `output` if there is one, and return it.
+
+    Ray is started only for what is not given: the speed, and the memory that an index may take.
+    """
+    _check_output(config.output)
+    (num_images, num_queries), images_per_s = _numbers(config), config.plan.images_per_s
+    needs_ray = images_per_s is None or config.index.memory_budget_gib is None
+    calibration = None
+    with ray_session(config.cluster) if needs_ray else nullcontext():
+        there = room() if needs_ray else Room()
+        budget_bytes = memory_budget_bytes(config.index)
+        if images_per_s is None:
+            calibration = measured_throughput(config)
+            images_per_s = calibration.images_per_s
+    made = plan_index(num_images, config.model, config.index, budget_bytes=budget_bytes, images_per_s=images_per_s)
+    problems, dense = made.problems(there), None
+    if num_queries is not None:
+        dense = plan_dense(num_images, num_queries, config.plan.num_candidates, config.model, images_per_s)
+    content = made.as_json() | {
+        "calibration": None if calibration is None else asdict(calibration),
+        "nodes": [asdict(node) for node in there.nodes],
+        "dense_run": None if dense is None else asdict(dense),
+        "problems": problems,
+    }
+    print(table(made, str(calibration or "plan.images_per_s")))
+    if dense is not None:
+        print(f"\n{dense_table(dense)}")
+    print("".join(f"no room: {problem}\n" for problem in problems))
+    print(json.dumps(content, indent=2), flush=True)
+    if config.output is not None:
+        _write(config.output, content)
+    return content
+
+
+def _numbers(config: PlanConfig) -> tuple[int, int | None]:
+    """Photos of the database; queries, where they are known."""
+    asked = config.plan
+    if config.benchmark is None:
+        assert asked.num_images is not None
+        return asked.num_images, asked.num_queries
+    benchmark = load_benchmark(config.benchmark, storage.absolute(config.output or "plan"))
+    return len(benchmark.database), asked.num_queries or len(benchmark.queries)
+
+
+def _check_output(output: str | None) -> None:
+    """Raise `UserError` where a local file can't be written, before anything is measured."""
+    if output is None or not storage.is_local(output):
+        return
+    path = storage.local_path(output).absolute()
+    if path.is_dir():
+        raise UserError(f"output={output}: a directory; expected a file for the plan as JSON")
+    check_writable(str(path.parent), "output")
+
+
+def _write(output: str, content: dict[str, Any]) -> None:
+    try:
+        storage.write_json(output, content)
+    except OSError as error:
+        raise UserError(f"output={output}: can't be written: {storage.reason(error)}") from error
+
+
+def measured_throughput(config: PlanConfig) -> Throughput:
+    """Describe drawn photos with the untrained network, whose speed is that of any weights; nothing of it is kept.
+
+    Timed are those after the first half, when the actors have started and have used up what was decoded meanwhile.
+    Photos lie ready in the memory of the disk, so a slow store of photos is not seen.
+    """
+    _check_shared(config.output)
+    asked = config.plan.calibration_photos
+    batches = BATCHES_PER_ACTOR * plan_actors(config.describe).num_actors
+    number = asked or max(NUM_DRAWN, batches * config.describe.batch_size)
+    arrays = {name: tensor.numpy() for name, tensor in untrained_state(config.model).items()}
+    source = ModelSource(config.model, ray.put(Weights(arrays, "", untrained=True)))
+    with _scratch(config.output) as directory:
+        paths = _draw(storage.join(directory, "photos"), min(number, NUM_DRAWN))
+        while True:
+            measured = _measured(config, source, directory, [paths[i % len(paths)] for i in range(number)])
+            if asked or measured.seconds >= ENOUGH_S or number >= MOST_PHOTOS:
+                return measured
+            number = min(MOST_PHOTOS, max(2 * number, int(3 * ENOUGH_S * measured.images_per_s)))
+
+
+def _check_shared(output: str | None) -> None:
+    """Raise `UserError` where other machines would look for photos in a temporary folder of this one."""
+    here = ray.get_runtime_context().get_node_id()
+    others = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU") and node["NodeID"] != here]
+    if others and output is None:
+        raise UserError(
+            "the cluster has several machines, and all must see the photos of the calibration: expected output=... on "
+            "a shared file system or a URL, they lie beside it meanwhile; or plan.images_per_s=..."
+        )
+
+
+@contextmanager
+def _scratch(output: str | None) -> Iterator[str]:
+    """A directory for the calibration, which goes with it."""
+    if output is None:
+        with tempfile.TemporaryDirectory(prefix="pairvpr-") as folder:
+            yield folder
+        return
+    directory = f"{storage.absolute(output)}.{uuid.uuid4().hex}"
+    try:
+        yield directory
+    finally:
+        storage.remove_tree(directory)
+
+
+def _draw(folder: str, num_photos: int) -> list[str]:
+    """Paths in `folder` of drawn photos."""
+    say(f"calibration: drawing {num_photos} photos")
+    places = -(-num_photos // len(toy_city.DATABASE_DAYS))
+    photos = toy_city.database_photos(seed=0, num_places=places)[:num_photos]
+    for photo in photos:
+        sink = io.BytesIO()
+        toy_city.draw(photo, width_px=WIDTH_PX, height_px=HEIGHT_PX).save(sink, "JPEG", quality=JPEG_QUALITY)
+        storage.write_bytes(storage.join(folder, photo.path), sink.getvalue())
+    return [photo.path for photo in photos]
+
+
+def _measured(config: PlanConfig, source: ModelSource, directory: str, paths: list[str]) -> Throughput:
+    """Describe the photos at `paths` as a run would, in one shard."""
+    photos = Manifest.of(storage.join(directory, "photos"), paths)
+    description = Description(photos, storage.join(directory, f"{len(paths)}"), 1, source, config.describe)
+    finished = [(time.perf_counter(), 0)]
+    describe(
+        description,
+        "for calibration",
+        needs_a_readable_photo=True,
+        on_finished=lambda num_done: finished.append((time.perf_counter(), num_done)),
+    )
+    end_s, num_photos = finished[-1]
+    start_s, num_before = next((at for at in finished if 2 * at[1] >= num_photos and at[1] < num_photos), finished[0])
+    return Throughput(num_photos, num_photos - num_before, end_s - start_s, start_included=num_before == 0)
+
+
 if __name__ == "__main__":
-    sys.exit(run(PlanConfig, main))
+    sys.exit(run_job("plan"))

@@ -1,14 +1,38 @@
-"""`python -m ray_jobs.query index.path=INDEX queries=DIR output=OUT`: where was each of these photos taken?"""
+"""`pairvpr query index.path=INDEX queries=DIR output=OUT`: where was each of these photos taken? Q queries."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from pairvpr.cli import run_job
+from pairvpr.config.benchmark_schema import PositionSource
 from pairvpr.config.compose import load
-from pairvpr.config.schema import QueryConfig
-from pairvpr.distributed.query import query
-from ray_jobs.command import run
+from pairvpr.config.schema import EvaluateConfig, FilterConfig, IndexConfig, IndexKind, PositionsConfig, QueryConfig
+from pairvpr.data import storage
+from pairvpr.data.claim import check_claim, check_writable, claim
+from pairvpr.data.manifest import Benchmark, Manifest, folder_manifest
+from pairvpr.distributed.runtime import ModelSource, ray_session
+from pairvpr.errors import UserError
+from pairvpr.index.filters import Filters, Places
+from pairvpr.index.manifest import IndexManifest, check_model, read_images
+from pairvpr.models.weights import NOT_LOADED, announce, load_weights
+from ray_jobs.run import (
+    OF_THE_WEIGHTS,
+    Run,
+    calibrated,
+    check_calibration,
+    check_dense_store,
+    located,
+    open_manifest,
+)
+from ray_jobs.steps import answer
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -16,5 +40,124 @@ def main(arguments: Sequence[str]) -> None:
     query(load(QueryConfig, arguments))
 
 
+def query(config: QueryConfig) -> dict[str, Any]:
+    """Answer a folder of queries; prints a summary, returns metrics.json's content."""
+    index = storage.absolute(config.index.path)
+    manifest = open_manifest(index, config.index.path)
+    if not storage.exists(manifest.images_root):
+        raise UserError(
+            f"index.path={config.index.path}: its photos were in {manifest.images_root}, which is not there; "
+            "expected them where build_index saw them, re-ranking reads them again"
+        )
+    run = _run(config, index, manifest)
+    check_calibration(run, OF_THE_WEIGHTS)
+    filters = _filters(config.filter, run.benchmark)
+    settings = run.settings() | {"generation": manifest.generation, "filter": asdict(config.filter)}
+    check_writable(run.output, "output")
+    check_claim(run.output, settings, "output", OF_THE_WEIGHTS)
+    check_dense_store(run, OF_THE_WEIGHTS)
+    run = replace(run, weights=load_weights(config.model))
+    settings |= run.settings()
+    check_model(index, manifest, name=config.model.name, weights_sha256=run.weights.sha256, model=settings["model"])
+    check_calibration(run)
+    check_claim(run.output, settings, "output")
+    check_dense_store(run)
+    announce(config.model, run.weights)
+    claim(run.output, settings, "output")
+    with ray_session(config.cluster):
+        return answer(run, ModelSource(config.model, ray.put(run.weights)), manifest, filters)
+
+
+def _run(config: QueryConfig, index: str, manifest: IndexManifest) -> Run:
+    """The queries as a benchmark without ground truth."""
+    return Run(
+        config=_as_evaluation(config, index, manifest),
+        benchmark=Benchmark(
+            name="query",
+            database=read_images(index, manifest),
+            queries=folder_manifest(config.queries, "queries"),
+            positives=None,
+            protocol={"positives": "none", "radius_m": None},
+        ),
+        weights=NOT_LOADED,
+        index=index,
+        output=storage.absolute(config.output),
+        calibration=calibrated(config.rerank),
+    )
+
+
+def _as_evaluation(config: QueryConfig, index: str, manifest: IndexManifest) -> EvaluateConfig:
+    there = {name: getattr(config.index, name) for name in config.index.__dataclass_fields__ if name != "path"}
+    return EvaluateConfig(
+        output=config.output,
+        model=config.model,
+        describe=config.describe,
+        index=IndexConfig(path=index, num_shards=len(manifest.shards), kind=IndexKind(manifest.kind), **there),
+        rerank=config.rerank,
+        cluster=config.cluster,
+    )
+
+
+def _filters(config: FilterConfig, benchmark: Benchmark) -> tuple[Filters, Places] | None:
+    """A line of conditions for each query, and where the photos of the index were taken; None without conditions.
+
+    Raises `UserError` where no photo can meet a condition, and where a query has no prior that one needs.
+    """
+    if not config.is_set:
+        return None
+    places = Places(benchmark.database.utm_m, benchmark.database.heading_deg)
+    needs_position, needs_heading = config.near_m is not None or config.box is not None, config.within_deg is not None
+    for needed, known, what in (
+        (needs_position, places.utm_m[:, 0], "position"),
+        (needs_heading, places.heading_deg, "heading"),
+    ):
+        if needed and np.isnan(known).all():
+            raise UserError(
+                f"filter: the index knows no photo's {what}; expected one built with positions=names, table, exif or "
+                "by evaluate"
+            )
+    near, heading_deg = _priors(config, benchmark.queries)
+    return (
+        Filters.of(
+            len(benchmark.queries),
+            near=near,
+            radius_m=config.near_m,
+            box=None if config.box is None else np.array(config.box),
+            heading_deg=heading_deg,
+            within_deg=config.within_deg,
+        ),
+        places,
+    )
+
+
+def _priors(config: FilterConfig, queries: Manifest) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
+    """Prior position (2,) or (Q, 2), and heading () or (Q,), where there is a condition on them."""
+    near = None if config.center is None else np.array(config.center)
+    heading_deg = None if config.heading_deg is None else np.array(config.heading_deg)
+    if not config.needs_priors:
+        return near, heading_deg
+    source = PositionSource.names if config.priors is None else PositionSource.table
+    known = located(queries, PositionsConfig(positions=source, positions_table=config.priors), "queries")
+    rows = known.ids_of(queries.path_column)
+    own = {"position": known.utm_m[rows], "heading": known.heading_deg[rows]}
+    if config.near_m is not None and near is None:
+        near = own["position"]
+    else:
+        del own["position"]
+    if config.within_deg is not None and heading_deg is None:
+        heading_deg = own["heading"]
+    else:
+        del own["heading"]
+    for what, values in own.items():
+        unknown = (rows < 0) | np.isnan(values.reshape(len(rows), -1)).any(axis=1)
+        if unknown.any():
+            raise UserError(
+                f"filter: query {queries.path(int(np.flatnonzero(unknown)[0]))} has no prior {what}; expected one for "
+                f"each query in {config.priors or 'its name (@utm_east@utm_north@...)'}, or filter.center and "
+                "filter.heading_deg for all"
+            )
+    return near, heading_deg
+
+
 if __name__ == "__main__":
-    sys.exit(run(QueryConfig, main))
+    sys.exit(run_job("query"))

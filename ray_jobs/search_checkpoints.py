@@ -1,14 +1,70 @@
-"""`python -m ray_jobs.search_checkpoints checkpoints=DIR benchmark=toy_city output=OUT`: which epoch is the best?"""
+"""`pairvpr search_checkpoints checkpoints=DIR benchmark=toy_city output=OUT`: which epoch is the best?
+
+Every checkpoint of a training goes through the two-stage evaluation, each on an actor of its own, by the
+single-machine pipeline; as many run at once as the cluster has room for.
+"""
 
 from __future__ import annotations
 
+import io
+import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import ray
+import torch
+
+from pairvpr.cli import run_job
 from pairvpr.config.compose import load
+from pairvpr.config.schema import EvaluateConfig
 from pairvpr.config.train_schema import SearchCheckpointsConfig
-from pairvpr.distributed.search_checkpoints import search_checkpoints
-from ray_jobs.command import run
+from pairvpr.data import storage
+from pairvpr.data.benchmarks import load_benchmark, prepare_benchmark
+from pairvpr.data.claim import check_claim, check_writable, claim
+from pairvpr.data.manifest import Benchmark
+from pairvpr.distributed.pool import PoolActor, SupervisedPool
+from pairvpr.distributed.progress import Progress
+from pairvpr.distributed.runtime import plan_actors, ray_session
+from pairvpr.errors import IncompleteRunError, UserError
+from pairvpr.evaluation.recall import recall_at
+from pairvpr.models.weights import build_model, load_weights
+from pairvpr.retrieval import pipeline
+from pairvpr.retrieval.rerank import SCORING
+
+SUFFIXES = (".pt", ".pth", ".safetensors")
+ROLLING = "last.pt"
+SEARCHED_N = (1, 5, 10)
+COLUMNS = [f"{step}_recall@{n}" for step in ("global", "reranked") for n in SEARCHED_N]
+
+
+@dataclass(frozen=True)
+class Search:
+    """One search, checked and ready."""
+
+    config: SearchCheckpointsConfig
+    output: str
+    benchmark: Benchmark
+    urls: dict[str, str]
+    """The checkpoints by name."""
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the numbers, in plain values."""
+        config = self.config
+        return {
+            "benchmark": {"name": self.benchmark.name} | self.benchmark.stamp(),
+            "model": config.model.settings(),
+            "describe_batch_size": config.describe.batch_size,
+            "num_candidates": config.rerank.num_candidates,
+            "rerank_batch_size": config.rerank.batch_size,
+            "rerank_queries_per_unit": config.rerank.queries_per_unit,
+            "rerank_second_direction": config.rerank.second_direction,
+            "scoring": SCORING,
+        }
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -16,5 +72,154 @@ def main(arguments: Sequence[str]) -> None:
     search_checkpoints(load(SearchCheckpointsConfig, arguments))
 
 
+def search_checkpoints(config: SearchCheckpointsConfig) -> pa.Table:
+    """Evaluate all checkpoints; writes `checkpoints.csv` and `.parquet`, prints the table and returns it.
+
+    Raises `IncompleteRunError`, after everything else, if checkpoints failed; the table holds their errors.
+    """
+    search = _prepare(config)
+    with ray_session(config.cluster):
+        claim(search.output, search.settings(), "output")
+        prepare_benchmark(config.benchmark, search.output)
+        failed = _evaluate(search)
+    table = _table(search, failed)
+    _publish(search.output, table)
+    print(_text(table))
+    if failed:
+        raise IncompleteRunError(
+            f"{len(failed)} of {len(search.urls)} checkpoints failed: {', '.join(failed)}; their errors are in "
+            f"{storage.join(search.output, 'checkpoints.csv')}; the same line again tries only these"
+        )
+    return table
+
+
+def _prepare(config: SearchCheckpointsConfig) -> Search:
+    folder, output = storage.absolute(config.checkpoints), storage.absolute(config.output)
+    check_writable(output, "output")
+    names = [name for name in storage.list_files(folder) if name.endswith(SUFFIXES)]
+    kept = [
+        name for name in names if name != ROLLING
+    ] or names  # a finished run keeps its last one under a name of its own
+    if not kept:
+        raise UserError(f"checkpoints={config.checkpoints}: no checkpoint there; expected {', '.join(SUFFIXES)} files")
+    search = Search(
+        config=config,
+        output=output,
+        benchmark=load_benchmark(config.benchmark, output),
+        urls={name: storage.join(folder, name) for name in kept},
+    )
+    if search.benchmark.positives is None:
+        raise UserError(f"benchmark={search.benchmark.name}: it has no ground truth; expected positives")
+    check_claim(output, search.settings(), "output")
+    return search
+
+
+def _evaluate(search: Search) -> dict[str, str]:
+    """The errors of checkpoints that failed, by name."""
+    config, names = search.config, list(search.urls)
+    plan = plan_actors(config.rerank)
+    evaluation = EvaluateConfig(
+        output=search.output,
+        benchmark=config.benchmark,
+        model=config.model,
+        describe=config.describe,
+        index=config.index,
+        rerank=config.rerank,
+    )
+    args = (ray.put(search.benchmark), evaluation)
+    make_actor = ray.remote(_SearchActor).options(
+        num_cpus=plan.cpus_per_actor, num_gpus=plan.gpus_per_actor, scheduling_strategy="SPREAD"
+    )
+    progress = Progress("search", len(names), "checkpoints")
+    units = {number: (search.urls[name], _result_url(search.output, name)) for number, name in enumerate(names)}
+    with SupervisedPool(lambda: make_actor.remote(*args), min(plan.num_actors, len(names)), "search") as pool:
+        failed = pool.run(units, lambda *_: progress.add(1))
+    progress.finish()
+    return {names[number]: error for number, error in sorted(failed.items())}
+
+
+class _SearchActor(PoolActor):
+    """Evaluates checkpoints, and publishes each result before it reports it done."""
+
+    def __init__(self, benchmark: Benchmark, config: EvaluateConfig) -> None:
+        self.benchmark, self.config = benchmark, config
+        has_gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
+        self.device = torch.device("cuda" if has_gpu else "cpu")
+
+    def run(self, unit: tuple[str, str]) -> None:
+        url, result_url = unit
+        weights = load_weights(replace(self.config.model, weights=url))
+        if _read_result(result_url).get("weights_sha256") == weights.sha256:
+            return
+        model = build_model(self.config.model, weights, self.device)
+        answers = pipeline.run(self.benchmark, model, self.config)
+        assert self.benchmark.positives is not None
+        result: dict[str, Any] = {"weights_sha256": weights.sha256}
+        for step, ranked in (
+            ("global", [answer.candidates for answer in answers]),
+            ("reranked", [answer.reranked for answer in answers]),
+        ):
+            recalls = recall_at(ranked, self.benchmark.positives, SEARCHED_N)
+            result |= {f"{step}_recall@{n}": value for n, value in recalls.items()}
+        storage.write_json(result_url, result)
+
+
+def _result_url(output: str, name: str) -> str:
+    return storage.join(output, "results", f"{name}.json")
+
+
+def _read_result(url: str) -> dict[str, Any]:
+    try:
+        return storage.read_json(url)
+    except FileNotFoundError:
+        return {}
+
+
+def _table(search: Search, failed: dict[str, str]) -> pa.Table:
+    """A row for each checkpoint, by name; recalls are null where it failed."""
+    rows = []
+    for name in search.urls:
+        result = {} if name in failed else _read_result(_result_url(search.output, name))
+        rows.append(
+            {"checkpoint": name}
+            | {column: result.get(column) for column in COLUMNS}
+            | {"weights_sha256": result.get("weights_sha256"), "error": failed.get(name)}
+        )
+    schema = pa.schema(
+        [("checkpoint", pa.string())]
+        + [(column, pa.float64()) for column in COLUMNS]
+        + [("weights_sha256", pa.string()), ("error", pa.string())]
+    )
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def _publish(output: str, table: pa.Table) -> None:
+    parquet, text = io.BytesIO(), io.BytesIO()
+    pq.write_table(table, parquet)
+    pyarrow.csv.write_csv(table, text)
+    storage.write_bytes(storage.join(output, "checkpoints.parquet"), parquet.getvalue())
+    storage.write_bytes(storage.join(output, "checkpoints.csv"), text.getvalue())
+
+
+def _text(table: pa.Table) -> str:
+    """The table as a person reads it, and the best checkpoint: by re-ranked, then by global recall@1."""
+    rows = table.to_pylist()
+    width = max(len(row["checkpoint"]) for row in rows)
+    lines = [f"{'recall@N (%)':<{width}}  " + "".join(f"{column.replace('_recall', ' '):>14}" for column in COLUMNS)]
+    for row in rows:
+        cells = row["error"] or "".join(f"{row[column]:>14.1f}" for column in COLUMNS)
+        lines.append(f"{row['checkpoint']:<{width}}  {cells}")
+    best = max(rows, key=_rank)
+    if best["error"] is None:
+        lines.append(f"best: {best['checkpoint']}, recall@1 {best['reranked_recall@1']:.1f} re-ranked")
+    return "\n".join(lines)
+
+
+def _rank(row: dict[str, Any]) -> tuple[float, float]:
+    if row["error"] is not None:
+        return -math.inf, -math.inf
+    return row["reranked_recall@1"], row["global_recall@1"]
+
+
 if __name__ == "__main__":
-    sys.exit(run(SearchCheckpointsConfig, main))
+    sys.exit(run_job("search_checkpoints"))

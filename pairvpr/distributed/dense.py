@@ -22,10 +22,10 @@ from pairvpr.config.schema import RerankConfig
 from pairvpr.data import images, storage
 from pairvpr.data.claim import check_claim, check_writable, claim, differences
 from pairvpr.data.manifest import Manifest
+from pairvpr.distributed.capacity import disk_bytes
 from pairvpr.distributed.parts import check_photos_are_seen
 from pairvpr.distributed.pool import PoolActor, SupervisedPool
 from pairvpr.distributed.progress import Progress, say
-from pairvpr.distributed.room import disk_bytes
 from pairvpr.distributed.runtime import ModelSource, plan_actors
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.index.plan import size_text

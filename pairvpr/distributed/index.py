@@ -18,7 +18,7 @@ MAX_TRIES = 3
 LARGE_BYTES = 1 << 16
 
 
-class OnTheCluster:
+class RayRunner:
     """A `Runner` whose pieces of work are tasks, each tried again when its node or a store fails.
 
     A task reserves a whole CPU: that bounds how many shards are in a node's memory at once.

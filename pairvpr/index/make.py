@@ -46,7 +46,7 @@ class Runner(Protocol):
         ...
 
 
-class InThisProcess:
+class LocalRunner:
     """One after another."""
 
     def run(self, label: str, work: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -57,7 +57,7 @@ class InThisProcess:
         """Nobody listens."""
 
 
-def make_index(
+def next_generation(
     directory: str, draft: IndexManifest, config: BuildConfig, budget_bytes: float, runner: Runner
 ) -> IndexManifest:
     """The next generation of an index, `draft` with a kind, from described shards; it is for the caller to commit.

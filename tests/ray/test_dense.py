@@ -11,13 +11,13 @@ import pytest
 
 from pairvpr.config.compose import load, load_evaluations
 from pairvpr.config.schema import BuildIndexConfig, ClusterConfig, QueryConfig
-from pairvpr.distributed.build import build
-from pairvpr.distributed.evaluate import evaluate
-from pairvpr.distributed.query import query
 from pairvpr.distributed.runtime import ray_session
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.retrieval import dense_store
 from pairvpr.retrieval.dense_store import DenseStore
+from ray_jobs.build_index import build_index
+from ray_jobs.evaluate import evaluate
+from ray_jobs.query import query
 from tests.support.runs import ROOT, arguments, descendants, single_machine_predictions, wait_gone, wait_until
 
 SMALL_SHARDS = 3 * 16 * 96 * 2
@@ -109,7 +109,7 @@ def test_queries_use_a_store_in_eight_bits(city: Path, tmp_path: Path) -> None:
     shared = [word for word in arguments(city, "unused") if word.split(".")[0] in ("model", "describe", "model=tiny")]
     rest = [word for word in arguments(city, "unused", *form) if word.split(".")[0] in ("rerank", "index")]
     with ray_session(ClusterConfig(num_cpus=4)):
-        index = build(load(BuildIndexConfig, [f"database={city}/database", f"output={tmp_path}/index", *shared]))
+        index = build_index(load(BuildIndexConfig, [f"database={city}/database", f"output={tmp_path}/index", *shared]))
         line = [f"index.path={index}", f"queries={city}/queries", f"output={tmp_path}/out", *shared, *rest]
         content = query(load(QueryConfig, line))
     assert content["dense_store"]["values"] == "int8"

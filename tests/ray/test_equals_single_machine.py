@@ -12,15 +12,15 @@ import pytest
 from pairvpr.config.compose import load, load_evaluations
 from pairvpr.config.schema import BuildIndexConfig, QueryConfig
 from pairvpr.data import storage
-from pairvpr.distributed.build import build
-from pairvpr.distributed.evaluate import evaluate, prepare
 from pairvpr.distributed.parts import Parts
-from pairvpr.distributed.query import query
 from pairvpr.errors import UserError
 from pairvpr.evaluation.confidence import Calibration
 from pairvpr.index.manifest import read_manifest
 from pairvpr.retrieval.early_stop import stopped_after
 from pairvpr.toy import city as toy_city
+from ray_jobs.build_index import build_index
+from ray_jobs.evaluate import evaluate, prepare
+from ray_jobs.query import query
 from tests.support.runs import arguments, draw_city, single_machine_predictions
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -133,7 +133,7 @@ def test_ties_and_rejects_are_in_the_test_data(expected: bytes, tmp_path: Path) 
 def test_index_then_query(city: Path, expected: bytes, tmp_path: Path) -> None:
     """`build_index` and `query` alone give the candidates and scores of the whole job; no ground truth, no recall."""
     shared = [word for word in arguments(city, "unused") if word.split(".")[0] in ("model", "describe", "model=tiny")]
-    index = build(
+    index = build_index(
         load(BuildIndexConfig, [f"database={city}/database", f"output={tmp_path}/index", "index.num_shards=3", *shared])
     )
     rest = [word for word in arguments(city, "unused") if word.split(".")[0] in ("rerank", "index")]

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pairvpr.config.compose import load_evaluations
-from pairvpr.distributed.evaluate import evaluate
 from pairvpr.evaluation.compare import main
 from pairvpr.toy.benchmarks import write_msls, write_sfxl_test
+from ray_jobs.evaluate import evaluate
 from tests.support.runs import ONE_THREAD, SMALL_NETWORK
 
 pytestmark = pytest.mark.usefixtures("local_ray")

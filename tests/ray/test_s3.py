@@ -13,11 +13,11 @@ import torch
 
 from pairvpr.config.compose import load, load_evaluations
 from pairvpr.config.schema import BuildIndexConfig, ClusterConfig, QueryConfig, UpdateIndexConfig
-from pairvpr.distributed.build import build
-from pairvpr.distributed.query import query
 from pairvpr.distributed.runtime import ray_session
-from pairvpr.distributed.update import update_index
 from pairvpr.models.weights import untrained_state
+from ray_jobs.build_index import build_index
+from ray_jobs.query import query
+from ray_jobs.update_index import update_index
 from tests.support.flaky_proxy import running_flaky_proxy
 from tests.support.runs import (
     SMALL_NETWORK,
@@ -106,7 +106,7 @@ def test_an_index_lives_on_a_store_that_fails_one_request_in_ten(
     local = _Living(str(tmp_path / "photos"), str(tmp_path / "index"), city, tmp_path)
     shutil.copytree(city / "database", tmp_path / "photos")
     with ray_session(ClusterConfig(num_cpus=2)):
-        build(load(BuildIndexConfig, local.build))
+        build_index(load(BuildIndexConfig, local.build))
         update_index(load(UpdateIndexConfig, local.update))
         query(load(QueryConfig, local.query))
     assert pq.read_table(remote.predictions).equals(pq.read_table(local.predictions))

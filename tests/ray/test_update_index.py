@@ -11,10 +11,10 @@ import pytest
 
 from pairvpr.config.compose import load
 from pairvpr.config.schema import BuildIndexConfig, IndexKind, QueryConfig, UpdateIndexConfig
-from pairvpr.distributed.build import build
-from pairvpr.distributed.query import query
-from pairvpr.distributed.update import update_index
 from pairvpr.index.manifest import read_images, read_manifest
+from ray_jobs.build_index import build_index
+from ray_jobs.query import query
+from ray_jobs.update_index import update_index
 from tests.support.runs import SMALL_NETWORK
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -25,7 +25,7 @@ QUERY = ("rerank.num_candidates=100", "rerank.num_threads_per_actor=1", "index.n
 
 def build_from(folder: Path, output: Path, *more: str) -> str:
     line = [f"database={folder}", f"output={output}", "positions=names", "index.num_shards=2", *DESCRIBE, *more]
-    return build(load(BuildIndexConfig, line))
+    return build_index(load(BuildIndexConfig, line))
 
 
 def answers(index: str, queries: Path, output: Path, *more: str) -> list[dict[str, dict[str, float]]]:

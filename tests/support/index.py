@@ -14,7 +14,7 @@ from pairvpr.data import storage
 from pairvpr.data.local_cache import LocalCache
 from pairvpr.data.manifest import Manifest
 from pairvpr.index import store
-from pairvpr.index.make import InThisProcess, first_generation, make_index
+from pairvpr.index.make import LocalRunner, first_generation, next_generation
 from pairvpr.index.manifest import IndexManifest, commit
 from pairvpr.index.reader import OpenIndex
 
@@ -71,7 +71,7 @@ def write_index(
     images = images or Manifest.of("/photos", list(paths))
     num_shards = describe_rows(directory, images, descriptors, cuts, rejected)
     draft = first_generation(directory, images, num_shards, MODEL, descriptors.shape[1])
-    manifest = make_index(directory, draft, config, budget_bytes, InThisProcess())
+    manifest = next_generation(directory, draft, config, budget_bytes, LocalRunner())
     commit(directory, manifest)
     return manifest
 
@@ -90,4 +90,4 @@ def build_described(directory: str, kind: str) -> None:
     print("ready", flush=True)
     config = BuildConfig(kind=IndexKind(kind), num_lists=16 if kind.startswith("ivf") else None, num_build_threads=1)
     draft = first_generation(directory, images, description["num_shards"], MODEL, 32)
-    commit(directory, make_index(directory, draft, config, PLENTY_BYTES, InThisProcess()))
+    commit(directory, next_generation(directory, draft, config, PLENTY_BYTES, LocalRunner()))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pairvpr.cli import run_job
 from pairvpr.config.compose import load
 from pairvpr.config.schema import CalibrateConfig
 from pairvpr.data import storage
@@ -28,8 +29,6 @@ from pairvpr.evaluation.confidence import (
 from pairvpr.evaluation.predictions import predictions_table, write_predictions
 from pairvpr.evaluation.report import RunFacts, metrics
 from pairvpr.retrieval.pipeline import Answer
-from ray_jobs import calibrate as job
-from ray_jobs.command import run
 from tests.support.small import small_model_config
 
 NUM_QUERIES, NUM_CANDIDATES, ROUND_SIZE = 160, 10, 3
@@ -205,11 +204,11 @@ def test_as_a_user_calls_it(
 ) -> None:
     url, output = write_run(tmp_path / "run", queries()), f"{tmp_path}/calibration.json"
     monkeypatch.setattr(sys, "argv", ["calibrate", f"predictions={url}", f"output={output}"])
-    assert run(CalibrateConfig, job.main) == 0
+    assert run_job("calibrate") == 0
     assert capsys.readouterr().out.splitlines()[-1] == output
     assert read_calibration(output).benchmark == "made_up"
     monkeypatch.setattr(sys, "argv", ["calibrate", f"predictions={url}", f"output={tmp_path}"])
-    assert run(CalibrateConfig, job.main) == 2
+    assert run_job("calibrate") == 2
     assert (
         capsys.readouterr().err
         == f"error: output={tmp_path}: a directory; expected a file for the calibration as JSON\n"

@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 import ray
 
+from pairvpr.cli import run_job
 from pairvpr.config.compose import load
 from pairvpr.config.schema import CheckBenchmarkConfig
 from pairvpr.data.benchmarks import load_benchmark
 from pairvpr.data.benchmarks.check import WHOLE, check_benchmark
 from pairvpr.errors import UserError
 from pairvpr.toy.benchmarks import write_benchmarks, write_msls, write_named
-from ray_jobs import check_benchmark as job
-from ray_jobs.command import run
 from tests.support.small import PUBLIC
 
 
@@ -159,15 +158,15 @@ def test_the_job_says_how_many_problems_there_are(
     was_running = ray.is_initialized()
     line = ["check_benchmark", "benchmark=sped", f"datasets_root={tmp_path}"]
     monkeypatch.setattr(sys, "argv", line)
-    assert run(CheckBenchmarkConfig, job.main) == 0
+    assert run_job("check_benchmark") == 0
     assert capsys.readouterr().out.splitlines()[-1] == "sped: no problems"
     next((root / "queries").iterdir()).write_bytes(b"")
     (root / "database" / "nowhere.jpg").touch()
-    assert run(CheckBenchmarkConfig, job.main) == 1
+    assert run_job("check_benchmark") == 1
     printed = capsys.readouterr()
     assert printed.err == "incomplete: sped: 2 problems, listed above\n"  # a name, and a photo that can't be opened
     monkeypatch.setattr(sys, "argv", [line[0], "benchmark=sped"])
-    assert run(CheckBenchmarkConfig, job.main) == 2
+    assert run_job("check_benchmark") == 2
     assert capsys.readouterr().err.startswith("error: missing: datasets_root=...")
     assert ray.is_initialized() == was_running
 

@@ -27,12 +27,12 @@ from pairvpr.config.train_schema import SearchCheckpointsConfig
 from pairvpr.data.claim import claim
 from pairvpr.data.manifest import folder_manifest
 from pairvpr.distributed import dense
-from pairvpr.distributed import evaluate as steps
-from pairvpr.distributed import query as query_steps
 from pairvpr.distributed.dense import WHOLE_DATABASE, WantedStore, make_store
-from pairvpr.distributed.evaluate import prepare
 from pairvpr.errors import UserError
 from pairvpr.retrieval import dense_store
+from ray_jobs import evaluate as steps
+from ray_jobs import query as query_steps
+from ray_jobs.evaluate import prepare
 from tests.support.index import write_index
 from tests.support.small import small_evaluate_config
 

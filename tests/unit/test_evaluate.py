@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -16,6 +15,7 @@ import ray
 from PIL import Image
 from ray.exceptions import RayTaskError
 
+from pairvpr.boundary import exit_code_of
 from pairvpr.config.benchmark_schema import FoldersConfig
 from pairvpr.config.compose import load_evaluations
 from pairvpr.config.schema import (
@@ -28,16 +28,16 @@ from pairvpr.config.schema import (
 from pairvpr.data import storage
 from pairvpr.data.claim import claim
 from pairvpr.data.manifest import folder_manifest
-from pairvpr.distributed import evaluate as steps
-from pairvpr.distributed.build import build
-from pairvpr.distributed.evaluate import Run, evaluate, prepare
-from pairvpr.distributed.query import query
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.evaluation.confidence import Calibration, Judge
 from pairvpr.index import make
 from pairvpr.index.manifest import StoredFile, commit
 from pairvpr.toy.benchmarks import write_sfxl_test
-from ray_jobs import command
+from ray_jobs import evaluate as steps
+from ray_jobs.build_index import build_index
+from ray_jobs.evaluate import evaluate, prepare
+from ray_jobs.query import query
+from ray_jobs.run import Run
 from tests.support.flaky import FlakyFileSystem
 from tests.support.index import FLAT, PLENTY_BYTES, describe_rows, write_index
 from tests.support.small import small_evaluate_config, small_model_config
@@ -85,7 +85,7 @@ def finish_index(run: Run, **changes: Any) -> None:
     describe_rows(run.index, images, rows, [])
     made_by = {"name": "small", WEIGHTS_SHA256: run.weights.sha256}
     draft = make.first_generation(run.index, images, 1, made_by, dim)
-    manifest = make.make_index(run.index, draft, FLAT, PLENTY_BYTES, make.InThisProcess())
+    manifest = make.next_generation(run.index, draft, FLAT, PLENTY_BYTES, make.LocalRunner())
     commit(run.index, replace(manifest, **changes))
 
 
@@ -301,7 +301,7 @@ def test_other_settings_are_found_before_weights_are_loaded(
     assert "rerank.batch_size 3 there, 4 now" in mistake(
         lambda: prepare([replace(config, rerank=replace(config.rerank, batch_size=4))])
     )
-    assert "database.root" in mistake(lambda: build(indexed))
+    assert "database.root" in mistake(lambda: build_index(indexed))
     assert "model.precision fp16 there, fp32 now" in mistake(lambda: query(asked))
 
 
@@ -342,24 +342,21 @@ def test_a_bucket_that_is_not_there_is_found_before_ray_starts(
     if job == "evaluate":
         message = mistake(lambda: evaluate([replace(config, output=output)]))
     else:
-        database = f"{tmp_path}/database"
-        message = mistake(lambda: build(BuildIndexConfig(database=database, output=output, model=small_model_config())))
+        wanted = BuildIndexConfig(database=f"{tmp_path}/database", output=output, model=small_model_config())
+        message = mistake(lambda: build_index(wanted))
     assert message == f"output={output}: can't be written: The specified bucket does not exist"
 
 
 @pytest.mark.parametrize("from_a_task", [True, False])
-def test_a_store_that_fails_amid_a_run_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], from_a_task: bool
-) -> None:
+def test_a_store_that_fails_amid_a_run_is_one_line(capsys: pytest.CaptureFixture[str], from_a_task: bool) -> None:
     error: Exception = storage.StorageError("s3://bucket/part: OSError: 503 slow down")
     if from_a_task:
         error = RayTaskError("build", "Traceback ...\n many lines", error).as_instanceof_cause()
 
-    def work(_: object) -> None:
+    def work() -> None:
         raise error
 
-    monkeypatch.setattr(sys, "argv", ["evaluate", "output=x"])
-    assert command.run(EvaluateConfig, work) == 1
+    assert exit_code_of(work) == 1
     assert capsys.readouterr().err == ("error: s3://bucket/part: OSError: 503 slow down; what is finished is kept\n")
 
 
@@ -376,7 +373,7 @@ def test_a_benchmark_that_fails_does_not_keep_the_next_from_running(
 
     monkeypatch.setattr(steps, "ray_session", lambda _: nullcontext())
     monkeypatch.setattr(ray, "put", lambda value: value)
-    monkeypatch.setattr(steps, "make_index", lambda *_: None)
+    monkeypatch.setattr(steps, "ensure_index", lambda *_: None)
     monkeypatch.setattr(steps, "answer", answer)
     configs = [replace(config, benchmark=replace(config.benchmark, name=name)) for name in ("first", "second")]
     with pytest.raises(IncompleteRunError, match=r"^first: unit 3 failed$"):

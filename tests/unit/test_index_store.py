@@ -21,7 +21,7 @@ from pairvpr.data.local_cache import LocalCache
 from pairvpr.data.manifest import Manifest
 from pairvpr.errors import UserError
 from pairvpr.index import store
-from pairvpr.index.make import InThisProcess, described_shards, make_index
+from pairvpr.index.make import LocalRunner, described_shards, next_generation
 from pairvpr.index.manifest import (
     FORMAT_VERSION,
     IndexManifest,
@@ -330,7 +330,7 @@ def test_another_kind_from_the_same_descriptors(tmp_path: Path) -> None:
     index = str(tmp_path / "index")
     first = small_index(index)
     draft = replace(first, generation=2)
-    second = make_index(index, draft, BuildConfig(kind=IndexKind.flat_fp16), PLENTY_BYTES, InThisProcess())
+    second = next_generation(index, draft, BuildConfig(kind=IndexKind.flat_fp16), PLENTY_BYTES, LocalRunner())
     commit(index, second)
     assert read_manifest(index) == second
     queries = descriptors_of([4, 6])

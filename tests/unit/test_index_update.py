@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pairvpr.config.schema import BuildConfig, IndexKind
 from pairvpr.data import storage
 from pairvpr.data.manifest import Manifest
-from pairvpr.index.make import InThisProcess
+from pairvpr.index.make import LocalRunner
 from pairvpr.index.manifest import IndexManifest, commit, read_images, read_manifest
 from pairvpr.index.merge import Found
 from pairvpr.index.reader import removed_ids, search_index
@@ -22,7 +22,7 @@ from pairvpr.index.update import compacted, with_added, without
 from tests.support.index import describe_rows, opened, write_index
 
 Rows = NDArray[np.float32]
-HERE = InThisProcess()
+HERE = LocalRunner()
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from pairvpr.config.compose import load
 from pairvpr.config.schema import BuildConfig, IndexKind, ModelConfig, PlanConfig
-from pairvpr.distributed import plan as job
-from pairvpr.distributed.room import disk_bytes, node_rooms, room
+from pairvpr.distributed.capacity import disk_bytes, node_rooms, room
 from pairvpr.errors import UserError
 from pairvpr.index import choose
 from pairvpr.index.plan import (
@@ -32,6 +31,7 @@ from pairvpr.index.plan import (
     table,
 )
 from pairvpr.index.plan_dense import DenseRun, DenseWay, dense_table, plan_dense
+from ray_jobs import plan as job
 
 GIB, TIB, MIB = 2**30, 2**40, 2**20
 SFXL = 2_805_840

@@ -20,7 +20,7 @@ from pairvpr.config.schema import BuildConfig, IndexKind
 from pairvpr.errors import UserError
 from pairvpr.index import build, choose
 from pairvpr.index.filters import Filters, Places, allowed, search_filtered
-from pairvpr.index.make import InThisProcess, make_index
+from pairvpr.index.make import LocalRunner, next_generation
 from pairvpr.index.manifest import IndexManifest
 from pairvpr.index.merge import Found, merge_top_k
 from pairvpr.index.reader import OpenIndex, cut_into_groups, groups_of_shards, removed_ids, search_index
@@ -340,7 +340,7 @@ def test_the_measured_recall_is_that_of_brute_force(tmp_path: Path, draw: Callab
     if draw is scattered:  # some photos go, and the index is made again: what is gone is neither asked nor found
         removed = np.arange(0, 6000, 3)
         manifest = without(str(tmp_path), replace(manifest, generation=2), "updates/2/", removed)
-        manifest = make_index(str(tmp_path), replace(manifest, generation=3), config, 1e15, InThisProcess())
+        manifest = next_generation(str(tmp_path), replace(manifest, generation=3), config, 1e15, LocalRunner())
     measured = manifest.measured
     assert measured is not None
     held_out = np.array([row for run in build.held_out_runs(6000) for row in run])

@@ -10,10 +10,12 @@ import torch
 
 from pairvpr.config.compose import load
 from pairvpr.config.train_schema import TrainStageOneConfig, TrainStageTwoConfig
-from pairvpr.distributed.train import MAX_STARTS_WITHOUT_PROGRESS, _Board, train_stage_one, train_stage_two
+from pairvpr.distributed.train_workers import MAX_STARTS_WITHOUT_PROGRESS, _Board
 from pairvpr.errors import UserError
 from pairvpr.models.weights import untrained_state
 from pairvpr.training.checkpoint import steps_done
+from ray_jobs.train_stage_one import train_stage_one
+from ray_jobs.train_stage_two import train_stage_two
 from tests.support.training import arguments, draw_training_set
 
 

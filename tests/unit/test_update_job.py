@@ -13,12 +13,12 @@ from pairvpr.config.compose import load
 from pairvpr.config.schema import BuildIndexConfig, QueryConfig, UpdateIndexConfig
 from pairvpr.data import storage
 from pairvpr.data.manifest import Manifest, folder_manifest
-from pairvpr.distributed import build as building
-from pairvpr.distributed import query as querying
-from pairvpr.distributed import update as updating
 from pairvpr.errors import UserError
 from pairvpr.index.choose import kinds_to_try
 from pairvpr.index.manifest import read_manifest
+from ray_jobs import build_index as building
+from ray_jobs import query as querying
+from ray_jobs import update_index as updating
 from tests.support.index import describe_rows, write_index
 from tests.support.runs import SMALL_NETWORK
 
@@ -166,7 +166,7 @@ def test_queries_without_a_prior(root: Path) -> None:
 )
 def test_kinds_and_positions(root: Path, line: list[str], expected: str) -> None:
     words = [f"database={root}/photos", f"output={root}/new", *SMALL_NETWORK, *line]
-    assert expected in mistake(lambda: building.build(load(BuildIndexConfig, words)))
+    assert expected in mistake(lambda: building.build_index(load(BuildIndexConfig, words)))
     assert not (root / "new").exists()
 
 

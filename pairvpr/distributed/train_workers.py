@@ -27,23 +27,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pairvpr.config.train_schema import TrainConfig, TrainStageOneConfig, TrainStageTwoConfig
 from pairvpr.data import storage
-from pairvpr.data.benchmarks import load_benchmark, prepare_benchmark
-from pairvpr.data.claim import check_claim, check_writable, claim
 from pairvpr.data.manifest import Benchmark
-from pairvpr.data.samples import num_batches
 from pairvpr.data.training_sets.base import TrainingSet
-from pairvpr.data.training_sets.read import read_training_sets
 from pairvpr.distributed.progress import say
-from pairvpr.distributed.runtime import ALONE, ray_session
+from pairvpr.distributed.runtime import ALONE
 from pairvpr.distributed.validate import validate
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.models.pair_vpr import PairVPR
 from pairvpr.models.weights import Weights
-from pairvpr.training import stage_one, stage_two
 from pairvpr.training.checkpoint import steps_done
 from pairvpr.training.context import TrainContext
 from pairvpr.training.loop import Stage, run
-from pairvpr.training.metrics_log import check_wandb
 
 JobConfig = TrainStageOneConfig | TrainStageTwoConfig
 MakeStage = Callable[[JobConfig, list[TrainingSet], Weights, TrainContext], Stage[Any]]
@@ -97,53 +91,7 @@ class Job:
         return {"stage": stage, "train": _plain(train), "model": _plain(model)}
 
 
-def train_stage_one(config: TrainStageOneConfig) -> None:
-    """Place-aware pre-training; see `docs/training.md`."""
-    _train(config, [str(name) for name in config.train.datasets], stage_one.make_stage, stage_one.start_weights)
-
-
-def train_stage_two(config: TrainStageTwoConfig) -> None:
-    """Descriptor and pair classifier; see `docs/training.md`."""
-    _train(config, ["gsv_cities"], stage_two.make_stage, stage_two.start_weights)
-
-
-def _train(config: Any, datasets: list[str], make_stage: Any, start_weights: Callable[[Any], Weights]) -> None:
-    train: TrainConfig = config.train
-    output = storage.absolute(config.output)
-    check_writable(output, "output")
-    if train.wandb:
-        check_wandb()
-    validation = None if train.validation is None else load_benchmark(train.validation, output)
-    if validation is not None and validation.positives is None:
-        raise UserError(f"train.validation={validation.name}: it has no ground truth; expected positives")
-    start = start_weights(config)
-    csv = getattr(train, "gldv2_csv", None)
-    sets = read_training_sets(datasets, storage.absolute(train.root), storage.join(output, "cache"), csv)
-    num_places = sum(len(training_set) for training_set in sets)
-    batches_per_epoch = num_batches(num_places, train.global_batch_size)
-    num_steps = min(train.epochs * batches_per_epoch, train.max_steps or train.epochs * batches_per_epoch)
-    job = Job(
-        config=config,
-        output=output,
-        sets=sets,
-        start=start,
-        validation=validation,
-        make_stage=make_stage,
-        num_steps=num_steps,
-    )
-    check_claim(output, job.settings(), "output")
-    if steps_done(output) >= num_steps:
-        say(f"training: finished earlier ({num_steps:,} steps), skipped")
-        return
-    with ray_session(config.cluster):
-        claim(output, job.settings(), "output")
-        if train.validation is not None:
-            prepare_benchmark(train.validation, output)
-        say(f"training: {num_places:,} places, {batches_per_epoch:,} steps an epoch, {num_steps:,} steps in all")
-        _fit(job)
-
-
-def _fit(job: Job) -> None:
+def fit(job: Job) -> None:
     """Run Ray Train to the end. Raises `UserError` for what a worker said, `IncompleteRunError` for lost runs."""
     train, scaling = job.config.train, _scaling(job.config.train)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

@@ -1,25 +1,20 @@
-"""What every job does around its work: help, errors for people, exit codes."""
+"""Where errors leave a job: one line for people, and an exit code."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from pairvpr.config.compose import help_text
 from pairvpr.data.storage import StorageError, reason
-from pairvpr.distributed.quiet import filtered_stderr
+from pairvpr.distributed.stderr_filter import filtered_stderr
 from pairvpr.errors import IncompleteRunError, UserError
 
 
-def run(job: type, work: Callable[[Sequence[str]], object]) -> int:
-    """`work(arguments)` of this process. Exit codes: 0 done, 1 incomplete, 2 a user's mistake, 130 interrupted."""
-    arguments = sys.argv[1:]
-    if not arguments or any(word in ("-h", "--help") for word in arguments):
-        print(help_text(job))
-        return 0
+def exit_code_of(work: Callable[[], object]) -> int:
+    """Run `work` in this process. 0: done, 1: incomplete, 2: a user's mistake, 130: interrupted."""
     try:
         with filtered_stderr():
-            work(arguments)
+            work()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,255 @@
+"""What a run is: its settings, and every check of what a user gave, before a file is written or Ray starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pairvpr.config.benchmark_schema import FoldersConfig, PositionSource
+from pairvpr.config.schema import (
+    DenseFeatures,
+    DescribeConfig,
+    EvaluateConfig,
+    ModelConfig,
+    PositionsConfig,
+    RerankConfig,
+)
+from pairvpr.data import storage
+from pairvpr.data.claim import FILE as SETTINGS_FILE
+from pairvpr.data.claim import check_claim, differences
+from pairvpr.data.manifest import Benchmark, Manifest
+from pairvpr.data.positions import positions_from_exif, positions_from_names, positions_from_tables
+from pairvpr.data.problems import Problems
+from pairvpr.distributed.dense import KEY as STORE_KEY
+from pairvpr.distributed.dense import WantedStore, check_store
+from pairvpr.errors import UserError
+from pairvpr.evaluation.confidence import Calibration, Judge, read_calibration
+from pairvpr.index import choose
+from pairvpr.index.manifest import IndexManifest, check_model, read_images, read_manifest
+from pairvpr.models.weights import Weights
+from pairvpr.retrieval.dense_store import Layout
+from pairvpr.retrieval.rerank import SCORING
+
+OF_THE_WEIGHTS = ("model.weights_sha256",)
+OF_THE_INDEX = (
+    *("num_retrieved", "num_probes", "num_threads_per_actor"),
+    *("kind", "memory_budget_gib", "target_recall", "num_lists", "num_build_threads"),
+)
+"""Settings of an index that decide what is found in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One benchmark, checked and ready to run. `index` and `output` are absolute paths or URLs."""
+
+    config: EvaluateConfig
+    benchmark: Benchmark
+    weights: Weights
+    index: str
+    output: str
+    calibration: Calibration | None = None
+    """The content of rerank.calibration."""
+
+    @property
+    def judge(self) -> Judge | None:
+        """How sure the run is of its answers."""
+        found = self.calibration
+        if found is None:
+            return None
+        return Judge(found.temperature, found.midpoint, self.config.rerank.not_in_map_below)
+
+    @property
+    def stop_margin(self) -> float | None:
+        """Where the re-ranking of a query stops early."""
+        return self.calibration.stop_margin if self.calibration and self.config.rerank.adaptive else None
+
+    @property
+    def store(self) -> WantedStore | None:
+        """The store of dense features that the run re-ranks from, if it is to have one."""
+        settings = self.config.rerank
+        if settings.dense_features is not DenseFeatures.store:
+            return None
+        return WantedStore(
+            url=storage.absolute(settings.store_path or storage.join(self.output, "dense")),
+            model=self.index_settings()["model"],
+            layout=Layout.of_model(self.config.model, settings.stored_as),
+            database=self.benchmark.database,
+            config=settings,
+        )
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the database's index."""
+        return self.config.index.num_shards or choose.default_num_shards(len(self.benchmark.database))
+
+    def index_settings(self) -> dict[str, Any]:
+        """What decides the bytes of the index."""
+        return index_settings(
+            self.benchmark.database, self.num_shards, self.config.model, self.weights, self.config.describe
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the bytes of the predictions."""
+        return self.index_settings() | {
+            "benchmark": {"name": self.benchmark.name} | self.benchmark.stamp(),
+            "queries": {"root": self.benchmark.queries.root},
+            "index": {
+                "path": self.index,
+                **{name: getattr(self.config.index, name) for name in OF_THE_INDEX},
+            },
+            "rerank": {
+                name: getattr(self.config.rerank, name)
+                for name in ("num_candidates", "batch_size", "queries_per_unit", "num_threads_per_actor")
+            }
+            | {"scoring": SCORING}
+            | self._unusual_settings(),
+        }
+
+    def _unusual_settings(self) -> dict[str, float | str]:
+        """What most runs don't ask for."""
+        values = {
+            "second_direction": self.config.rerank.second_direction,
+            "stored_as": None if self.store is None else str(self.config.rerank.stored_as),
+            "temperature": self.calibration and self.calibration.temperature,
+            "midpoint": self.calibration and self.calibration.midpoint,
+            "not_in_map_below": self.config.rerank.not_in_map_below,
+            "stop_margin": self.stop_margin,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def index_settings(
+    database: Manifest, num_shards: int, model: ModelConfig, weights: Weights, config: DescribeConfig
+) -> dict[str, Any]:
+    """What decides the descriptors of an index, in plain values; kinds of index can be built from them at any time."""
+    return {
+        "model": model.settings() | {"weights_sha256": weights.sha256},
+        "describe": {"batch_size": config.batch_size, "num_threads_per_actor": config.num_threads_per_actor},
+        "database": {
+            "root": database.root,
+            "num_images": len(database),
+            "paths_sha256": database.paths_sha256,
+        },
+        "index_num_shards": num_shards,
+    }
+
+
+def check_claims(run: Run, ignored: Sequence[str] = ()) -> None:
+    check_claim(run.output, run.settings(), "output", ignored)
+    check_claim(run.index, run.index_settings(), "index.path", ignored)
+
+
+def check_photos(run: Run) -> None:
+    """Raise `UserError` unless a finished index holds the run's database, also where its settings.json is gone."""
+    manifest = read_manifest(run.index)
+    if manifest is None:
+        return
+    database = run.benchmark.database
+    there = {
+        "generation's updates": len(manifest.images) - 1 + len(manifest.removed),
+        "images_root": manifest.images_root,
+        "num_images": manifest.num_images,
+        "num_shards": len(manifest.shards),
+        "descriptor_dim": manifest.descriptor_dim,
+    }
+    here = {
+        "generation's updates": 0,
+        "images_root": database.root,
+        "num_images": len(database),
+        "num_shards": run.num_shards,
+        "descriptor_dim": run.config.model.descriptor_dim,
+    }
+    found = differences(there, here)
+    if not found and not storage.exists(storage.join(run.index, SETTINGS_FILE)):
+        names_there = read_images(run.index, manifest).paths_sha256
+        found = differences({"paths_sha256": names_there}, {"paths_sha256": database.paths_sha256})
+    if found:
+        raise UserError(
+            f"index.path={run.index}: the finished index there is another one: {'; '.join(found)}; "
+            "expected an index of this database, or another directory"
+        )
+
+
+def check_index_model(run: Run) -> None:
+    """Raise `UserError` unless the run's model made a finished index."""
+    manifest = read_manifest(run.index)
+    if manifest is None:
+        return
+    check_model(
+        run.index,
+        manifest,
+        name=run.config.model.name,
+        weights_sha256=run.weights.sha256,
+        model=run.index_settings()["model"],
+    )
+
+
+def check_dense_store(run: Run, ignored: Sequence[str] = ()) -> None:
+    """Raise `UserError` where the run's store of dense features is another one, or is no directory of its own.
+
+    Settings whose dotted names are `ignored` may differ.
+    """
+    wanted = run.store
+    if wanted is None:
+        return
+    if wanted.url in (run.output, run.index, storage.join(run.output, "queries")):
+        raise UserError(f"{STORE_KEY}={wanted.url}: the run writes other files there; expected a directory of its own")
+    check_store(wanted, ignored)
+
+
+def calibrated(config: RerankConfig) -> Calibration | None:
+    """The calibration that re-ranking is to use; raises `UserError` where it can't."""
+    if config.calibration is None:
+        return None
+    found = read_calibration(config.calibration)
+    if config.adaptive:
+        found.check_rounds(config.calibration, config.batch_size)
+    return found
+
+
+def check_calibration(run: Run, ignored: Sequence[str] = ()) -> None:
+    """Raise `UserError` unless the run's network is the calibrated one; settings that are `ignored` may differ."""
+    if run.calibration is not None:
+        run.calibration.check(str(run.config.rerank.calibration), run.index_settings()["model"], ignored)
+
+
+def open_manifest(index: str, given: str) -> IndexManifest:
+    """The newest generation of an index. Raises `UserError`, naming the path as it was `given`, where there is none."""
+    manifest = read_manifest(index)
+    if manifest is None:
+        raise UserError(f"index.path={given}: no finished index there; expected a directory with manifest.json")
+    return manifest
+
+
+def located(photos: Manifest, config: PositionsConfig, key: str) -> Manifest:
+    """The photos with positions from where `config` says they are known; those without one take no part.
+
+    Raises `UserError` for the first photo, row or file that can't be used.
+    """
+    if config.positions is None:
+        return photos
+    problems, nobody = Problems(), photos.only(np.empty(0, np.int64))
+    folders = FoldersConfig(
+        name="index",
+        database=photos.root,
+        queries="-",
+        positions=config.positions,
+        database_table=config.positions_table,
+        columns=config.columns,
+    )
+    try:
+        match config.positions:
+            case PositionSource.names:
+                placed = positions_from_names(photos, key, problems)
+            case PositionSource.table:
+                placed = positions_from_tables(folders, photos, nobody, problems)[0]
+            case PositionSource.exif:
+                placed = positions_from_exif(folders, photos, nobody, problems)[0]
+        problems.raise_if_any()
+    except UserError as error:
+        text = str(error).replace("benchmark.database_table", "positions_table").replace("benchmark.columns", "columns")
+        raise UserError(text) from error
+    return placed

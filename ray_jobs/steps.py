@@ -1,0 +1,172 @@
+"""The steps that jobs share: an index is made, queries are answered. Each step is finished before the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from pairvpr.config.schema import BuildConfig, DescribeConfig
+from pairvpr.data import storage
+from pairvpr.data.manifest import Manifest
+from pairvpr.distributed.capacity import node_rooms, room
+from pairvpr.distributed.dense import about_store, make_store
+from pairvpr.distributed.describe import Description, describe
+from pairvpr.distributed.index import RayRunner
+from pairvpr.distributed.progress import say
+from pairvpr.distributed.rerank import rerank, unfinished
+from pairvpr.distributed.retrieve import Candidates, retrieve
+from pairvpr.distributed.runtime import ModelSource, cluster_memory_bytes
+from pairvpr.errors import UserError
+from pairvpr.evaluation.predictions import predictions_table, write_predictions
+from pairvpr.evaluation.report import RunFacts, metrics, summary
+from pairvpr.evaluation.submission import write_submission
+from pairvpr.index import choose, make, store
+from pairvpr.index.filters import Filters, Places
+from pairvpr.index.manifest import IndexManifest, commit, read_manifest
+from pairvpr.index.plan import check_fits, plan_index
+from pairvpr.index.reader import live_ids
+from pairvpr.retrieval.pipeline import answers
+from pairvpr.retrieval.rerank import WorkUnit, work_units
+from ray_jobs.run import Run
+
+SHARE_OF_MEMORY = 0.5
+"""Of the cluster, for an index that is given no budget."""
+
+
+def ensure_index(
+    database: Manifest,
+    directory: str,
+    num_shards: int,
+    source: ModelSource,
+    config: DescribeConfig,
+    index: BuildConfig,
+    settings: dict[str, Any],
+) -> IndexManifest:
+    """Describe the database and build its index in a directory claimed with `settings`; what is finished is kept."""
+    finished = read_manifest(directory)
+    if finished is not None and make.is_wanted(finished, index):
+        say("index: finished earlier, skipped")
+        return finished
+    if finished is not None and not storage.has_atomic_creation(directory):
+        raise UserError(
+            f"{directory}: the finished index is {finished.kind} ({finished.factory}); this store can't tell "
+            "two writers apart: expected python -m ray_jobs.update_index index.kind=... single_writer=true"
+        )
+    budget_bytes = memory_budget_bytes(index)
+    plan = plan_index(len(database), source.config, replace(index, num_shards=num_shards), budget_bytes=budget_bytes)
+    check_fits(plan, room(directory), index)
+    describe(Description(database, directory, num_shards, source, config), "database", needs_a_readable_photo=True)
+    if finished is None:
+        model = {"name": settings["model"]["name"], "weights_sha256": settings["model"]["weights_sha256"]}
+        draft = make.first_generation(directory, database, num_shards, model, source.config.descriptor_dim)
+    else:
+        draft = replace(finished, generation=finished.generation + 1)
+    manifest = make.next_generation(directory, draft, index, budget_bytes, RayRunner())
+    commit(directory, manifest)
+    return manifest
+
+
+def memory_budget_bytes(config: BuildConfig) -> float:
+    """What all shards may take together in search."""
+    if config.memory_budget_gib is not None:
+        return config.memory_budget_gib * choose.GIB
+    if not node_rooms():
+        raise UserError(
+            "the cluster has no memory yet, it scales up when asked: give index.memory_budget_gib, what all shards of "
+            "the index may take together in search"
+        )
+    return SHARE_OF_MEMORY * cluster_memory_bytes()
+
+
+def about_generation(manifest: IndexManifest) -> str:
+    """One line on a generation."""
+    recall = "exact" if manifest.measured is None else f"recall {manifest.measured['recall']} of the exact nearest"
+    return (
+        f"index: generation {manifest.generation}, {manifest.num_live:,} photos in {len(manifest.shards)} shards, "
+        f"{manifest.kind} ({manifest.factory}), {recall}"
+    )
+
+
+def answer(
+    run: Run, source: ModelSource, manifest: IndexManifest, filters: tuple[Filters, Places] | None = None
+) -> dict[str, Any]:
+    """Describe the queries, retrieve, re-rank, and write the predictions, a challenge's submission, metrics.json.
+
+    `manifest` is the generation of the index that is searched, `filters` what each query may find in it.
+    """
+    config, benchmark = run.config, run.benchmark
+    queries = storage.join(run.output, "queries")
+    describe(
+        Description(benchmark.queries, queries, 1, source, config.describe), "queries", needs_a_readable_photo=False
+    )
+    num_kept = max(config.rerank.num_candidates, config.index.num_retrieved)
+    url = storage.join(run.output, "candidates.parquet")
+    found = retrieve(run.index, manifest, queries, num_kept, config.index, url, filters)
+    queries_about = store.read_description(queries)
+    assert queries_about is not None
+    num_candidates = min(config.rerank.num_candidates, manifest.num_live)
+    if num_candidates < config.rerank.num_candidates:
+        say(
+            f"rerank.num_candidates={config.rerank.num_candidates}: the database has {manifest.num_live} readable "
+            "photos, all of them are re-ranked"
+        )
+    units = work_units(_first_candidates(found, num_candidates), config.rerank.queries_per_unit)
+    store_url = _stored_candidates(run, units, source, manifest)
+    scored = rerank(units, replace(benchmark, positives=None), source, config, run.output, store_url, run.stop_margin)
+
+    candidates = {int(query_id): found.of(row) for row, query_id in enumerate(found.query_ids)}
+    final = answers(len(benchmark.queries), candidates, scored.by_query)
+    table = predictions_table(benchmark, final, run.judge)
+    write_predictions(storage.join(run.output, "predictions.parquet"), table)
+    submission = write_submission(run.output, benchmark, final) if benchmark.has_submission else []
+    facts = RunFacts(
+        weights_sha256=run.weights.sha256,
+        untrained=run.weights.untrained,
+        num_candidates=num_candidates,
+        seconds_describe=queries_about["seconds"],
+        seconds_retrieve=found.seconds,
+        seconds_rerank=scored.seconds,
+        num_rejected_database=manifest.num_rejected,
+        num_rejected_queries=queries_about["num_rejected"],
+        report_candidates=config.rerank.report_candidates,
+        second_direction=config.rerank.second_direction,
+        judge=run.judge,
+        dense_store=None if run.store is None else about_store(run.store),
+        index=about_index(manifest, config.index.num_probes),
+    )
+    content = metrics(benchmark, final, config.model, facts)
+    storage.write_json(storage.join(run.output, "metrics.json"), content)
+    files = ", ".join(["predictions.parquet", *submission, "metrics.json"])
+    print(f"\n{summary(content)}\n\n{run.output}: {files}", flush=True)
+    return content
+
+
+def _stored_candidates(run: Run, units: Sequence[WorkUnit], source: ModelSource, manifest: IndexManifest) -> str | None:
+    """Where the features of all candidates are stored, as long as there are units to score; None without a store."""
+    wanted, pending = run.store, unfinished(units, run.output)
+    if wanted is None or not pending:
+        return None
+    ids = {image_id for unit in units for row in unit.candidates.values() for image_id in row}
+    candidates = np.array(sorted(ids), np.int64)
+    make_store(wanted, candidates, lambda: live_ids(run.index, manifest), source)
+    return wanted.url
+
+
+def _first_candidates(found: Candidates, num_candidates: int) -> dict[int, list[int]]:
+    return {int(query_id): found.of(row)[0][:num_candidates].tolist() for row, query_id in enumerate(found.query_ids)}
+
+
+def about_index(manifest: IndexManifest, num_probes: int | None) -> dict[str, Any]:
+    """What a report says of the index: an approximate one with the recall that it was measured to have."""
+    effort = manifest.effort if num_probes is None else manifest.effort | {"num_probes": num_probes}
+    recall = None if manifest.measured is None or num_probes is not None else manifest.measured["recall"]
+    return {
+        "kind": manifest.kind,
+        "factory": manifest.factory,
+        "generation": manifest.generation,
+        "effort": effort,
+        "recall_of_exact_nearest": recall,
+    }
