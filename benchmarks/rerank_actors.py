@@ -204,7 +204,7 @@ def rerank(case: Case, way: Way, queries_per_unit: int) -> Run:
     with tempfile.TemporaryDirectory() as directory, patch.object(distributed, "_RerankActor", Held):
         start_s = time.monotonic()
         config = job_config(way, queries_per_unit)
-        answers = distributed.rerank(case.units, case.benchmark, case.source, config, directory).by_query
+        answers = distributed.rerank(case.units, case.benchmark, case.source, config.rerank, directory).by_query
         wall_s = time.monotonic() - start_s
         files = [Path(directory) / f"times_{unit.unit}.json" for unit in case.units]
         return Run([UnitTimes(**json.loads(file.read_text())) for file in files], wall_s, answers)

@@ -119,7 +119,7 @@ def run(config: EvaluateConfig, name: str) -> Test:
         describer = Describer(build_model(model, load_weights(model), torch.device("cpu")))
         with patch.object(attention, "MANY_WEIGHTS", way.smallest_products):
             dense = dense_features(benchmark, units, describer, settings, way.stored_as)
-            reranker = pipeline.photo_reranker(benchmark, describer, settings, dense.__getitem__)
+            reranker = pipeline.photo_reranker(benchmark, describer, settings.rerank, dense.__getitem__)
             start_s = time.perf_counter()
             scored = [answer for unit in units for answer in reranker.rerank(unit)]
             seconds[title] = time.perf_counter() - start_s

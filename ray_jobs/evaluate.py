@@ -20,6 +20,7 @@ from pairvpr.distributed.dense import check_sharing
 from pairvpr.distributed.progress import say
 from pairvpr.distributed.runtime import ModelSource, ray_session
 from pairvpr.errors import IncompleteRunError, UserError
+from pairvpr.index import choose
 from pairvpr.index.manifest import read_manifest
 from pairvpr.models.weights import NOT_LOADED, announce, load_weights
 from ray_jobs.run import (
@@ -54,14 +55,14 @@ def evaluate(configs: Sequence[EvaluateConfig]) -> list[dict[str, Any]]:
     reports: list[dict[str, Any]] = []
     incomplete: list[str] = []
     with ray_session(configs[0].cluster):
-        for run in runs:
-            prepare_benchmark(run.config.benchmark, run.output)
+        for config, run in zip(configs, runs, strict=True):
+            prepare_benchmark(config.benchmark, run.output)
         source = ModelSource(configs[0].model, ray.put(runs[0].weights))
-        for run in runs:
+        for config, run in zip(configs, runs, strict=True):
             database, settings = run.benchmark.database, run.index_settings()
             try:
                 manifest = ensure_index(
-                    database, run.index, run.num_shards, source, run.config.describe, run.config.index, settings
+                    database, run.index, run.num_shards, source, config.describe, config.index, settings
                 )
                 reports.append(answer(run, source, manifest))
             except IncompleteRunError as error:
@@ -95,6 +96,7 @@ def prepare(configs: Sequence[EvaluateConfig]) -> list[Run]:
             benchmark=benchmark,
             weights=NOT_LOADED,
             index=index,
+            num_shards=config.index.num_shards or choose.default_num_shards(len(benchmark.database)),
             output=output,
             calibration=calibration,
         )

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pairvpr.cli import run_job
 from pairvpr.config.benchmark_schema import PositionSource
 from pairvpr.config.compose import load
-from pairvpr.config.schema import EvaluateConfig, FilterConfig, IndexConfig, IndexKind, PositionsConfig, QueryConfig
+from pairvpr.config.schema import FilterConfig, PositionsConfig, QueryConfig
 from pairvpr.data import storage
 from pairvpr.data.claim import check_claim, check_writable, claim
 from pairvpr.data.manifest import Benchmark, Manifest, folder_manifest
@@ -71,7 +71,7 @@ def query(config: QueryConfig) -> dict[str, Any]:
 def _run(config: QueryConfig, index: str, manifest: IndexManifest) -> Run:
     """The queries as a benchmark without ground truth."""
     return Run(
-        config=_as_evaluation(config, index, manifest),
+        config=config,
         benchmark=Benchmark(
             name="query",
             database=read_images(index, manifest),
@@ -81,20 +81,9 @@ def _run(config: QueryConfig, index: str, manifest: IndexManifest) -> Run:
         ),
         weights=NOT_LOADED,
         index=index,
+        num_shards=len(manifest.shards),
         output=storage.absolute(config.output),
         calibration=calibrated(config.rerank),
-    )
-
-
-def _as_evaluation(config: QueryConfig, index: str, manifest: IndexManifest) -> EvaluateConfig:
-    there = {name: getattr(config.index, name) for name in config.index.__dataclass_fields__ if name != "path"}
-    return EvaluateConfig(
-        output=config.output,
-        model=config.model,
-        describe=config.describe,
-        index=IndexConfig(path=index, num_shards=len(manifest.shards), kind=IndexKind(manifest.kind), **there),
-        rerank=config.rerank,
-        cluster=config.cluster,
     )
 
 

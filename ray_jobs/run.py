@@ -15,6 +15,7 @@ from pairvpr.config.schema import (
     EvaluateConfig,
     ModelConfig,
     PositionsConfig,
+    QueryConfig,
     RerankConfig,
 )
 from pairvpr.data import storage
@@ -27,28 +28,23 @@ from pairvpr.distributed.dense import KEY as STORE_KEY
 from pairvpr.distributed.dense import WantedStore, check_store
 from pairvpr.errors import UserError
 from pairvpr.evaluation.confidence import Calibration, Judge, read_calibration
-from pairvpr.index import choose
 from pairvpr.index.manifest import IndexManifest, check_model, read_images, read_manifest
 from pairvpr.models.weights import Weights
 from pairvpr.retrieval.dense_store import Layout
 from pairvpr.retrieval.rerank import SCORING
 
 OF_THE_WEIGHTS = ("model.weights_sha256",)
-OF_THE_INDEX = (
-    *("num_retrieved", "num_probes", "num_threads_per_actor"),
-    *("kind", "memory_budget_gib", "target_recall", "num_lists", "num_build_threads"),
-)
-"""Settings of an index that decide what is found in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One benchmark, checked and ready to run. `index` and `output` are absolute paths or URLs."""
 
-    config: EvaluateConfig
+    config: EvaluateConfig | QueryConfig
     benchmark: Benchmark
     weights: Weights
     index: str
+    num_shards: int
     output: str
     calibration: Calibration | None = None
     """The content of rerank.calibration."""
@@ -80,11 +76,6 @@ class Run:
             config=settings,
         )
 
-    @property
-    def num_shards(self) -> int:
-        """Shards of the database's index."""
-        return self.config.index.num_shards or choose.default_num_shards(len(self.benchmark.database))
-
     def index_settings(self) -> dict[str, Any]:
         """What decides the bytes of the index."""
         return index_settings(
@@ -96,10 +87,7 @@ class Run:
         return self.index_settings() | {
             "benchmark": {"name": self.benchmark.name} | self.benchmark.stamp(),
             "queries": {"root": self.benchmark.queries.root},
-            "index": {
-                "path": self.index,
-                **{name: getattr(self.config.index, name) for name in OF_THE_INDEX},
-            },
+            "index": {"path": self.index, **self.config.index.settings()},
             "rerank": {
                 name: getattr(self.config.rerank, name)
                 for name in ("num_candidates", "batch_size", "queries_per_unit", "num_threads_per_actor")

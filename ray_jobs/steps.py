@@ -102,7 +102,7 @@ def answer(
     describe(
         Description(benchmark.queries, queries, 1, source, config.describe), "queries", needs_a_readable_photo=False
     )
-    num_kept = max(config.rerank.num_candidates, config.index.num_retrieved)
+    num_kept = config.index.num_kept(config.rerank.num_candidates)
     url = storage.join(run.output, "candidates.parquet")
     found = retrieve(run.index, manifest, queries, num_kept, config.index, url, filters)
     queries_about = store.read_description(queries)
@@ -115,7 +115,9 @@ def answer(
         )
     units = work_units(_first_candidates(found, num_candidates), config.rerank.queries_per_unit)
     store_url = _stored_candidates(run, units, source, manifest)
-    scored = rerank(units, replace(benchmark, positives=None), source, config, run.output, store_url, run.stop_margin)
+    scored = rerank(
+        units, replace(benchmark, positives=None), source, config.rerank, run.output, store_url, run.stop_margin
+    )
 
     candidates = {int(query_id): found.of(row) for row, query_id in enumerate(found.query_ids)}
     final = answers(len(benchmark.queries), candidates, scored.by_query)

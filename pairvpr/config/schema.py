@@ -199,8 +199,8 @@ class DescribeConfig:
 class SearchConfig:
     """Descriptors of queries -> candidates, from the shards of an index."""
 
-    num_retrieved: int = 1000
-    """Candidates kept for each query, if that is more than rerank.num_candidates."""
+    num_retrieved: int | None = None
+    """Candidates kept for each query, if more than rerank.num_candidates; null = 1,000 in evaluate, else no more."""
     num_probes: int | None = None
     """Lists that a query visits in an index of kind ivf_*; null = as many as the index was measured to need."""
     num_threads_per_actor: int = 2
@@ -222,6 +222,18 @@ class SearchConfig:
             self, "index", "num_retrieved", "num_probes", "num_threads_per_actor", "num_actors", "cache_gib"
         )
         require_gpus(self, "index")
+
+    def num_kept(self, num_candidates: int) -> int:
+        """Candidates that are kept for each query, of which the first `num_candidates` are re-ranked."""
+        return max(num_candidates, self.num_retrieved or 0)
+
+    def settings(self) -> dict[str, Any]:
+        """What of it decides which candidates are found, in plain values."""
+        return {
+            "num_retrieved": self.num_retrieved,
+            "num_probes": self.num_probes,
+            "num_threads_per_actor": self.num_threads_per_actor,
+        }
 
 
 @dataclass(kw_only=True)
@@ -267,6 +279,23 @@ class IndexConfig(SearchConfig, BuildConfig):
         SearchConfig.__post_init__(self)
         BuildConfig.__post_init__(self)
         require_text(self, "index.", "path")
+
+    def num_kept(self, num_candidates: int) -> int:
+        """As `SearchConfig` says; an evaluation keeps as many as curves of recall@N are drawn for."""
+        return max(num_candidates, self.num_retrieved or EVALUATED_CANDIDATES)
+
+    def settings(self) -> dict[str, Any]:
+        """What of it decides which candidates are found, in plain values."""
+        built = ("kind", "memory_budget_gib", "target_recall", "num_lists", "num_build_threads")
+        return {
+            **super().settings(),
+            "num_retrieved": self.num_retrieved or EVALUATED_CANDIDATES,
+            **{name: getattr(self, name) for name in built},
+        }
+
+
+EVALUATED_CANDIDATES = 1000
+"""Kept for each query of an evaluation."""
 
 
 @dataclass(kw_only=True)

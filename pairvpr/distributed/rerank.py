@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from pairvpr.config.schema import EvaluateConfig
+from pairvpr.config.schema import RerankConfig
 from pairvpr.data import storage
 from pairvpr.data.images import BrokenImageError
 from pairvpr.data.manifest import Benchmark
@@ -40,7 +40,7 @@ def rerank(
     units: Sequence[WorkUnit],
     benchmark: Benchmark,
     source: ModelSource,
-    config: EvaluateConfig,
+    config: RerankConfig,
     directory: str,
     store: str | None = None,
     stop_margin: float | None = None,
@@ -58,7 +58,7 @@ def rerank(
     progress = Progress("re-rank", num_queries, "queries", already_done=num_queries - num_pending)
     failed: dict[int, str] = {}
     if pending:
-        plan = plan_actors(config.rerank)
+        plan = plan_actors(config)
         args = (source, ray.put(benchmark), config, directory, store, stop_margin)
         make_actor = _RerankActor.options(**plan.actor_options()).remote
         num_actors = min(plan.num_actors, len(pending))
@@ -88,7 +88,7 @@ class _RerankActor(PoolActor):
         self,
         source: ModelSource,
         benchmark: Benchmark,
-        config: EvaluateConfig,
+        config: RerankConfig,
         directory: str,
         store: str | None,
         stop_margin: float | None,
@@ -96,7 +96,7 @@ class _RerankActor(PoolActor):
         self.directory = directory
         self.benchmark = benchmark
         stored = None if store is None else DenseStore.open(store).read
-        describer = source.describer(config.rerank.num_threads_per_actor)
+        describer = source.describer(config.num_threads_per_actor)
         self.reranker = photo_reranker(benchmark, describer, config, stored, stop_margin)
 
     def run(self, unit: WorkUnit) -> None:

@@ -56,12 +56,12 @@ def run(benchmark: Benchmark, model: PairVPR, config: EvaluateConfig, stop_margi
     database = describe(benchmark.database, describer, config)
     queries = describe(benchmark.queries, describer, config)
 
-    num_kept = max(config.rerank.num_candidates, config.index.num_retrieved)
+    num_kept = config.index.num_kept(config.rerank.num_candidates)
     shard = Shard(flat_index(database.descriptors), database.ids)
     distances, ids = search(shard, queries.descriptors, num_kept, num_threads=config.index.num_threads_per_actor)
 
     torch.set_num_threads(config.rerank.num_threads_per_actor)
-    reranker = photo_reranker(benchmark, describer, config, stop_margin=stop_margin)
+    reranker = photo_reranker(benchmark, describer, config.rerank, stop_margin=stop_margin)
     candidates = {
         int(query_id): row[: config.rerank.num_candidates].tolist()
         for query_id, row in zip(queries.ids, ids, strict=True)
@@ -88,7 +88,7 @@ def describe(manifest: Manifest, describer: Describer, config: EvaluateConfig) -
 def photo_reranker(
     benchmark: Benchmark,
     describer: Describer,
-    config: EvaluateConfig,
+    settings: RerankConfig,
     stored: Callable[[int], Tensor] | None = None,
     stop_margin: float | None = None,
 ) -> Reranker:
@@ -97,7 +97,7 @@ def photo_reranker(
     `stored` reads a database photo's features (L, D) from a store instead; without it a run with
     rerank.dense_features=store rounds them as the store would. `stop_margin` is what rerank.adaptive stops at.
     """
-    settings, device, num_threads = config.rerank, describer.device, config.rerank.num_loading_threads
+    device, num_threads = describer.device, settings.num_loading_threads
 
     def described(photos: Manifest, cache: FeatureCache | None = None) -> Features:
         def embedded(pixels: NDArray[np.uint8]) -> Tensor:
@@ -105,7 +105,7 @@ def photo_reranker(
             return as_stored(features, settings.stored_as) if is_rounded else features
 
         is_rounded = photos is benchmark.database and settings.dense_features is DenseFeatures.store
-        load = partial(load_pixels, photos, config.model)
+        load = partial(load_pixels, photos, describer.model.config)
         return PhotoFeatures(load, embedded, device=device, num_threads=num_threads, cache=cache)
 
     def to_device(features: Tensor) -> Tensor:

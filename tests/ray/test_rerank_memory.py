@@ -97,7 +97,7 @@ def test_an_actors_memory_does_not_grow_with_the_candidates(tmp_path: Path, dens
 
     def peak_bytes(name: str, some: Sequence[WorkUnit]) -> int:
         with watched() as seen:
-            answers = rerank(some, benchmark, source, config, str(tmp_path / name), store).by_query
+            answers = rerank(some, benchmark, source, config.rerank, str(tmp_path / name), store).by_query
         assert len(answers) == sum(len(unit.candidates) for unit in some)
         return max(seen)
 

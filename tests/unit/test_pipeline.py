@@ -57,12 +57,12 @@ def city(tmp_path_factory: pytest.TempPathFactory) -> Benchmark:
     return benchmark
 
 
-def test_scaled_decoding_is_what_the_network_sees(tmp_path: Path, city: Benchmark, model: PairVPR) -> None:
+def test_scaled_decoding_is_what_the_network_sees(tmp_path: Path, city: Benchmark) -> None:
     sizes = [(400, 300), (120, 90), (240, 500)]
     for number, (width_px, height_px) in enumerate(sizes):
         photo = toy_city.database_photos(seed=0, num_places=1)[number]
         toy_city.draw(photo, width_px=width_px, height_px=height_px).save(tmp_path / f"{number}.jpg", quality=90)
-    photos, describer = Manifest.of(str(tmp_path), [f"{number}.jpg" for number in range(len(sizes))]), Describer(model)
+    photos = Manifest.of(str(tmp_path), [f"{number}.jpg" for number in range(len(sizes))])
     config = small_evaluate_config("unused")
     scaled = replace(config, model=replace(config.model, scaled_decoding=True))
     pixels = {}
@@ -73,9 +73,11 @@ def test_scaled_decoding_is_what_the_network_sees(tmp_path: Path, city: Benchmar
                 image.draft(None, (image.width // denominator, image.height // denominator))
                 rows.append(np.asarray(image.resize((28, 28), Image.Resampling.BILINEAR)))
         pixels[is_on] = np.stack(rows)
+        weights = load_weights(settings.model)
+        describer = Describer(build_model(settings.model, weights, torch.device("cpu")))
         found = pipeline.describe(photos, describer, settings)
         np.testing.assert_array_equal(found.descriptors, describer.descriptors(pixels[is_on]))
-        reranker = pipeline.photo_reranker(replace(city, database=photos), describer, settings)
+        reranker = pipeline.photo_reranker(replace(city, database=photos), describer, settings.rerank)
         for features, its in zip(reranker._database_features(range(3)), pixels[is_on], strict=True):
             np.testing.assert_array_equal(features, describer.embedded(its))
     assert [bool((pixels[True][i] != pixels[False][i]).any()) for i in range(3)] == [True, False, True]
@@ -174,7 +176,7 @@ def test_batches_are_cut_by_position(city: Benchmark) -> None:
 
 
 def test_a_photo_that_can_not_be_reranked_is_named(city: Benchmark, model: PairVPR) -> None:
-    reranker = pipeline.photo_reranker(city, Describer(model), small_evaluate_config("unused"))
+    reranker = pipeline.photo_reranker(city, Describer(model), small_evaluate_config("unused").rerank)
     broken = city.database.url(BROKEN_PHOTOS[1])
     with pytest.raises(BrokenImageError, match=f"^{re.escape(broken)}: FileNotFoundError"):
         reranker.rerank(WorkUnit(0, {0: [1, BROKEN_PHOTOS[1]]}))

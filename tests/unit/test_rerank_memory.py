@@ -44,7 +44,8 @@ def peaks(directory: str, dense_features: str) -> list[int]:
     config, benchmark = noise_config(folder, DenseFeatures(dense_features)), noise_photos(folder)
     store = noise_store(folder, config)
     describer = Describer(build_model(config.model, load_weights(config.model), torch.device("cpu")), 1)
-    reranker = photo_reranker(benchmark, describer, config, None if store is None else DenseStore.open(store).read)
+    stored = None if store is None else DenseStore.open(store).read
+    reranker = photo_reranker(benchmark, describer, config.rerank, stored)
     found = [_peak_bytes()]
     for first in range(0, NUM_DATABASE, NUM_CANDIDATES):
         candidates = range(first, first + NUM_CANDIDATES)
