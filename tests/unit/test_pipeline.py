@@ -19,6 +19,7 @@ from pairvpr.data.manifest import Benchmark, Manifest
 from pairvpr.data.photo_batches import load_batch, num_batches
 from pairvpr.errors import UserError
 from pairvpr.models.pair_vpr import PairVPR, normalise
+from pairvpr.models.weights import build_model, load_weights
 from pairvpr.retrieval import pipeline
 from pairvpr.retrieval.describe import Describer
 from pairvpr.retrieval.rerank import WorkUnit
