@@ -175,7 +175,7 @@ def search_one_at_a_time(directory: str, manifest: IndexManifest, queries: NDArr
 
 def search_with_ray(directory: str, manifest: IndexManifest, queries: NDArray[np.float32], k: int) -> Asked:
     """As the jobs do, with one actor; reading and checking shards is part of the seconds, starting Ray is not."""
-    from pairvpr.distributed.retrieve import Question, ask
+    from pairvpr.distributed.retrieve import SearchRequest, search_shards
     from pairvpr.distributed.runtime import ray_session
 
     os.environ.pop("RAY_ADDRESS", None)
@@ -183,7 +183,7 @@ def search_with_ray(directory: str, manifest: IndexManifest, queries: NDArray[np
     start_s = time.perf_counter()
     with ray_session(ClusterConfig(num_cpus=NUM_THREADS)):
         started_s = time.perf_counter()
-        found, _ = ask(Question(directory, manifest, queries, k), config)
+        found, _ = search_shards(SearchRequest(directory, manifest, queries, k), config)
         return Asked(found[1], time.perf_counter() - started_s, started_s - start_s)
 
 

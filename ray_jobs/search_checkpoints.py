@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import ray
-import torch
 
 from pairvpr.cli import run_job
 from pairvpr.config.compose import load
@@ -29,7 +28,7 @@ from pairvpr.data.claim import check_claim, check_writable, claim
 from pairvpr.data.manifest import Benchmark
 from pairvpr.distributed.pool import PoolActor, SupervisedPool
 from pairvpr.distributed.progress import Progress
-from pairvpr.distributed.runtime import plan_actors, ray_session
+from pairvpr.distributed.runtime import own_device, plan_actors, ray_session
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.evaluation.recall import recall_at
 from pairvpr.models.weights import build_model, load_weights
@@ -143,8 +142,7 @@ class _SearchActor(PoolActor):
 
     def __init__(self, benchmark: Benchmark, config: EvaluateConfig) -> None:
         self.benchmark, self.config = benchmark, config
-        has_gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
-        self.device = torch.device("cuda" if has_gpu else "cpu")
+        self.device = own_device()
 
     def run(self, unit: tuple[str, str]) -> None:
         url, result_url = unit

@@ -21,7 +21,7 @@ from pairvpr.data import storage
 from pairvpr.data.local_cache import LocalCache
 from pairvpr.distributed.pool import PoolActor, SupervisedPool
 from pairvpr.distributed.progress import Progress, say
-from pairvpr.distributed.runtime import cpus_of_a_shard
+from pairvpr.distributed.runtime import cpus_of_a_shard, own_device
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.index import choose, store
 from pairvpr.index.filters import Filters, Places, search_filtered
@@ -51,8 +51,8 @@ class Candidates:
 
 
 @dataclass(frozen=True)
-class Question:
-    """What shard actors are asked: the k nearest, or of codes a short list, of `queries` (Q, G)."""
+class SearchRequest:
+    """What every shard actor gets: `queries` (Q, G), of which it finds the k nearest, or for codes a short list."""
 
     index: str
     manifest: IndexManifest
@@ -85,21 +85,21 @@ def retrieve(
         say("retrieve: finished earlier, skipped")
         return candidates
     query_ids, descriptors = store.read_descriptors(queries)
-    question = Question(index, manifest, descriptors, k)
+    request = SearchRequest(index, manifest, descriptors, k)
     if filters is not None:
-        question = Question(index, manifest, descriptors, k, Filters(filters[0].conditions[query_ids]), filters[1])
-    found, seconds = ask(question, config)
+        request = SearchRequest(index, manifest, descriptors, k, Filters(filters[0].conditions[query_ids]), filters[1])
+    found, seconds = search_shards(request, config)
     candidates = Candidates(query_ids, *found, seconds, manifest.generation)
     _write_candidates(url, candidates)
     return candidates
 
 
-def ask(question: Question, config: SearchConfig) -> tuple[Found, float]:
+def search_shards(request: SearchRequest, config: SearchConfig) -> tuple[Found, float]:
     """The k nearest over all shards, (Q, k) or as many as there are, and the seconds of work that took.
 
     Raises `IncompleteRunError` where a shard gave no answer: an answer is never that of some of the shards.
     """
-    manifest = question.manifest
+    manifest = request.manifest
     alone, groups = [range(n, n + 1) for n in range(len(manifest.shards))], groups_of_shards(manifest)
     is_rescored = choose.KINDS[IndexKind(manifest.kind)].is_rescored
     num_actors = min(
@@ -110,13 +110,13 @@ def ask(question: Question, config: SearchConfig) -> tuple[Found, float]:
     if config.num_probes is not None:
         effort = Effort(config.num_probes, effort.num_rescored)
     make_actor = _ShardActor.options(num_cpus=cpus_of_a_shard(), num_gpus=config.num_gpus_per_actor).remote
-    reference = ray.put(question)
+    reference = ray.put(request)
     # A second try would read a whole shard once more, from the disk or store that most likely made the first one late.
     with SupervisedPool[_Unit](
         lambda: make_actor(reference, effort, config), num_actors, "retrieve", second_tries=False
     ) as pool:
-        work = _Work(pool, question.index)
-        length = short_list_length(manifest, effort, question.k)
+        work = _Work(pool, request.index)
+        length = short_list_length(manifest, effort, request.k)
         best: list[Found] = []
 
         def merge(found: Found) -> None:
@@ -127,7 +127,7 @@ def ask(question: Question, config: SearchConfig) -> tuple[Found, float]:
             ids = best[0][1]
             distances = np.full(ids.shape, np.inf, np.float32)
             work.on_shards("rescore", alone, ray.put(ids), lambda found: np.minimum(distances, found, out=distances))
-            best = [merge_top_k([(distances, ids)], question.k)]
+            best = [merge_top_k([(distances, ids)], request.k)]
     return best[0], work.seconds
 
 
@@ -175,14 +175,14 @@ def _named(group: range) -> str:
 class _ShardActor(PoolActor):
     """Searches one group of shards at a time."""
 
-    def __init__(self, question: Question, effort: Effort, config: SearchConfig) -> None:
-        self.question = question
+    def __init__(self, request: SearchRequest, effort: Effort, config: SearchConfig) -> None:
+        self.request = request
         self.effort = effort
         self.num_threads = config.num_threads_per_actor
         cache = LocalCache(cache_directory(config), int(config.cache_gib * 2**30))
-        has_gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
-        self.opened = OpenIndex(question.index, question.manifest, cache, memory_map=config.memory_map, has_gpu=has_gpu)
-        self.visits = self.opened.visits(question.queries, effort, self.num_threads)
+        has_gpu = own_device().type == "cuda"
+        self.opened = OpenIndex(request.index, request.manifest, cache, memory_map=config.memory_map, has_gpu=has_gpu)
+        self.visits = self.opened.visits(request.queries, effort, self.num_threads)
 
     def run(self, unit: _Unit) -> tuple[Any, float]:
         started_s = time.perf_counter()
@@ -190,27 +190,27 @@ class _ShardActor(PoolActor):
         return found, time.perf_counter() - started_s
 
     def _searched(self, group: range) -> Found:
-        question, shard = self.question, self.opened.joined(group)
-        length = short_list_length(question.manifest, self.effort, question.k)
-        if question.filters is None or question.places is None:
+        request, shard = self.request, self.opened.joined(group)
+        length = short_list_length(request.manifest, self.effort, request.k)
+        if request.filters is None or request.places is None:
             return search(
                 shard,
-                question.queries,
+                request.queries,
                 length,
                 num_threads=self.num_threads,
                 effort=self.effort,
-                at_least=question.k,
+                at_least=request.k,
                 visits=self.visits,
             )
         return search_filtered(
             shard,
-            question.queries,
+            request.queries,
             length,
-            question.filters,
-            question.places,
+            request.filters,
+            request.places,
             num_threads=self.num_threads,
             effort=self.effort,
-            at_least=question.k,
+            at_least=request.k,
             visits=self.visits,
         )
 
@@ -219,7 +219,7 @@ class _ShardActor(PoolActor):
         return rescore(
             self.opened.descriptors(number),
             self.opened.ids(number),
-            self.question.queries,
+            self.request.queries,
             ray.get(unit.short_lists),
             num_threads=self.num_threads,
         )

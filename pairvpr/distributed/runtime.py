@@ -176,6 +176,11 @@ def most_gpus_of_a_node() -> float:
     return max((node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
 
 
+def own_device() -> torch.device:
+    """The GPU that Ray gave this actor, or the CPU."""
+    return torch.device("cuda" if ray.get_runtime_context().get_accelerator_ids().get("GPU") else "cpu")
+
+
 def _rounded_down(cpus: float) -> float:
     """Ray counts in steps of 1/10,000."""
     return int(cpus * 1000) / 1000
@@ -190,6 +195,4 @@ class ModelSource:
 
     def describer(self, num_threads: int) -> Describer:
         """The network on this actor's GPU if it has one, else on its CPU threads."""
-        has_gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
-        device = torch.device("cuda" if has_gpu else "cpu")
-        return Describer(build_model(self.config, ray.get(self.weights), device), num_threads)
+        return Describer(build_model(self.config, ray.get(self.weights), own_device()), num_threads)

@@ -11,7 +11,7 @@ import pytest
 
 from pairvpr.config.schema import BuildConfig, IndexKind, SearchConfig
 from pairvpr.data import storage
-from pairvpr.distributed.retrieve import Question, ask
+from pairvpr.distributed.retrieve import SearchRequest, search_shards
 from pairvpr.errors import IncompleteRunError
 from pairvpr.index.manifest import IndexManifest
 from pairvpr.index.reader import groups_of_shards, search_index
@@ -54,7 +54,7 @@ def test_a_shard_actor_that_dies_is_replaced(index: tuple[str, IndexManifest]) -
     killer = threading.Thread(target=kill_one_actor, args=(killed,))
     killer.start()
     config = SearchConfig(num_actors=2, num_threads_per_actor=1, memory_map=True)
-    found, _ = ask(Question(folder, manifest, QUERIES, 50), config)
+    found, _ = search_shards(SearchRequest(folder, manifest, QUERIES, 50), config)
     killer.join()
     assert killed
     assert len(groups_of_shards(manifest)) > 1
@@ -70,7 +70,9 @@ def test_without_one_of_the_shards_there_is_no_answer(index: tuple[str, IndexMan
     try:
         storage.write_bytes(url, data[:-1] + bytes([data[-1] ^ 1]))
         with pytest.raises(IncompleteRunError) as caught:
-            ask(Question(folder, manifest, QUERIES, 5), SearchConfig(num_actors=1, num_threads_per_actor=1))
+            search_shards(
+                SearchRequest(folder, manifest, QUERIES, 5), SearchConfig(num_actors=1, num_threads_per_actor=1)
+            )
     finally:
         storage.write_bytes(url, data)
     group = next(group for group in groups_of_shards(manifest) if 7 in group)
