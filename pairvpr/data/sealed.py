@@ -110,7 +110,8 @@ def parse_parquet(data: bytes, url: str, schema: pa.Schema, remedy: str) -> pa.T
     has_seal = _check_seal(data, url, remedy)
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
-        if (KEY.encode() in (file.metadata.metadata or {})) != has_seal:
+        # A footer that ends early, at a zero byte, has lost its seal and still parses; it has lost its last field, too.
+        if not file.metadata.created_by or (KEY.encode() in (file.metadata.metadata or {})) != has_seal:
             raise DamagedFileError(url, "its seal is broken", remedy)
         _check_size(file.metadata, len(data))
         missing = [field.name for field in schema if field.name not in file.schema_arrow.names]

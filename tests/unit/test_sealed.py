@@ -193,4 +193,4 @@ def test_another_type_is_named_and_never_a_traceback(key: str, value: object) ->
         sealed.parsed(Outer, GOOD | {key: value}, "file", REMEDY)
     except DamagedFileError:
         return
-    assert key == "anything" or (key, value) == ("share", -1)
+    assert key == "anything" or (key == "share" and type(value) is int)
