@@ -17,7 +17,7 @@ from pairvpr.data.manifest import folder_manifest
 from pairvpr.distributed.progress import say
 from pairvpr.distributed.runtime import ModelSource, ray_session
 from pairvpr.index import choose
-from pairvpr.models.weights import NOT_LOADED, announce, load_weights
+from pairvpr.models.weights import announce, find_weights, load_weights
 from ray_jobs.run import index_settings, located
 from ray_jobs.steps import about_generation, ensure_index
 
@@ -33,19 +33,18 @@ def build_index(config: BuildIndexConfig) -> str:
     directory = storage.absolute(config.output)
     check_writable(directory, "output")
     num_shards = config.index.num_shards or choose.default_num_shards(len(database))
-    settings = index_settings(database, num_shards, config.model, NOT_LOADED, config.describe)
+    source = find_weights(config.model)
+    settings = index_settings(database, num_shards, config.model, source, config.describe)
     if config.positions is not None:
         places = database.utm_m.tobytes() + database.heading_deg.tobytes()
         settings["positions_sha256"] = hashlib.sha256(places).hexdigest()
-    check_claim(directory, settings, "output", ("model.weights_sha256",))
-    weights = load_weights(config.model)
-    settings |= index_settings(database, num_shards, config.model, weights, config.describe)
     check_claim(directory, settings, "output")
+    weights = load_weights(config.model, source)
     announce(config.model, weights)
     claim(directory, settings, "output")
     with ray_session(config.cluster):
-        source = ModelSource(config.model, ray.put(weights))
-        manifest = ensure_index(database, directory, num_shards, source, config.describe, config.index, settings)
+        model = ModelSource(config.model, ray.put(weights))
+        manifest = ensure_index(database, directory, num_shards, model, config.describe, config.index, settings)
     say(about_generation(manifest))
     return directory
 

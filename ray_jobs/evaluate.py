@@ -22,9 +22,8 @@ from pairvpr.distributed.runtime import ModelSource, ray_session
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.index import choose
 from pairvpr.index.manifest import read_manifest
-from pairvpr.models.weights import NOT_LOADED, announce, load_weights
+from pairvpr.models.weights import announce, find_weights, load_weights
 from ray_jobs.run import (
-    OF_THE_WEIGHTS,
     Run,
     calibrated,
     check_calibration,
@@ -47,6 +46,7 @@ def evaluate(configs: Sequence[EvaluateConfig]) -> list[dict[str, Any]]:
     Raises `IncompleteRunError` for the benchmarks in which work failed for good, when all others are done.
     """
     runs = prepare(configs)
+    weights = load_weights(configs[0].model, runs[0].weights)
     announce(configs[0].model, runs[0].weights)
     for run in runs:
         claim(run.output, run.settings(), "output")
@@ -57,7 +57,7 @@ def evaluate(configs: Sequence[EvaluateConfig]) -> list[dict[str, Any]]:
     with ray_session(configs[0].cluster):
         for config, run in zip(configs, runs, strict=True):
             prepare_benchmark(config.benchmark, run.output)
-        source = ModelSource(configs[0].model, ray.put(runs[0].weights))
+        source = ModelSource(configs[0].model, ray.put(weights))
         for config, run in zip(configs, runs, strict=True):
             database, settings = run.benchmark.database, run.index_settings()
             try:
@@ -89,34 +89,30 @@ def prepare(configs: Sequence[EvaluateConfig]) -> list[Run]:
         if index in (output, storage.join(output, "queries")):
             raise UserError(f"index.path={index}: the run writes other files there; expected a directory of its own")
     calibration = calibrated(configs[0].rerank)
+    benchmarks = _load(configs, outputs)
+    weights = find_weights(configs[0].model)
     runs: list[Run] = []
-    for config, benchmark, output, index in zip(configs, _load(configs, outputs), outputs, indices, strict=True):
+    for config, benchmark, output, index in zip(configs, benchmarks, outputs, indices, strict=True):
         run = Run(
             config=config,
             benchmark=benchmark,
-            weights=NOT_LOADED,
+            weights=weights,
             index=index,
             num_shards=config.index.num_shards or choose.default_num_shards(len(benchmark.database)),
             output=output,
             calibration=calibration,
         )
-        check_calibration(run, OF_THE_WEIGHTS)
-        check_claims(run, OF_THE_WEIGHTS)
+        check_calibration(run)
+        check_claims(run)
         check_photos(run)
-        check_dense_store(run, OF_THE_WEIGHTS)
+        check_index_model(run)
+        check_dense_store(run)
         if any(other.index == index and other.index_settings() != run.index_settings() for other in runs):
             raise UserError(
                 f"index.path={index}: these benchmarks have different databases; expected an index for each"
             )
         runs.append(run)
     check_sharing([run.store for run in runs if run.store is not None])
-    weights = load_weights(configs[0].model)
-    runs = [replace(run, weights=weights) for run in runs]
-    for run in runs:
-        check_calibration(run)
-        check_claims(run)
-        check_index_model(run)
-        check_dense_store(run)
     return runs
 
 

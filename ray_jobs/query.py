@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,8 @@ from pairvpr.distributed.runtime import ModelSource, ray_session
 from pairvpr.errors import UserError
 from pairvpr.index.filters import Filters, Places
 from pairvpr.index.manifest import IndexManifest, check_model, read_images
-from pairvpr.models.weights import NOT_LOADED, announce, load_weights
+from pairvpr.models.weights import announce, find_weights, load_weights
 from ray_jobs.run import (
-    OF_THE_WEIGHTS,
     Run,
     calibrated,
     check_calibration,
@@ -50,22 +49,18 @@ def query(config: QueryConfig) -> dict[str, Any]:
             "expected them where build_index saw them, re-ranking reads them again"
         )
     run = _run(config, index, manifest)
-    check_calibration(run, OF_THE_WEIGHTS)
+    check_calibration(run)
     filters = _filters(config.filter, run.benchmark)
     settings = run.settings() | {"generation": manifest.generation, "filter": asdict(config.filter)}
     check_writable(run.output, "output")
-    check_claim(run.output, settings, "output", OF_THE_WEIGHTS)
-    check_dense_store(run, OF_THE_WEIGHTS)
-    run = replace(run, weights=load_weights(config.model))
-    settings |= run.settings()
-    check_model(index, manifest, name=config.model.name, weights_sha256=run.weights.sha256, model=settings["model"])
-    check_calibration(run)
     check_claim(run.output, settings, "output")
     check_dense_store(run)
+    check_model(index, manifest, name=config.model.name, weights_sha256=run.weights.sha256, model=settings["model"])
+    weights = load_weights(config.model, run.weights)
     announce(config.model, run.weights)
     claim(run.output, settings, "output")
     with ray_session(config.cluster):
-        return answer(run, ModelSource(config.model, ray.put(run.weights)), manifest, filters)
+        return answer(run, ModelSource(config.model, ray.put(weights)), manifest, filters)
 
 
 def _run(config: QueryConfig, index: str, manifest: IndexManifest) -> Run:
@@ -79,7 +74,7 @@ def _run(config: QueryConfig, index: str, manifest: IndexManifest) -> Run:
             positives=None,
             protocol={"positives": "none", "radius_m": None},
         ),
-        weights=NOT_LOADED,
+        weights=find_weights(config.model),
         index=index,
         num_shards=len(manifest.shards),
         output=storage.absolute(config.output),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +28,9 @@ from pairvpr.distributed.dense import WantedStore, check_store
 from pairvpr.errors import UserError
 from pairvpr.evaluation.confidence import Calibration, Judge, read_calibration
 from pairvpr.index.manifest import IndexManifest, check_model, read_images, read_manifest
-from pairvpr.models.weights import Weights
+from pairvpr.models.weights import WeightsSource
 from pairvpr.retrieval.dense_store import Layout
 from pairvpr.retrieval.rerank import SCORING
-
-OF_THE_WEIGHTS = ("model.weights_sha256",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +39,7 @@ class Run:
 
     config: EvaluateConfig | QueryConfig
     benchmark: Benchmark
-    weights: Weights
+    weights: WeightsSource
     index: str
     num_shards: int
     output: str
@@ -110,7 +107,7 @@ class Run:
 
 
 def index_settings(
-    database: Manifest, num_shards: int, model: ModelConfig, weights: Weights, config: DescribeConfig
+    database: Manifest, num_shards: int, model: ModelConfig, weights: WeightsSource, config: DescribeConfig
 ) -> dict[str, Any]:
     """What decides the descriptors of an index, in plain values; kinds of index can be built from them at any time."""
     return {
@@ -125,9 +122,9 @@ def index_settings(
     }
 
 
-def check_claims(run: Run, ignored: Sequence[str] = ()) -> None:
-    check_claim(run.output, run.settings(), "output", ignored)
-    check_claim(run.index, run.index_settings(), "index.path", ignored)
+def check_claims(run: Run) -> None:
+    check_claim(run.output, run.settings(), "output")
+    check_claim(run.index, run.index_settings(), "index.path")
 
 
 def check_photos(run: Run) -> None:
@@ -175,17 +172,14 @@ def check_index_model(run: Run) -> None:
     )
 
 
-def check_dense_store(run: Run, ignored: Sequence[str] = ()) -> None:
-    """Raise `UserError` where the run's store of dense features is another one, or is no directory of its own.
-
-    Settings whose dotted names are `ignored` may differ.
-    """
+def check_dense_store(run: Run) -> None:
+    """Raise `UserError` where the run's store of dense features is another one, or is no directory of its own."""
     wanted = run.store
     if wanted is None:
         return
     if wanted.url in (run.output, run.index, storage.join(run.output, "queries")):
         raise UserError(f"{STORE_KEY}={wanted.url}: the run writes other files there; expected a directory of its own")
-    check_store(wanted, ignored)
+    check_store(wanted)
 
 
 def calibrated(config: RerankConfig) -> Calibration | None:
@@ -198,10 +192,10 @@ def calibrated(config: RerankConfig) -> Calibration | None:
     return found
 
 
-def check_calibration(run: Run, ignored: Sequence[str] = ()) -> None:
-    """Raise `UserError` unless the run's network is the calibrated one; settings that are `ignored` may differ."""
+def check_calibration(run: Run) -> None:
+    """Raise `UserError` unless the run's network is the calibrated one."""
     if run.calibration is not None:
-        run.calibration.check(str(run.config.rerank.calibration), run.index_settings()["model"], ignored)
+        run.calibration.check(str(run.config.rerank.calibration), run.index_settings()["model"])
 
 
 def open_manifest(index: str, given: str) -> IndexManifest:

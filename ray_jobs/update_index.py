@@ -39,7 +39,7 @@ from pairvpr.index.make import is_wanted, next_generation
 from pairvpr.index.manifest import IndexManifest, check_model, commit, read_images
 from pairvpr.index.reader import removed_ids
 from pairvpr.index.update import compacted, with_added, without
-from pairvpr.models.weights import announce, load_weights
+from pairvpr.models.weights import announce, find_weights, load_weights
 from ray_jobs.run import index_settings, located, open_manifest
 from ray_jobs.steps import about_generation, memory_budget_bytes
 
@@ -67,7 +67,7 @@ def update_index(config: UpdateIndexConfig) -> IndexManifest:
     removed = removed_ids(directory, manifest)
     added = _added(config, images)
     gone = _gone(config, images, removed, added)
-    weights = load_weights(config.model)
+    weights = find_weights(config.model)
     database = images if added is None else added
     settings = index_settings(database, 1, config.model, weights, config.describe)
     check_model(directory, manifest, name=config.model.name, weights_sha256=weights.sha256, model=settings["model"])
@@ -78,7 +78,7 @@ def update_index(config: UpdateIndexConfig) -> IndexManifest:
         threads, runner = config.index.num_build_threads, RayRunner()
         if added is not None:
             num_shards = config.index.num_shards or choose.default_num_shards(len(added))
-            source = ModelSource(config.model, ray.put(weights))
+            source = ModelSource(config.model, ray.put(load_weights(config.model, weights)))
             below = storage.join(directory, prefix.rstrip("/"))
             what = Description(added, below, num_shards, source, config.describe, draft.num_images)
             describe(what, "added photos", needs_a_readable_photo=True)

@@ -32,8 +32,9 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def ray_home() -> Iterator[Path]:
-    """Ray's sessions lie in a folder that goes with the tests. Its path is short: it is part of socket names."""
+    """A folder for Ray's sessions and cached weights, removed after the tests. Sockets' names hold its short path."""
     folder = Path(tempfile.mkdtemp(prefix="pv", dir="/tmp"))
     os.environ |= {"RAY_TMPDIR": str(folder), "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     yield folder
     shutil.rmtree(folder, ignore_errors=True)

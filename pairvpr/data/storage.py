@@ -251,6 +251,21 @@ def size_bytes(url: str) -> int:
     return int(_retried(lambda: filesystem.info(path)["size"], url))
 
 
+def version(url: str) -> str | None:
+    """What a remote file's store calls its present content (ETag, time of change); None where it says nothing.
+
+    Raises `FileNotFoundError`, and `StorageError` where the store can't be asked.
+    """
+    filesystem, path = _remote(url)
+    info = _retried(lambda: filesystem.info(path), url)
+    about = {name: str(info[name]) for name in _VERSION_FIELDS if info.get(name) is not None}
+    return json.dumps(about | {"size": info.get("size")}, sort_keys=True) if about else None
+
+
+_VERSION_FIELDS = ("ETag", "etag", "generation", "md5Hash", "content_md5", "LastModified", "last_modified", "created")
+"""What the stores of fsspec call an identity of content or a time of change."""
+
+
 def sha256(url: str) -> str:
     """Hex digest of a file's bytes, read in pieces."""
     digest = hashlib.sha256()

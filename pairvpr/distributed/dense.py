@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -65,20 +65,23 @@ class WantedStore:
         }
 
 
-def check_store(wanted: WantedStore, ignored: Collection[str] = ()) -> None:
+def check_store(wanted: WantedStore) -> None:
     """Raise `UserError` where `wanted.url` holds the store of another model, database or form, or can't be written.
 
-    Settings whose dotted names are `ignored` may differ. Which images a store is for is checked when they are known.
+    Which images a store is for is checked when they are known.
     """
     manifest = dense_store.read_manifest(wanted.url)
     if manifest is not None:
         ids = WHOLE_DATABASE if wanted.config.store_whole_database else manifest.settings["ids"]
-        _check_finished(wanted.url, manifest.settings, wanted.settings(ids), ignored)
+        _check_finished(wanted.url, manifest.settings, wanted.settings(ids))
         return
     check_writable(wanted.url, KEY)
-    if not wanted.config.store_whole_database:
-        ignored = (*ignored, "ids")
-    check_claim(wanted.url, wanted.settings(WHOLE_DATABASE), KEY, ignored)
+    check_claim(
+        wanted.url,
+        wanted.settings(WHOLE_DATABASE),
+        KEY,
+        ignored=() if wanted.config.store_whole_database else ("ids",),
+    )
 
 
 def check_sharing(stores: Sequence[WantedStore]) -> None:
@@ -98,8 +101,8 @@ def check_sharing(stores: Sequence[WantedStore]) -> None:
             )
 
 
-def _check_finished(url: str, there: Mapping[str, Any], here: Mapping[str, Any], ignored: Collection[str] = ()) -> None:
-    found = differences(there, here, ignored)
+def _check_finished(url: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    found = differences(there, here)
     if found:
         raise UserError(
             f"{KEY}={url}: the finished store there is another one: {'; '.join(found)}; expected one made by the same "

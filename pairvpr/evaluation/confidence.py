@@ -56,12 +56,12 @@ class Calibration:
         """What its file says of it."""
         return {"format_version": FORMAT_VERSION, **asdict(self)}
 
-    def check(self, url: str, model: Mapping[str, Any], ignored: Sequence[str] = ()) -> None:
+    def check(self, url: str, model: Mapping[str, Any]) -> None:
         """Raise `UserError` unless a run's network (section `model` of its settings) is the one that was calibrated.
 
-        Number formats may differ, and so may settings whose dotted names are `ignored`.
+        Number formats may differ.
         """
-        found = differences({"model": self.model}, {"model": model}, ("model.precision", *ignored))
+        found = differences({"model": self.model}, {"model": model}, ("model.precision",))
         if found:
             raise UserError(
                 f"rerank.calibration={url}: it was made with another network: {'; '.join(found)}; "

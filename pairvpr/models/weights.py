@@ -1,16 +1,12 @@
-"""Weights: read without running anything, check every key, initialise what is new.
+"""Weights: known by their checksum, then loaded; every key checked, what is new initialised.
 
-`.pth` files hold a bare state dict or a dict with `model`; `.safetensors` hold tensors alone.
+`.pth` files hold a bare state dict or a dict with `model`; `.safetensors` hold tensors alone (`weights_file.py`).
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import io
-import pickle
 import sys
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -20,16 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pairvpr.config.schema import ModelConfig, Precision
-from pairvpr.data import storage
 from pairvpr.errors import UserError
 from pairvpr.models.linear import to_sixteen_bits
 from pairvpr.models.pair_vpr import AUTOCAST_DTYPES, PairVPR
 from pairvpr.models.pos_embed import resize_decoder_table, sine_cosine_2d
 from pairvpr.models.vit import LayerScale
+from pairvpr.models.weights_file import WeightsFile, find_weights_file, read_state_dict
 
 UNTRAINED_SEED = 0
 CLASS_TOKEN_STD = 1e-6
-TORCH_STARTS = (b"PK\x03\x04", b"\x80")  # how files of torch.save begin: zip, and pickle protocol 2 or later
 TERMS = "the published Pair-VPR weights carry their owners' own, non-commercial terms"
 
 
@@ -42,29 +37,47 @@ class Weights:
     untrained: bool
 
 
-NOT_LOADED = Weights({}, "", untrained=False)
-"""Stands for the weights while what is cheap to check is checked."""
+@dataclass(frozen=True)
+class WeightsSource:
+    """The weights that a configuration names, not loaded yet."""
+
+    sha256: str
+    """Of the file that holds (or would hold) them."""
+    file: WeightsFile | None
+    """None = untrained ones, drawn from a seed."""
+
+    @property
+    def untrained(self) -> bool:
+        return self.file is None
 
 
-def load_weights(config: ModelConfig) -> Weights:
-    """The weights that `config` names, checked against the network; untrained, seeded ones where it names none.
-
-    Nothing of the file is executed. Raises `UserError` for a missing or foreign file, code in it, and
-    missing, unexpected or mis-shaped keys, all named.
-    """
-    with torch.device("meta"):
-        expected = PairVPR(config).state_dict()
+def find_weights(config: ModelConfig) -> WeightsSource:
+    """Which weights `config` names; remote ones are fetched. Raises `UserError` for a file that is not there."""
     if config.weights is None:
+        return WeightsSource(hashlib.sha256(safetensors_bytes(untrained_state(config))).hexdigest(), None)
+    file = find_weights_file(config.weights)
+    return WeightsSource(file.sha256, file)
+
+
+def load_weights(config: ModelConfig, source: WeightsSource | None = None) -> Weights:
+    """The weights of `source`, or those that `config` names, checked against the network.
+
+    Nothing of the file is executed. Raises `UserError` for a missing or foreign file, code in it, a file that changed
+    since it was found, and missing, unexpected or mis-shaped keys, all named.
+    """
+    source = source or find_weights(config)
+    if source.file is None:
         state = untrained_state(config)
-        digest = hashlib.sha256(safetensors_bytes(state)).hexdigest()
     else:
-        state, digest = read_state_dict(config.weights)
-        check_keys(state, expected, config.weights)
+        state = read_state_dict(source.file)
+        with torch.device("meta"):
+            expected = PairVPR(config).state_dict()
+        check_keys(state, expected, source.file.url)
     arrays = {name: tensor.detach().to(torch.float32).numpy() for name, tensor in state.items()}
-    return Weights(arrays, digest, untrained=config.weights is None)
+    return Weights(arrays, source.sha256, source.untrained)
 
 
-def announce(config: ModelConfig, weights: Weights) -> None:
+def announce(config: ModelConfig, weights: Weights | WeightsSource) -> None:
     """Say on standard error which weights run, and under whose terms."""
     if weights.untrained:
         text = f"model {config.name}: UNTRAINED, random weights from a fixed seed (model.weights=null)"
@@ -84,56 +97,6 @@ def build_model(config: ModelConfig, weights: Weights, device: torch.device) -> 
     if config.precision is not Precision.fp32:
         to_sixteen_bits(model, AUTOCAST_DTYPES[config.precision])
     return model.eval().requires_grad_(False)
-
-
-def read_state_dict(url: str, key: str = "model.weights") -> tuple[dict[str, Tensor], str]:
-    """The tensors of a `.pth` or `.safetensors` file (path or URL) on the CPU, and the file's sha256.
-
-    Raises `UserError`, naming the setting `key`, for what is neither, and for a pickle that holds more than tensors.
-    """
-    try:
-        if storage.is_local(url):
-            with storage.open_input(url) as file:
-                return _parse_state_dict(file, url, key), storage.sha256(url)
-        data = storage.read_bytes(url)
-        return _parse_state_dict(io.BytesIO(data), url, key), hashlib.sha256(data).hexdigest()
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise UserError(f"{key}={url}: no such file") from error
-    except OSError as error:
-        raise UserError(f"{key}={url}: can't be read: {storage.reason(error)}") from error
-
-
-def _parse_state_dict(file: storage.IO[bytes], url: str, key: str) -> dict[str, Tensor]:
-    if url.endswith(".safetensors"):
-        import safetensors.torch
-
-        data = file.read()
-        try:
-            return safetensors.torch.load(data)
-        except Exception as error:
-            raise UserError(f"{key}={url}: not a safetensors file: {storage.reason(error)}") from error
-    is_torch = file.read(4).startswith(TORCH_STARTS)
-    file.seek(0)
-    try:
-        # Published stage-one files carry their command line as an argparse.Namespace: that class, nothing else.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # the unpickler raises nearly anything on damaged bytes
-        if is_torch and isinstance(error, pickle.UnpicklingError):
-            raise UserError(
-                f"{key}={url}: refused, it holds more than tensors (a pickle can run code); "
-                "expected a state dict saved by torch.save, or .safetensors"
-            ) from error
-        raise UserError(f"{key}={url}: not a .pth or .safetensors file") from error
-    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
-        content = content["model"]
-    if not isinstance(content, Mapping) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
-    ):
-        raise UserError(f"{key}={url}: expected a state dict, or a dict with one under 'model'")
-    return dict(content)
 
 
 def check_keys(

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pairvpr.config.schema import ModelConfig
 from pairvpr.models.pair_vpr import PairVPR
-from pairvpr.models.weights import Weights, check_keys, read_state_dict, stage_two_start, untrained_state
+from pairvpr.models.weights import Weights, check_keys, stage_two_start, untrained_state
+from pairvpr.models.weights_file import find_weights_file, read_state_dict
 
 KEY = "train.start"
 ENCODER = "encoder.model."
@@ -25,7 +26,8 @@ def stage_one_start_weights(model: ModelConfig, start: str | None, seed: int) ->
     state = untrained_state(model, seed=seed, pair_classifier_token=False)
     if start is None:
         return _weights(state, f"seed {seed}", untrained=True)
-    given, digest = read_state_dict(start, KEY)
+    file = find_weights_file(start, KEY)
+    given, digest = read_state_dict(file, KEY), file.sha256
     if any(name.startswith(ENCODER) for name in given):
         check_keys(given, state, start, KEY)
     else:
@@ -42,7 +44,8 @@ def stage_two_start_weights(model: ModelConfig, start: str | None, seed: int) ->
     """
     if start is None:
         return _weights(untrained_state(model, seed=seed), f"seed {seed}", untrained=True)
-    given, digest = read_state_dict(start, KEY)
+    file = find_weights_file(start, KEY)
+    given, digest = read_state_dict(file, KEY), file.sha256
     if ONLY_IN_STAGE_TWO in given:
         with torch.device("meta"):
             expected = PairVPR(model).state_dict()

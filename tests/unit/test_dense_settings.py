@@ -106,7 +106,7 @@ def test_the_store_of_another_run_is_refused_before_weights_are_loaded(
         finish_store(wanted, [0, 1, 2])
     else:
         claim(wanted.url, wanted.settings(WHOLE_DATABASE), "store")
-    monkeypatch.setattr(steps, "load_weights", lambda _: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(steps, "load_weights", lambda *_: pytest.fail("weights were loaded"))
     change, words = OTHERS[other]
     message = mistake(lambda: prepare([change(config)]))
     assert words in message
@@ -220,7 +220,7 @@ def test_queries_refuse_the_store_of_another_model_before_weights_are_loaded(
         index=OpenIndexConfig(path=f"{tmp_path}/index"),
         rerank=config.rerank,
     )
-    monkeypatch.setattr(query_steps, "load_weights", lambda _: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(query_steps, "load_weights", lambda *_: pytest.fail("weights were loaded"))
     assert "model.precision fp32 there, fp16 now" in mistake(lambda: query_steps.query(asked))
 
 

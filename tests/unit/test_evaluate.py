@@ -63,7 +63,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading weights fails the test."""
-    monkeypatch.setattr(steps, "load_weights", lambda _: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(steps, "load_weights", lambda *_: pytest.fail("weights were loaded"))
 
 
 @pytest.fixture
@@ -244,7 +244,7 @@ def test_a_calibration_that_does_not_fit_is_refused(
         rerank=asked.rerank,
     )
     if before_weights:
-        monkeypatch.setattr(steps, "load_weights", lambda _: pytest.fail("weights were loaded"))
+        monkeypatch.setattr(steps, "load_weights", lambda *_: pytest.fail("weights were loaded"))
         assert words in mistake(lambda: query(question))
     assert words in mistake(lambda: evaluate([asked]))
     assert not (tmp_path / "out").exists()
@@ -297,7 +297,7 @@ def test_other_settings_are_found_before_weights_are_loaded(
     )
     claim(asked.output, {"model": {"precision": "fp16"}}, "output")
     indexed = BuildIndexConfig(database=f"{tmp_path}/queries", output=run.index, model=config.model)
-    monkeypatch.setattr(steps, "load_weights", lambda _: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(steps, "load_weights", lambda *_: pytest.fail("weights were loaded"))
     assert "rerank.batch_size 3 there, 4 now" in mistake(
         lambda: prepare([replace(config, rerank=replace(config.rerank, batch_size=4))])
     )

@@ -9,6 +9,7 @@ import io
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from pairvpr.data import storage
 from pairvpr.errors import UserError
 from pairvpr.models import weights
 from pairvpr.models.pair_vpr import PairVPR
+from pairvpr.models.weights_file import find_weights_file, read_state_dict
 from tests.support.small import small_model_config
 
 REPOSITORY = Path(__file__).parents[2]
@@ -210,11 +212,10 @@ def test_damaged_files_are_refused_or_read(data: st.DataObject) -> None:
             content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     else:
         content = data.draw(st.binary(max_size=40))
-    url = f"memory://damaged-{uuid4().hex}.pth"
-    storage.write_bytes(url, bytes(content))
-    with contextlib.suppress(UserError):  # and nothing else
-        weights.read_state_dict(url)
-    storage.remove_file(url)
+    with contextlib.suppress(UserError), tempfile.NamedTemporaryFile(suffix=".pth") as file:  # and nothing else
+        file.write(content)
+        file.flush()
+        read_state_dict(find_weights_file(file.name))
 
 
 # A number whose bytes are missing, a stack that is empty, a tensor without its arguments: each was seen to escape.

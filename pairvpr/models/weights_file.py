@@ -1,0 +1,224 @@
+"""Files of weights: find one, know it by its checksum, read its tensors without running anything.
+
+A local file is read where it lies. A remote one is fetched once into a private folder of this user, and again only when
+the store has another version of it. `hf://` files are in the hub's own cache (docs/formats.md, "Weights").
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import unquote
+
+import torch
+from torch import Tensor
+
+from pairvpr.data import storage
+from pairvpr.errors import UserError
+
+TORCH_STARTS = (b"PK\x03\x04", b"\x80")  # how files of torch.save begin: zip, and pickle protocol 2 or later
+CACHE_BYTES = 20 << 30
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_HUB_FILE = re.compile(
+    r"hf://(?:(models|datasets|spaces)/)?([^/@]+/[^/@]+)(?:@(refs/(?:pr|convert)/[^/]+|[^/]+))?/(.+)"
+)
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A file of weights on this machine, known by its content."""
+
+    url: str
+    """As the settings name it."""
+    path: Path
+    sha256: str
+    """Hex digest of the file's bytes."""
+
+
+def find_weights_file(url: str, key: str = "model.weights") -> WeightsFile:
+    """The local file of a path or URL, with its checksum. Remote files are fetched if they aren't cached.
+
+    Raises `UserError`, naming the setting `key`, where there is none or it can't be read.
+    """
+    try:
+        if storage.is_local(url):
+            path = storage.local_path(url)
+            return WeightsFile(url, path, storage.sha256(str(path)))
+        if url.startswith("hf://"):
+            path = _from_hub(url)
+            return WeightsFile(url, path, storage.sha256(str(path)))
+        return _fetched(url)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise UserError(f"{key}={url}: no such file") from error
+    except OSError as error:
+        raise UserError(f"{key}={url}: can't be read: {storage.reason(error)}") from error
+
+
+def read_state_dict(file: WeightsFile, key: str = "model.weights") -> dict[str, Tensor]:
+    """The tensors of a `.pth` or `.safetensors` file on the CPU.
+
+    Raises `UserError`, naming the setting `key`, for a file that is neither, for a pickle that holds more than tensors,
+    and for a file that has changed since it was found.
+    """
+    try:
+        data = file.path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{key}={file.url}: can't be read: {storage.reason(error)}") from error
+    if hashlib.sha256(data).hexdigest() != file.sha256:
+        raise UserError(f"{key}={file.url}: the file changed while the run started; expected one that stays as it is")
+    return _parse_state_dict(io.BytesIO(data), file.url, key)
+
+
+def _parse_state_dict(file: IO[bytes], url: str, key: str) -> dict[str, Tensor]:
+    if url.endswith(".safetensors"):
+        import safetensors.torch
+
+        data = file.read()
+        try:
+            return safetensors.torch.load(data)
+        except Exception as error:
+            raise UserError(f"{key}={url}: not a safetensors file: {storage.reason(error)}") from error
+    is_torch = file.read(4).startswith(TORCH_STARTS)
+    file.seek(0)
+    try:
+        # Published stage-one files carry their command line as an argparse.Namespace: that class, nothing else.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # the unpickler raises nearly anything on damaged bytes
+        if is_torch and isinstance(error, pickle.UnpicklingError):
+            raise UserError(
+                f"{key}={url}: refused, it holds more than tensors (a pickle can run code); "
+                "expected a state dict saved by torch.save, or .safetensors"
+            ) from error
+        raise UserError(f"{key}={url}: not a .pth or .safetensors file") from error
+    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
+        content = content["model"]
+    if not isinstance(content, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
+        raise UserError(f"{key}={url}: expected a state dict, or a dict with one under 'model'")
+    return dict(content)
+
+
+def _from_hub(url: str) -> Path:
+    """The file in Hugging Face's own cache, which the hub's client keeps and reads without a network, too."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    parts = _HUB_FILE.fullmatch(url)
+    if parts is None:
+        raise FileNotFoundError(f"{url}: expected hf://OWNER/NAME/FILE, or hf://OWNER/NAME@REVISION/FILE")
+    kind, repository, revision, name = parts.groups()
+    try:
+        return Path(
+            hf_hub_download(
+                repository,
+                name,
+                repo_type=None if kind is None else kind.removesuffix("s"),
+                revision=None if revision is None else unquote(revision),
+            )
+        )
+    except LocalEntryNotFoundError as error:
+        raise OSError("Hugging Face can't be reached, and the file is not in its cache on this machine") from error
+    except (EntryNotFoundError, RepositoryNotFoundError) as error:
+        raise FileNotFoundError(url) from error
+    except ValueError as error:  # a repository's name that none can have
+        raise OSError(storage.reason(error)) from error
+
+
+def _fetched(url: str) -> WeightsFile:
+    """The cached copy of the version that the store has now; the last one known where the store can't be reached."""
+    folder = _cache_folder()
+    record = folder / f"{hashlib.sha256(url.encode()).hexdigest()}.json"
+    known = _read_record(record)
+    copy = folder / known["sha256"] if known else None
+    try:
+        version = storage.version(url)
+    except storage.StorageDeniedError:
+        raise
+    except storage.StorageError as error:
+        if copy is None or not _is_whole(copy):
+            raise
+        print(f"{error}: using the copy of an earlier run", file=sys.stderr, flush=True)
+        return WeightsFile(url, copy, copy.name)
+    if copy is None or version is None or known["version"] != version or not _is_whole(copy):
+        copy = _fetch(url, folder)
+        storage.write_json(str(record), {"version": version, "sha256": copy.name})
+    os.utime(copy)
+    _make_room(folder, copy)
+    return WeightsFile(url, copy, copy.name)
+
+
+@cache
+def _cache_folder() -> Path:
+    """A private folder of this user that outlives the process; where there can be none, one that doesn't."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = base / "pairvpr" / "weights"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
+            folder.chmod(0o700)
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="pairvpr-weights-"))
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """What was known of a URL; nothing where the record is gone or damaged."""
+    with suppress(OSError, ValueError):
+        record = json.loads(path.read_bytes())
+        if isinstance(record, dict) and _SHA256.fullmatch(str(record.get("sha256"))) and "version" in record:
+            return record
+    return {}
+
+
+def _is_whole(copy: Path) -> bool:
+    """Whether a copy has the content that it is named for."""
+    try:
+        return storage.sha256(str(copy)) == copy.name
+    except FileNotFoundError:
+        return False
+
+
+def _fetch(url: str, folder: Path) -> Path:
+    """Download a file to `folder`, under the name of its sha256."""
+    digest = hashlib.sha256()
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".part") as target:
+        with storage.open_input(url) as source:
+            while piece := source.read(storage.PIECE_BYTES):
+                digest.update(piece)
+                target.write(piece)
+        target.flush()
+        os.fsync(target.fileno())
+        copy = folder / digest.hexdigest()
+        copy.unlink(missing_ok=True)  # a damaged one
+        with suppress(FileExistsError):  # another process fetched it meanwhile
+            os.link(target.name, copy)
+    return copy
+
+
+def _make_room(folder: Path, kept: Path) -> None:
+    """Delete the copies that were used least recently until all are below `CACHE_BYTES`; `kept` stays."""
+    total_bytes = kept.stat().st_size
+    others = [path for path in folder.iterdir() if _SHA256.fullmatch(path.name) and path != kept]
+    for path in sorted(others, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        total_bytes += path.stat().st_size
+        if total_bytes > CACHE_BYTES:
+            path.unlink(missing_ok=True)
