@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,14 @@ from pairvpr.toy import city as toy_city
 from ray_jobs.build_index import build_index
 from ray_jobs.evaluate import evaluate, prepare
 from ray_jobs.query import query
-from tests.support.runs import arguments, draw_city, single_machine_predictions
+from tests.support.runs import (
+    ONE_THREAD,
+    SMALL_NETWORK,
+    arguments,
+    draw_city,
+    single_machine_predictions,
+    unpack_before_seals,
+)
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -173,3 +181,26 @@ def test_index_directory_is_readable_by_other_tools(city: Path, tmp_path: Path) 
     assert ids.tolist() == held
     assert rows.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
+
+
+def test_a_run_that_an_earlier_version_finished_or_began_goes_on(tmp_path: Path) -> None:
+    """Nothing is described, retrieved or scored again but the unit that is missing."""
+    unpack_before_seals(tmp_path / "before")
+    run = tmp_path / "before" / "run"
+    shutil.rmtree(run / "dense")
+    line = ["benchmark=toy_city", "benchmark.num_places=30", "benchmark.photos_per_place=2", "benchmark.seed=5"]
+    line += ["benchmark.queries_per_place=1", f"output={run}", "rerank.num_candidates=4", "index.num_retrieved=10"]
+    line += ["index.num_shards=2", "rerank.queries_per_unit=16", "describe.batch_size=8", *SMALL_NETWORK, *ONE_THREAD]
+    line += ["rerank.dense_features=store"]
+    before = pq.read_table(run / "predictions.parquet")
+    kept = (run / "reranked" / "000000.parquet").read_bytes()
+    (run / "reranked" / "000001.parquet").unlink()
+    evaluate(load_evaluations(line))
+    assert (run / "reranked" / "000000.parquet").read_bytes() == kept
+    after = pq.read_table(run / "predictions.parquet")
+    exact = ["query_id", "query_path", "candidates", "squared_distances", "positives"]
+    assert after.select(exact).equals(before.select(exact))
+    for name in ("reranked", "pair_scores"):
+        assert after.column(name).to_pylist()[:16] == before.column(name).to_pylist()[:16]
+    scores = [np.sort(np.concatenate(table.column("pair_scores").to_pylist()[16:])) for table in (before, after)]
+    np.testing.assert_allclose(*scores, atol=0.05)  # photos are drawn anew, perhaps by another Pillow

@@ -22,6 +22,7 @@ from pairvpr.retrieval import pipeline
 from pairvpr.toy import city as toy_city
 
 ROOT = Path(__file__).resolve().parents[2]
+BEFORE_SEALS = ROOT / "tests" / "fixtures" / "before_seals"
 NUM_PLACES = 12
 SMALL_NETWORK = (
     "model=tiny",
@@ -70,6 +71,13 @@ def arguments(city: str | Path, output: str | Path, *more: str) -> list[str]:
         *ONE_THREAD,
         *more,
     ]
+
+
+def unpack_before_seals(folder: Path) -> None:
+    """The files of an earlier version, as if that had written them into `folder`."""
+    shutil.copytree(BEFORE_SEALS, folder)
+    for file in folder.rglob("*.json"):
+        file.write_text(file.read_text().replace("@FIXTURE@", str(folder)))
 
 
 def single_machine_predictions(line: Sequence[str], file: Path) -> bytes:
