@@ -17,7 +17,7 @@ import re
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -37,6 +37,7 @@ LATE_FACTOR = 2.0
 SECONDS_BEFORE_LATE = 5.0
 """... and at least for so long."""
 WAIT_S = 5.0
+SECONDS_BETWEEN_VERDICTS = 0.5
 SECONDS_BEFORE_COMPLAINT = 30.0
 
 
@@ -83,6 +84,14 @@ class _Member:
         self.ref = self.key = None
 
 
+@dataclass(frozen=True)
+class _Suspect:
+    """Why a unit failed the last time, and until when Ray may still notice that the node was to blame."""
+
+    reason: str
+    until_s: float
+
+
 @dataclass
 class _Work(Generic[Unit]):
     """One call of `run`: the units, those that wait to be sent, and what became of the others.
@@ -93,6 +102,8 @@ class _Work(Generic[Unit]):
     units: Mapping[int, Unit]
     queue: deque[int]
     failures: dict[int, list[str | None]] = field(default_factory=dict)
+    suspects: dict[int, _Suspect] = field(default_factory=dict)
+    """Units that failed and that nobody is at: what becomes of them is not decided yet."""
     failed: dict[int, str] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     """Of each unit that is done."""
@@ -135,8 +146,9 @@ class SupervisedPool(Generic[Unit]):
         """
         work = _Work(units, deque(units))
         while not work.is_over:
+            _judge(work)
             self._send(work)
-            for member, answer in self._answers():
+            for member, answer in self._answers(in_suspense=bool(work.suspects)):
                 if member.node_id is None:
                     self._start(member, answer)
                 else:
@@ -173,12 +185,17 @@ class SupervisedPool(Generic[Unit]):
                 return key
         return None
 
-    def _answers(self) -> list[tuple[_Member, ray.ObjectRef[Any]]]:
-        """Who said that it is ready or what became of its unit; waited for some seconds."""
+    def _answers(self, *, in_suspense: bool) -> list[tuple[_Member, ray.ObjectRef[Any]]]:
+        """Who said that it is ready or what became of its unit; waited for some seconds, less `in_suspense`."""
         awaited = {member.ref: member for member in self._members if member.ref is not None}
         timeout_s = WAIT_S if any(member.node_id for member in self._members) else SECONDS_BEFORE_COMPLAINT
+        if in_suspense:
+            timeout_s = SECONDS_BETWEEN_VERDICTS
+        if not awaited:
+            time.sleep(timeout_s)
+            return []
         answered, _ = ray.wait(list(awaited), num_returns=1, timeout=timeout_s)
-        if not answered and not any(member.node_id for member in self._members):
+        if not answered and not in_suspense and not any(member.node_id for member in self._members):
             say(f"{self._what}: still no actor could start; the cluster has {ray.cluster_resources()}")
         return [(awaited[ref], ref) for ref in answered]
 
@@ -228,14 +245,10 @@ class SupervisedPool(Generic[Unit]):
 
     def _blame(self, key: int, node_id: str | None, error: RayError, work: _Work[Unit]) -> None:
         """A unit failed, by the death of its actor on `node_id` or without one. While another actor is at it, wait."""
-        failures = work.failures.setdefault(key, [])
-        failures.append(node_id)
-        if self._members_at(key):
-            return
-        if _is_hopeless(failures):
-            work.failed[key] = _reason(error)
-        else:
-            work.queue.appendleft(key)
+        work.failures.setdefault(key, []).append(node_id)
+        if not self._members_at(key):
+            seconds = SECONDS_TO_NOTICE_A_DEAD_NODE if node_id is not None else 0.0
+            work.suspects[key] = _Suspect(_reason(error), time.monotonic() + seconds)
 
     def _replace(self, member: _Member) -> None:
         # An actor that can't be reached may still be alive, and would go on working beside its replacement.
@@ -243,22 +256,25 @@ class SupervisedPool(Generic[Unit]):
         self._members[self._members.index(member)] = self._new_member()
 
 
-def _is_hopeless(failures: Sequence[str | None]) -> bool:
-    """Whether a unit failed `MAX_TRIES` times by its own fault, or far too often.
+def _judge(work: _Work[Any]) -> None:
+    """Queue the suspects again, or set aside those that failed `MAX_TRIES` times by their own fault, or far too often.
 
-    `failures` has None for an exception, else the node that its actor died on. A death is not the unit's fault if the
-    whole node went, which Ray notices some seconds later: the last word is waited for.
+    A death is not the unit's fault if the whole node went. Ray notices that some seconds later: until then the unit
+    waits, and the others go on.
     """
-    if len(failures) >= MAX_TRIES_WITH_NODES:
-        return True
-    deadline_s = time.monotonic() + SECONDS_TO_NOTICE_A_DEAD_NODE
-    while True:
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        if sum(node is None or node in alive for node in failures) < MAX_TRIES:
-            return False
-        if failures[-1] is None or time.monotonic() > deadline_s:
-            return True
-        time.sleep(0.5)
+    if not work.suspects:
+        return
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    for key, suspect in list(work.suspects.items()):
+        failures = work.failures[key]
+        own = sum(node is None or node in alive for node in failures)
+        if len(failures) < MAX_TRIES_WITH_NODES and own < MAX_TRIES:
+            work.queue.appendleft(key)
+        elif len(failures) >= MAX_TRIES_WITH_NODES or time.monotonic() >= suspect.until_s:
+            work.failed[key] = suspect.reason
+        else:
+            continue
+        del work.suspects[key]
 
 
 def _reason(error: RayError) -> str:

@@ -1,8 +1,9 @@
 """Both training stages under Ray Train: workers that may die, checkpoints that outlive them.
 
-Ray Train starts the workers, joins them in a process group, and starts them all again when one is lost. What a run
-goes on from is its own last checkpoint below `output`, which each start reads; Ray's snapshots are never needed and
-lie in a temporary folder.
+Ray Train starts the workers and joins them in a process group. When a worker or any of Ray Train's own actors is lost,
+the driver starts training again. The driver alone decides that, so no actor holds anything that a run needs. A run goes
+on from its own last checkpoint below `output`, which each start reads; Ray's snapshots are never needed and lie in a
+temporary folder.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,8 +23,12 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
+from ray import PlacementGroupID
+from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pairvpr.config.train_schema import TrainConfig, TrainStageOneConfig, TrainStageTwoConfig
@@ -42,6 +48,7 @@ from pairvpr.training.loop import Stage, run
 JobConfig = TrainStageOneConfig | TrainStageTwoConfig
 MakeStage = Callable[[JobConfig, list[TrainingSet], Weights, TrainContext], Stage[Any]]
 POLL_S = 1.0
+SECONDS_TO_TAKE_LINES = 10.0
 TIMEOUT = timedelta(minutes=30)
 """Of what the ranks wait for together: a checkpoint of gigabytes on its way to a store."""
 SECONDS_BEFORE_COMPLAINT = 60.0
@@ -92,38 +99,105 @@ class Job:
 
 
 def fit(job: Job) -> None:
-    """Run Ray Train to the end. Raises `UserError` for what a worker said, `IncompleteRunError` for lost runs."""
+    """Train to the end, from the last checkpoint, starting again whatever died.
+
+    Raises `UserError` for what trying again would not mend, and `IncompleteRunError` after `train.max_failures` or
+    after `MAX_STARTS_WITHOUT_PROGRESS` starts that gave no new checkpoint.
+    """
     train, scaling = job.config.train, _scaling(job.config.train)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    make_board = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here)
-    board: Any = make_board.remote()
-    with tempfile.TemporaryDirectory(prefix="pairvpr-") as folder, _printed(board, scaling):
-        trainer = TorchTrainer(
-            _work,
-            train_loop_config={"job": ray.put(job), "board": board},
-            torch_config=TorchConfig(timeout_s=int(TIMEOUT.total_seconds())),
-            scaling_config=scaling,
-            run_config=RunConfig(
-                name="run",
-                storage_path=str(Path(folder)),
-                failure_config=FailureConfig(max_failures=train.max_failures),
-            ),
-        )
-        failure: Exception | None = None
+    make_lines = ray.remote(_Lines).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here)
+    lines: Any = make_lines.remote()
+    settings = {"job": ray.put(job), "lines": lines}
+    done, failures, in_vain = steps_done(job.output), 0, 0
+    with tempfile.TemporaryDirectory(prefix="pairvpr-") as folder, _printed(lines, scaling):
+        while True:
+            failure = _start(settings, scaling, str(Path(folder, str(failures))))
+            before, done = done, steps_done(job.output)
+            if done >= job.num_steps:
+                return
+            if isinstance(failure, UserError):
+                raise failure
+            failures, in_vain = failures + 1, 0 if done > before else in_vain + 1
+            why = storage.reason(failure) if failure is not None else "the workers ended early"
+            if failures > train.max_failures or in_vain >= MAX_STARTS_WITHOUT_PROGRESS:
+                raise IncompleteRunError(
+                    f"training stopped after step {done:,} of {job.num_steps:,}: {why} (start {failures}, of which the "
+                    f"last {in_vain} gave no new checkpoint). The last checkpoint is kept: the same line again goes on "
+                    "from it"
+                ) from failure
+            say(f"training: {why}; starting again after step {done:,}")
+
+
+def _start(settings: Mapping[str, Any], scaling: ScalingConfig, folder: str) -> Exception | None:
+    """One start of all workers, until they end; what ended them too early, if anything did.
+
+    Waits as long as the cluster has no room for them.
+    """
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config=dict(settings),
+        torch_config=TorchConfig(timeout_s=int(TIMEOUT.total_seconds())),
+        scaling_config=scaling,
+        run_config=RunConfig(
+            name="run", storage_path=folder, failure_config=FailureConfig(max_failures=0, controller_failure_limit=0)
+        ),
+    )
+    while True:
         try:
-            trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            failure = error
-    said, last_error = ray.get(board.outcome.remote())
-    if said is not None:
-        raise UserError(said)
-    done = steps_done(job.output)
-    if failure is not None or done < job.num_steps:
-        reason = last_error or (storage.reason(failure) if failure is not None else "the workers ended early")
-        raise IncompleteRunError(
-            f"training stopped after step {done:,} of {job.num_steps:,}: {reason}. The last checkpoint is kept: the "
-            "same line again goes on from it"
-        )
+            _in_a_thread(trainer.fit)
+        except (ray.train.TrainingFailedError, RayError) as error:
+            _free_places()
+            if not _has_no_room(error):
+                return _cause(error)
+        else:
+            return None
+
+
+def _in_a_thread(work: Callable[[], object]) -> None:
+    """Do `work`; raises what it raises. In the main thread Ray Train would take Ctrl-C for itself, and exit with 0."""
+    outcome: Future[None] = Future()
+
+    def run_it() -> None:
+        try:
+            work()
+            outcome.set_result(None)
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run_it, daemon=True).start()
+    outcome.result()
+
+
+def _free_places() -> None:
+    """End all workers and free what they reserved: a controller that is killed leaves both.
+
+    Its own cleaner asks Ray's dashboard, which a Ray of its own does not have. An id ends with that of its job.
+    """
+    job_id = ray.get_runtime_context().get_job_id()
+    for hex_id, about in placement_group_table().items():
+        if hex_id.endswith(job_id) and about["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(hex_id))))
+
+
+def _has_no_room(error: BaseException) -> bool:
+    return isinstance(error, ray.train.ControllerError) and isinstance(
+        error.controller_failure, WorkerGroupStartupTimeoutError
+    )
+
+
+def _cause(error: Exception) -> Exception:
+    """What a worker raised, best what it says to people; else why a worker or Ray Train's controller died."""
+    if isinstance(error, ray.train.WorkerGroupError):
+        found = sorted(error.worker_failures.items())
+        raised = [failure for _, failure in found if isinstance(failure, _WORKERS_OWN)]
+        said = [failure for failure in raised if isinstance(failure, UserError)]
+        if said or raised:
+            return (said or raised)[0]
+        return RuntimeError(f"{len(found)} of the workers died")
+    if isinstance(error, RayActorError):
+        return RuntimeError("Ray Train's controller died")
+    return error
 
 
 def _scaling(train: TrainConfig) -> ScalingConfig:
@@ -160,14 +234,11 @@ def _gpus_of(node: Mapping[str, Any]) -> float:
     return node["Resources"].get("GPU", 0.0) if node["Alive"] else 0.0
 
 
-class _Board:
-    """Where workers write what people should read, and where is decided whether to try again."""
+class _Lines:
+    """What workers tell the person who watches. Lines on their way are lost when it dies, and nothing else."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-        self.said: str | None = None
-        self.last_error: str | None = None
-        self.last_start, self.starts_without_progress = -1, 0
 
     def add(self, line: str) -> None:
         """A line of progress."""
@@ -178,32 +249,10 @@ class _Board:
         lines, self.lines = self.lines, []
         return lines
 
-    def fail(self, message: str) -> None:
-        """The run can't go on, and trying again would not help."""
-        self.said = self.said or message
-
-    def record(self, error: str) -> None:
-        """What ended a worker; it will be tried again."""
-        self.last_error = error
-        self.lines.append(f"a worker failed: {error}")
-
-    def may_start(self, step: int) -> bool:
-        """Whether workers should begin after `step`: not after `fail`, nor again and again without progress."""
-        self.starts_without_progress = self.starts_without_progress + 1 if step == self.last_start else 0
-        self.last_start = step
-        if self.starts_without_progress >= MAX_STARTS_WITHOUT_PROGRESS:
-            cause = self.last_error or "the workers died without a word"
-            self.fail(f"the workers started {MAX_STARTS_WITHOUT_PROGRESS} times after step {step} and failed: {cause}")
-        return self.said is None
-
-    def outcome(self) -> tuple[str | None, str | None]:
-        """What `fail` said, and the last recorded error."""
-        return self.said, self.last_error
-
 
 @contextmanager
-def _printed(board: Any, scaling: ScalingConfig) -> Iterator[None]:
-    """Print the board's lines while the block runs; complain once if nothing starts."""
+def _printed(actor: Any, scaling: ScalingConfig) -> Iterator[None]:
+    """Print the lines of a `_Lines` while the block runs; complain once if nothing starts."""
     ended = threading.Event()
     started_s = time.monotonic()
 
@@ -211,7 +260,9 @@ def _printed(board: Any, scaling: ScalingConfig) -> Iterator[None]:
         silent = True
         while True:
             last = ended.wait(POLL_S)
-            lines = ray.get(board.take.remote())
+            lines = []
+            with suppress(RayError):  # it is being restarted
+                lines = ray.get(actor.take.remote(), timeout=SECONDS_TO_TAKE_LINES)
             for line in lines:
                 say(line)
             if silent and not lines and time.monotonic() - started_s > SECONDS_BEFORE_COMPLAINT:
@@ -232,36 +283,29 @@ def _printed(board: Any, scaling: ScalingConfig) -> Iterator[None]:
         watcher.join()
 
 
+class _WorkerError(Exception):
+    """What ended a worker, as one line; it is tried again."""
+
+
+_WORKERS_OWN = (UserError, _WorkerError)
+
+
 def _work(settings: Mapping[str, Any]) -> None:
-    """One worker. What trying again would not mend goes to the board, and ends the run at the next start."""
-    board = settings["board"]
-    job: Job = ray.get(settings["job"])
-    starts = [None]
-    if ray.train.get_context().get_world_rank() == 0:
-        starts = [ray.get(board.may_start.remote(steps_done(job.output)))]
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(starts, src=0, device=get_device())
-    if not starts[0]:
-        return
+    """One worker. Raises `UserError` for what trying again would not mend."""
     try:
-        _run(job, board)
+        _run(ray.get(settings["job"]), settings["lines"])
     except torch.OutOfMemoryError as error:
-        ray.get(
-            board.fail.remote(
-                f"out of GPU memory: {storage.reason(error)}; expected a smaller batch for each worker (more workers), "
-                "train.activation_checkpointing=true, or in stage one train.accumulation_steps=2"
-            )
-        )
+        raise UserError(
+            f"out of GPU memory: {storage.reason(error)}; expected a smaller batch for each worker (more workers), "
+            "train.activation_checkpointing=true, or in stage one train.accumulation_steps=2"
+        ) from error
+    except UserError:
         raise
-    except UserError as error:
-        ray.get(board.fail.remote(str(error)))
-        raise
-    except Exception as error:
-        ray.get(board.record.remote(f"{type(error).__name__}: {storage.reason(error)}"))
-        raise
+    except Exception as error:  # which may be of a class that does not travel
+        raise _WorkerError(f"a worker failed: {type(error).__name__}: {storage.reason(error)}") from error
 
 
-def _run(job: Job, board: Any) -> None:
+def _run(job: Job, lines: Any) -> None:
     train, world = job.config.train, ray.train.get_context()
     torch.set_num_threads(train.num_threads_per_worker)
     device = get_device()
@@ -280,7 +324,7 @@ def _run(job: Job, board: Any) -> None:
         output=job.output,
         settings=job.settings(),
         validate=None if benchmark is None else recalls,
-        say=lambda line: board.add.remote(line),
+        say=lambda line: lines.add.remote(line),
         group=_own_group() if world_size > 1 else None,
     )
     run(job.make_stage(job.config, job.sets, job.start, context), train, context)

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pairvpr.data import storage
 from pairvpr.errors import UserError
 
 FORMAT_VERSION = 1
 FOLDER = "checkpoints"
-LAST_STEP = "last.json"
 KEYS = {"stage", "position", "counts", "settings", "model", "optimizer", "scaler"}
 
 
@@ -52,17 +52,21 @@ def kept_url(output: str, position: Position) -> str:
 
 
 def steps_done(output: str) -> int:
-    """Steps that the rolling checkpoint holds; 0 without one."""
+    """Steps that the rolling checkpoint holds; 0 without one. Of the file only its table of contents is read.
+
+    Raises `UserError` for what is not a checkpoint.
+    """
+    url = last_url(output)
     try:
-        return int(storage.read_json(storage.join(output, FOLDER, LAST_STEP))["step"])
+        with FakeTensorMode():  # tensors have shapes and no values
+            return _checked(url, "output").position.step
     except FileNotFoundError:
         return 0
 
 
 def save_last(output: str, checkpoint: Checkpoint) -> None:
-    """Publish the rolling checkpoint, and after it the step that it holds."""
+    """Publish the rolling checkpoint: this one file says how far a run is."""
     save(last_url(output), checkpoint)
-    storage.write_json(storage.join(output, FOLDER, LAST_STEP), {"step": checkpoint.position.step})
 
 
 def save(url: str, checkpoint: Checkpoint) -> None:
@@ -83,6 +87,14 @@ def save(url: str, checkpoint: Checkpoint) -> None:
 
 def load(url: str, stage: int, key: str) -> Checkpoint:
     """Read a checkpoint of `stage`. Raises `FileNotFoundError`, and `UserError` for what is none, naming `key`."""
+    found = _checked(url, key)
+    if found.stage != stage:
+        raise UserError(f"{key}={url}: a checkpoint of stage {found.stage}; expected one of stage {stage}")
+    return found
+
+
+def _checked(url: str, key: str) -> Checkpoint:
+    """A checkpoint of either stage."""
     with storage.open_input(url) as file:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
@@ -97,8 +109,6 @@ def load(url: str, stage: int, key: str) -> Checkpoint:
     missing = KEYS - content.keys()
     if missing:
         raise UserError(f"{key}={url}: not a whole checkpoint, it lacks {', '.join(sorted(missing))}")
-    if content["stage"] != stage:
-        raise UserError(f"{key}={url}: a checkpoint of stage {content['stage']}; expected one of stage {stage}")
     return Checkpoint(
         stage=content["stage"],
         position=Position(**content["position"]),

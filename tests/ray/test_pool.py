@@ -147,6 +147,20 @@ def test_a_unit_that_always_kills_is_named_and_the_rest_is_done(tmp_path: Path) 
     assert [_num_tries(tmp_path, unit) for unit in range(12)] == [MAX_TRIES if unit == 5 else 1 for unit in range(12)]
 
 
+def test_nobody_waits_while_a_node_may_be_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unit 0 kills its actor for good. The others begin with its last try, and are done before the verdict on it."""
+    monkeypatch.setattr(pool_module, "SECONDS_TO_NOTICE_A_DEAD_NODE", verdict_s := 6.0)
+    waits = {(unit, 1): (f"0.{MAX_TRIES}", 0.2) for unit in range(1, 9)}
+    done_s: list[float] = []
+    with _Maker(tmp_path, deaths={0: 99}, waits=waits, num_actors=3).pool() as pool:
+        failed = pool.run({unit: unit for unit in range(9)}, lambda *_: done_s.append(time.time()))
+    last_try_s = (tmp_path / f"0.{MAX_TRIES}").stat().st_mtime
+    assert set(failed) == {0}
+    assert len(done_s) == 8
+    assert time.time() - last_try_s >= verdict_s
+    assert max(done_s) - last_try_s < verdict_s
+
+
 def test_an_exception_is_tried_again_then_named(tmp_path: Path) -> None:
     done, failed = _run(tmp_path, 8, errors={(1, 1), (1, 2), (6, 1), (6, 2), (6, 3)})
     assert sorted(key for key, _ in done) == [0, 1, 2, 3, 4, 5, 7]

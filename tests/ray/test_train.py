@@ -1,15 +1,14 @@
-"""Training under Ray Train: a worker and then the driver killed, and the losses of two ranks without Ray."""
+"""Training under Ray Train: its actors and then the driver killed, and the losses of two ranks without Ray."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import psutil
 import pytest
 
 from pairvpr.training.metrics_log import read_metrics
-from tests.support.runs import descendants, run_job, start_job, wait_gone, wait_until
-from tests.support.training import JOBS, STAGES, arguments, draw_training_set, losses, train_on_ranks
+from tests.support.runs import actors, descendants, run_job, start_job, wait_gone, wait_until
+from tests.support.training import JOBS, arguments, draw_training_set, losses, train_on_ranks
 
 NUM_STEPS = 10
 
@@ -28,8 +27,8 @@ def _line(stage: int, root: Path, output: Path, *more: str) -> list[str]:
     )
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_worker_and_driver_killed(root: Path, tmp_path: Path, stage: int) -> None:
+@pytest.mark.parametrize(("stage", "victims"), [(1, ("RayTrainWorker", "_Lines")), (2, ("TrainController",))])
+def test_actors_and_driver_killed(root: Path, tmp_path: Path, stage: int, victims: tuple[str, ...]) -> None:
     train_on_ranks(stage, _line(stage, root, tmp_path / "undisturbed"), 2, tmp_path)
     expected = read_metrics(str(tmp_path / "undisturbed"))
     assert [row["step"] for row in expected] == list(range(1, NUM_STEPS + 1))
@@ -37,12 +36,15 @@ def test_worker_and_driver_killed(root: Path, tmp_path: Path, stage: int) -> Non
     output, line = str(tmp_path / "out"), _line(stage, root, tmp_path / "out")
     driver = start_job(JOBS[stage], line)
     wait_until(lambda: len(read_metrics(output)) >= 2, "the second step")
-    before = _workers(driver.pid)
+    before = actors(driver.pid, "RayTrainWorker")
     assert len(before) == 2
-    before[1].kill()
+    for name in victims:
+        actors(driver.pid, name)[-1].kill()
     done = len(read_metrics(output))
-    wait_until(lambda: len(read_metrics(output)) > done + 1, "going on without a killed worker")
-    assert not set(before) & set(_workers(driver.pid))  # all workers are new
+    wait_until(lambda: len(read_metrics(output)) > done + 1, "going on without a killed actor")
+    wait_until(
+        lambda: not any(worker.is_running() for worker in before), "the end of the workers"
+    )  # all workers are new
     children = descendants(driver.pid)
     driver.kill()
     driver.communicate()
@@ -57,15 +59,15 @@ def test_worker_and_driver_killed(root: Path, tmp_path: Path, stage: int) -> Non
     wait_gone(children)
 
 
-def _workers(pid: int) -> list[psutil.Process]:
-    return [child for child in descendants(pid) if "RayTrainWorker" in _title(child)]
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.NoSuchProcess:
-        return ""
+@pytest.mark.soak
+def test_starts_in_vain_end(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "out" / "metrics.jsonl").mkdir()  # no worker can publish the log, so none gets to a checkpoint
+    stopped = run_job("train_stage_one", _line(1, root, tmp_path / "out"))
+    assert stopped.returncode == 1, stopped.stderr
+    assert "training stopped after step 0 of 10: a worker failed: IsADirectoryError" in stopped.stderr
+    assert stopped.stderr.count("starting again after step 0") == 4
+    assert "Traceback" not in stopped.stderr
 
 
 @pytest.mark.soak

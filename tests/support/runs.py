@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -130,6 +131,19 @@ def wait_until(happened: Callable[[], bool], what: str, timeout_s: float = 120.0
 def descendants(pid: int) -> list[psutil.Process]:
     """All processes below one, Ray's included."""
     return psutil.Process(pid).children(recursive=True)
+
+
+def actors(pid: int, name: str) -> list[psutil.Process]:
+    """Processes below one that are actors of the class `name`; Ray puts that into their titles."""
+    found = [(process, _title(process)) for process in descendants(pid)]
+    return [process for process, title in found if re.match(rf"ray::{re.escape(name)}\b", title)]
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def wait_gone(processes: Sequence[psutil.Process]) -> None:

@@ -10,7 +10,6 @@ import torch
 
 from pairvpr.config.compose import load
 from pairvpr.config.train_schema import TrainStageOneConfig, TrainStageTwoConfig
-from pairvpr.distributed.train_workers import MAX_STARTS_WITHOUT_PROGRESS, _Board
 from pairvpr.errors import UserError
 from pairvpr.models.weights import untrained_state
 from pairvpr.training.checkpoint import steps_done
@@ -98,14 +97,3 @@ def test_a_validation_without_ground_truth_is_refused(root: Path, tmp_path: Path
         f"train.validation.queries={photos}",
     )
     assert "no ground truth" in message
-
-
-def test_a_board_gives_up_without_progress() -> None:
-    board = _Board()
-    assert all(board.may_start(3) for _ in range(MAX_STARTS_WITHOUT_PROGRESS))
-    assert board.may_start(4)  # progress: counted anew
-    board.record("RuntimeError: broken pipe")
-    assert [board.may_start(4) for _ in range(MAX_STARTS_WITHOUT_PROGRESS)][-1] is False
-    said, _ = board.outcome()
-    assert said is not None
-    assert "RuntimeError: broken pipe" in said
