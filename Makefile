@@ -1,14 +1,17 @@
 # make demo   a recall table of a small city drawn by code, from a fresh clone
-# make test   all tests                make check  lint, types, import contracts
+# make test   all tests                make check  lint, types, import contracts, the site
+# make test-fast  most unit tests and one run on Ray, in under two minutes
+# make docs   the site in site/, with a reference of all modules
 # make soak   faults and properties at length, by hand
 # make tiny   train the small network of the demo from nothing, in half an hour
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check soak tiny lock clean
+.PHONY: help setup demo test test-fast check docs soak tiny lock clean
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?= demo
 TINY ?= tiny
+FAST := tests/unit tests/numerics tests/ray/test_equals_single_machine.py::test_shards_and_actors
 
 help:
 	@grep '^# ' Makefile | cut -c3-
@@ -27,11 +30,18 @@ test: setup
 	$(BIN)/python -m pytest tests -m "not soak and not cluster" -n 2 --dist loadfile
 	$(BIN)/python -m pytest tests -m "cluster and not soak"
 
-check: setup
+test-fast: setup
+	$(BIN)/python -m pytest $(FAST) -m "not soak and not slow" -n 2 --dist loadfile
+
+check: setup docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+# Offline; dead links and warnings are errors.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 soak: setup
 	$(BIN)/python -m pytest tests -m soak
@@ -53,4 +63,4 @@ lock: setup
 	    --custom-compile-command "make lock" --output-file requirements/cluster.lock
 
 clean:
-	rm -rf .venv $(DEMO) $(TINY)
+	rm -rf .venv $(DEMO) $(TINY) site
