@@ -145,7 +145,9 @@ def help_text(job: type) -> str:
     return "\n".join(lines)
 
 
-def _hydra() -> initialize_config_dir:
+@cache
+def _register_schemas() -> None:
+    """Hydra keeps them for the whole process."""
     store = ConfigStore.instance()
     for job, name in JOBS.items():
         store.store(name=f"{name}_schema", node=job)
@@ -153,6 +155,10 @@ def _hydra() -> initialize_config_dir:
         store.store(group="benchmark", name=f"{name}_schema", node=layout)
     # `${configs:model/tiny.safetensors}` is a file that lies beside the YAML files, wherever they are installed.
     OmegaConf.register_new_resolver("configs", lambda name: str(_config_directory() / name), replace=True)
+
+
+def _hydra() -> initialize_config_dir:
+    _register_schemas()
     return initialize_config_dir(str(_config_directory()), version_base="1.3", job_name="pairvpr")
 
 
