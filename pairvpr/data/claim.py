@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import time
+import uuid
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from pairvpr.data import storage
+from pairvpr.data import sealed, storage
 from pairvpr.errors import UserError
 
 FILE = "settings.json"
+CLAIMS = "claims"
+SECONDS_TO_WAIT = 10.0
+SECONDS_BETWEEN_LOOKS = 0.2
 
 
 def check_claim(directory: str, settings: Mapping[str, Any], key: str, ignored: Collection[str] = ()) -> None:
     """Raise `UserError`, naming the setting `key` and what differs, if other settings made `directory`.
 
-    Also where it is no directory, or can't be read. Settings whose dotted names are `ignored` may differ. Nothing is
-    written.
+    Also where it is no directory, or its settings can't be read. Settings whose dotted names are `ignored` may differ.
+    Nothing is written.
     """
-    try:
-        made_by = storage.read_json(storage.join(directory, FILE))
-    except FileNotFoundError:
+    made_by = sealed.read_json(
+        storage.join(directory, FILE), f"expected another {key}: what made this one is not known"
+    )
+    if made_by is None:
+        if storage.is_local(directory):
+            _nearest_directory(directory, key)
         return
-    except NotADirectoryError as error:
-        raise UserError(_no_directory(directory, key)) from error
-    except OSError as error:
-        raise UserError(f"{key}={directory}: its {FILE} can't be read: {storage.reason(error)}") from error
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{key}={directory}: its {FILE} is not readable: {storage.reason(error)}") from error
     found = differences(made_by, settings, ignored)
     if found:
         raise UserError(
@@ -45,10 +47,7 @@ def check_writable(directory: str, key: str) -> None:
     """
     if not storage.is_local(directory):
         return
-    path = storage.local_path(directory).absolute()
-    nearest = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
-    if not nearest.is_dir():
-        raise UserError(_no_directory(directory, key))
+    nearest = _nearest_directory(directory, key)
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"{key}={directory}: {nearest} is not writable; expected a directory that can be written to")
 
@@ -56,18 +55,50 @@ def check_writable(directory: str, key: str) -> None:
 def claim(directory: str, settings: Mapping[str, Any], key: str) -> None:
     """Write the settings into a directory that has none yet; clear others of what killed writers left.
 
-    Raises `UserError` as the two checks, and where a store refuses.
+    Of several claims of the same moment with different settings at most one succeeds. Raises `UserError` as the two
+    checks, and where a store refuses.
     """
     url = storage.join(directory, FILE)
     try:
         if storage.exists(url):
-            check_claim(directory, settings, key)
             storage.remove_abandoned(directory)
         else:
             check_writable(directory, key)
-            storage.write_json(url, settings)
+            if storage.has_atomic_creation(directory):
+                storage.create_exclusively(url, sealed.json_bytes(settings))
+            else:
+                _announced(directory, settings, key)
     except OSError as error:
         raise UserError(f"{key}={directory}: can't be written: {storage.reason(error)}") from error
+    check_claim(directory, settings, key)
+
+
+def _announced(directory: str, settings: Mapping[str, Any], key: str) -> None:
+    """Write the settings to a store that can't create a file exclusively, unless others do so now, or did.
+
+    Everybody first announces a claim, in a file of its own, and then lists the claims: of two, one at least sees the
+    other. Who sees nobody writes the settings, and only then takes the claim back; so who does not see that claim any
+    more finds the settings. Who sees others gives way, or waits for them if its own name comes first.
+    """
+    data, claims = sealed.json_bytes(settings), storage.join(directory, CLAIMS)
+    digest = hashlib.sha256(data).hexdigest()
+    name = f"{digest}-{uuid.uuid4().hex}.json"
+    storage.write_bytes(storage.join(claims, name), data)
+    try:
+        given_up_s = time.monotonic() + SECONDS_TO_WAIT
+        while others := [other for other in storage.list_files(claims) if not other.startswith(digest)]:
+            if storage.exists(storage.join(directory, FILE)):
+                return
+            if min(others) < name or time.monotonic() > given_up_s:
+                raise UserError(
+                    f"{key}={directory}: another run with other settings is taking it right now; expected another "
+                    f"directory (if that run was killed, delete {storage.join(claims, min(others))})"
+                )
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        if not storage.exists(storage.join(directory, FILE)):
+            storage.write_bytes(storage.join(directory, FILE), data)
+    finally:
+        storage.remove_file(storage.join(claims, name))
 
 
 def differences(there: object, here: object, ignored: Collection[str] = ()) -> list[str]:
@@ -80,9 +111,14 @@ def differences(there: object, here: object, ignored: Collection[str] = ()) -> l
     ]
 
 
-def _no_directory(directory: str, key: str) -> str:
-    what = "is" if os.path.lexists(storage.local_path(directory)) else "lies below"
-    return f"{key}={directory}: {what} a file; expected a directory"
+def _nearest_directory(directory: str, key: str) -> Path:
+    """The local directory itself or, where there is none yet, what it would lie in. Raises `UserError` for a file."""
+    path = storage.local_path(directory).absolute()
+    nearest = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+    if not nearest.is_dir():
+        what = "is" if nearest == path else "lies below"
+        raise UserError(f"{key}={directory}: {what} a file; expected a directory")
+    return nearest
 
 
 def _flat(value: object, prefix: str) -> Iterator[tuple[str, object]]:

@@ -7,6 +7,7 @@ fsspec is imported when the first URL that needs it arrives, so the network load
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -319,7 +320,7 @@ def _created(url: str, data: bytes) -> bool:
     """Whether there was no file of this name and now is one with `data`; False for one that is there."""
     if is_local(url):
         try:
-            with _local_replacement(local_path(url), os.link) as temporary:
+            with _local_replacement(local_path(url), _link_or_create) as temporary:
                 temporary.write_bytes(data)
         except FileExistsError:
             return False
@@ -336,6 +337,25 @@ def _created(url: str, data: bytes) -> bool:
         return True
 
     return _retried(create, url)
+
+
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+
+
+def _link_or_create(temporary: Path, target: Path) -> None:
+    """Give a file a second name if that is free. Raises `FileExistsError`.
+
+    exFAT and SMB may have no links. There one caller alone creates the target, too, but its content follows.
+    """
+    try:
+        os.link(temporary, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        with target.open("xb") as file:
+            file.write(temporary.read_bytes())
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _upload(url: str, send: Callable[[], object], source: Callable[[], IO[bytes]]) -> None:

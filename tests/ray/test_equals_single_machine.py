@@ -202,5 +202,5 @@ def test_a_run_that_an_earlier_version_finished_or_began_goes_on(tmp_path: Path)
     assert after.select(exact).equals(before.select(exact))
     for name in ("reranked", "pair_scores"):
         assert after.column(name).to_pylist()[:16] == before.column(name).to_pylist()[:16]
-    scores = [np.sort(np.concatenate(table.column("pair_scores").to_pylist()[16:])) for table in (before, after)]
-    np.testing.assert_allclose(*scores, atol=0.05)  # photos are drawn anew, perhaps by another Pillow
+    earlier, later = (np.sort(np.concatenate(t.column("pair_scores").to_pylist()[16:])) for t in (before, after))
+    np.testing.assert_allclose(earlier, later, atol=0.05)  # photos are drawn anew, perhaps by another Pillow

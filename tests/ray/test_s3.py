@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec.config
 import pyarrow.parquet as pq
 import pytest
 import s3fs
@@ -13,11 +14,13 @@ import torch
 
 from pairvpr.config.compose import load, load_evaluations
 from pairvpr.config.schema import BuildIndexConfig, ClusterConfig, QueryConfig, UpdateIndexConfig
+from pairvpr.data import claim, storage
 from pairvpr.distributed.runtime import ray_session
 from pairvpr.models.weights import untrained_state
 from ray_jobs.build_index import build_index
 from ray_jobs.query import query
 from ray_jobs.update_index import update_index
+from tests.support.claims import claim_twice_at_once, slow_down
 from tests.support.flaky_proxy import running_flaky_proxy
 from tests.support.runs import (
     SMALL_NETWORK,
@@ -127,6 +130,23 @@ def test_dense_features_lie_on_a_store_that_fails_one_request_in_ten(
         assert sum(proxy.failures.values()) > 0
     assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected
     assert _filesystem(swift).exists("city/dense/manifest.json")
+
+
+@pytest.mark.parametrize("num_pairs", [15, pytest.param(1000, marks=pytest.mark.soak)])
+def test_of_two_claims_at_once_never_both_succeed(
+    swift: SwiftServer, monkeypatch: pytest.MonkeyPatch, num_pairs: int
+) -> None:
+    """This server answers two conditional writes of one moment with "created", both of them."""
+    keys = {"key": swift.access_key, "secret": swift.secret_key, "endpoint_url": swift.endpoint_url}
+    monkeypatch.setitem(fsspec.config.conf, "s3", keys)
+    monkeypatch.setattr(claim, "SECONDS_BETWEEN_LOOKS", 0.01)
+    slow_down(monkeypatch, 0.01)
+    root = f"s3://city/claims-{num_pairs}"
+    assert not storage.has_atomic_creation(root)
+    outcomes = [claim_twice_at_once(f"{root}/{number}", 0.05, number) for number in range(num_pairs)]
+    print(f"{num_pairs} pairs: {sum(map(any, outcomes))} with one success, {outcomes.count([True, True])} with two")
+    assert [True, True] not in outcomes
+    assert sum(map(any, outcomes)) > 0.9 * num_pairs
 
 
 class _Living:

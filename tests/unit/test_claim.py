@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+from pairvpr.data import claim as claiming
+from pairvpr.data import storage
 from pairvpr.data.claim import check_claim, claim
 from pairvpr.errors import UserError
+from tests.support.claims import claim_twice_at_once, refuse_links, slow_down
 
 SETTINGS: dict[str, Any] = {
     "model": {"name": "tiny", "encoder": {"depth": 2, "ffn": "mlp"}, "weights_sha256": "ab"},
@@ -63,10 +66,20 @@ def test_a_second_claim_changes_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "settings.json").read_bytes() == before
 
 
-def test_an_unreadable_claim_is_a_users_mistake(tmp_path: Path) -> None:
-    (tmp_path / "settings.json").write_text("{not json")
-    with pytest.raises(UserError, match=r"output=.*settings\.json is not readable"):
-        check_claim(str(tmp_path), SETTINGS, "output")
+@pytest.mark.parametrize("content", ["{not json", "", "[]", "null"])
+def test_a_damaged_claim_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "settings.json").write_text(content)
+    for check in (check_claim, claim):
+        with pytest.raises(UserError, match=r"settings\.json is damaged: .*; expected another output"):
+            check(str(tmp_path), SETTINGS, "output")
+
+
+def test_a_changed_byte_of_a_claim_is_named(tmp_path: Path) -> None:
+    claim(str(tmp_path), SETTINGS, "output")
+    data = (tmp_path / "settings.json").read_bytes()
+    (tmp_path / "settings.json").write_bytes(data.replace(b'"radius_m": 25.0', b'"radius_m": 35.0'))
+    with pytest.raises(UserError, match=r"settings\.json is damaged"):
+        check_claim(str(tmp_path), changed(radius_m=35.0), "output")
 
 
 def test_what_killed_writers_left_goes_when_it_is_old(tmp_path: Path) -> None:
@@ -82,3 +95,31 @@ def test_what_killed_writers_left_goes_when_it_is_old(tmp_path: Path) -> None:
     assert old.exists()  # a directory claimed for the first time is left as it is
     claim(str(tmp_path), SETTINGS, "output")
     assert sorted(folder.iterdir()) == sorted([new, *others])
+
+
+@pytest.mark.parametrize("num_pairs", [60, pytest.param(1000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kind", ["local", "no links", "memory"])
+def test_of_two_claims_at_once_one_succeeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, num_pairs: int
+) -> None:
+    monkeypatch.setattr(claiming, "SECONDS_BETWEEN_LOOKS", 0.001)
+    slow_down(monkeypatch, 0.001)
+    if kind == "no links":
+        monkeypatch.setattr(os, "link", refuse_links)
+    root = f"memory://{tmp_path.name}-{num_pairs}" if kind == "memory" else str(tmp_path)
+    outcomes = [claim_twice_at_once(f"{root}/{number}", 0.002, number) for number in range(num_pairs)]
+    assert [True, True] not in outcomes
+    assert sum(any(outcome) for outcome in outcomes) == num_pairs
+    assert {0, 1} == {outcome.index(True) for outcome in outcomes}
+    assert not [name for name in storage.list_files(root) if "/claims/" in name]
+
+
+def test_a_claim_that_a_killed_run_announced_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claiming, "SECONDS_TO_WAIT", 0.0)
+    directory = f"memory://{tmp_path.name}/killed"
+    left = f"{directory}/claims/{'0' * 64}-{'1' * 32}.json"
+    storage.write_bytes(left, b"{}")
+    with pytest.raises(UserError, match=f"another run with other settings is taking it right now.*delete {left}"):
+        claim(directory, SETTINGS, "output")
+    storage.remove_file(left)
+    claim(directory, SETTINGS, "output")
