@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,6 +25,8 @@ from pairvpr.models.weights_file import WeightsFile, find_weights_file, read_sta
 
 UNTRAINED_SEED = 0
 CLASS_TOKEN_STD = 1e-6
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+NUM_NAMED = 5  # names in a message
 TERMS = "the published Pair-VPR weights carry their owners' own, non-commercial terms"
 
 
@@ -73,8 +75,7 @@ def load_weights(config: ModelConfig, source: WeightsSource | None = None) -> We
         with torch.device("meta"):
             expected = PairVPR(config).state_dict()
         check_keys(state, expected, source.file.url)
-    arrays = {name: tensor.detach().to(torch.float32).numpy() for name, tensor in state.items()}
-    return Weights(arrays, source.sha256, source.untrained)
+    return Weights(float_arrays(state, config.weights), source.sha256, source.untrained)
 
 
 def announce(config: ModelConfig, weights: Weights | WeightsSource) -> None:
@@ -102,26 +103,49 @@ def build_model(config: ModelConfig, weights: Weights, device: torch.device) -> 
 def check_keys(
     state: Mapping[str, Tensor], expected: Mapping[str, Tensor], url: str, key: str = "model.weights"
 ) -> None:
-    """Raise `UserError` that names every kind of misfit between a file's tensors and the network's."""
+    """Raise `UserError` that counts every kind of misfit between a file's tensors and the network's, and names some."""
     if misfits := _misfits(state, expected):
         raise UserError(f"{key}={url} does not fit the network; {misfits}")
 
 
 def _misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    common = sorted(expected.keys() & state.keys())
     misfits = {
         "missing": sorted(expected.keys() - state.keys()),
         "unexpected": sorted(state.keys() - expected.keys()),
         "mis-shaped": [
             f"{name} {_shape(state[name])} instead of {_shape(expected[name])}"
-            for name in sorted(expected.keys() & state.keys())
+            for name in common
             if state[name].shape != expected[name].shape
         ],
+        "not in floats of 16 to 64 bits": [
+            f"{name} {state[name].dtype}" for name in common if state[name].dtype not in FLOATS
+        ],
     }
-    return "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in misfits.items() if names)
+    return "; ".join(f"{len(names)} {kind}: {_first(names)}" for kind, names in misfits.items() if names)
+
+
+def _first(names: Sequence[str]) -> str:
+    """The first names of many."""
+    return ", ".join([*names[:NUM_NAMED], *(["..."] if len(names) > NUM_NAMED else [])])
 
 
 def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape))
+    return "x".join(map(str, tensor.shape)) or "scalar"
+
+
+def float_arrays(
+    state: Mapping[str, Tensor], url: str | None, key: str = "model.weights"
+) -> dict[str, NDArray[np.float32]]:
+    """The tensors as float32 arrays. Raises `UserError`, naming the setting `key`, for NaN and infinite numbers."""
+    arrays = {name: tensor.detach().to(torch.float32).numpy() for name, tensor in state.items()}
+    broken = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+    if broken:
+        raise UserError(
+            f"{key}={url}: NaN or infinite numbers in {len(broken)} of {len(arrays)} tensors: {_first(broken)}; "
+            "expected finite ones in float32"
+        )
+    return arrays
 
 
 def stage_two_start(stage_one_state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:

@@ -16,12 +16,13 @@ import re
 import sys
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from urllib.parse import unquote
 
 import torch
@@ -31,11 +32,18 @@ from pairvpr.data import storage
 from pairvpr.errors import UserError
 
 TORCH_STARTS = (b"PK\x03\x04", b"\x80")  # how files of torch.save begin: zip, and pickle protocol 2 or later
+SAFE_CLASSES = (argparse.Namespace,)  # published stage-one files carry their command line in one
+WRAPPERS = ("model", "state_dict")
+PREFIXES = ("module.", "_orig_mod.")
 CACHE_BYTES = 20 << 30
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HUB_FILE = re.compile(
     r"hf://(?:(models|datasets|spaces)/)?([^/@]+/[^/@]+)(?:@(refs/(?:pr|convert)/[^/]+|[^/]+))?/(.+)"
 )
+
+# Once for the process: both are state of the process, which loading in one thread must not take from another.
+torch.serialization.add_safe_globals([*SAFE_CLASSES])
+warnings.filterwarnings("ignore", "Detected pickle protocol", module=r"torch\.")
 
 
 @dataclass(frozen=True)
@@ -59,8 +67,7 @@ def find_weights_file(url: str, key: str = "model.weights") -> WeightsFile:
             path = storage.local_path(url)
             return WeightsFile(url, path, storage.sha256(str(path)))
         if url.startswith("hf://"):
-            path = _from_hub(url)
-            return WeightsFile(url, path, storage.sha256(str(path)))
+            return _from_hub(url)
         return _fetched(url)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise UserError(f"{key}={url}: no such file") from error
@@ -69,10 +76,10 @@ def find_weights_file(url: str, key: str = "model.weights") -> WeightsFile:
 
 
 def read_state_dict(file: WeightsFile, key: str = "model.weights") -> dict[str, Tensor]:
-    """The tensors of a `.pth` or `.safetensors` file on the CPU.
+    """The tensors of a `.pth` or `.safetensors` file on the CPU; what wrappers put into their names is taken off.
 
-    Raises `UserError`, naming the setting `key`, for a file that is neither, for a pickle that holds more than tensors,
-    and for a file that has changed since it was found.
+    Raises `UserError`, naming the setting `key`, for a file that is neither, that is damaged, that holds more than
+    tensors, or that has changed since it was found.
     """
     try:
         data = file.path.read_bytes()
@@ -80,43 +87,108 @@ def read_state_dict(file: WeightsFile, key: str = "model.weights") -> dict[str, 
         raise UserError(f"{key}={file.url}: can't be read: {storage.reason(error)}") from error
     if hashlib.sha256(data).hexdigest() != file.sha256:
         raise UserError(f"{key}={file.url}: the file changed while the run started; expected one that stays as it is")
-    return _parse_state_dict(io.BytesIO(data), file.url, key)
-
-
-def _parse_state_dict(file: IO[bytes], url: str, key: str) -> dict[str, Tensor]:
-    if url.endswith(".safetensors"):
-        import safetensors.torch
-
-        data = file.read()
-        try:
-            return safetensors.torch.load(data)
-        except Exception as error:
-            raise UserError(f"{key}={url}: not a safetensors file: {storage.reason(error)}") from error
-    is_torch = file.read(4).startswith(TORCH_STARTS)
-    file.seek(0)
     try:
-        # Published stage-one files carry their command line as an argparse.Namespace: that class, nothing else.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        content = _tensors_of_torch(data) if data.startswith(TORCH_STARTS) else _tensors_of_safetensors(data)
+        state, taken_off = _without_wrappers(_state_dict(content))
+    except _UnusableError as error:
+        raise UserError(f"{key}={file.url}: {error}") from error
+    if taken_off:
+        print(f"{key}={file.url}: {taken_off}", file=sys.stderr, flush=True)
+    return state
+
+
+class _UnusableError(Exception):
+    """What is wrong with the content of a file of weights."""
+
+
+def _tensors_of_safetensors(data: bytes) -> dict[str, Tensor]:
+    import safetensors.torch
+
+    if data[8:9] != b"{":
+        raise _UnusableError("not a .pth or .safetensors file")
+    try:
+        return safetensors.torch.load(data)
+    except Exception as error:
+        raise _UnusableError(f"not a whole .safetensors file: {storage.reason(error)}") from error
+
+
+def _tensors_of_torch(data: bytes) -> object:
+    """What `torch.save` wrote. Its unpickler knows tensors, plain values and `SAFE_CLASSES`, and runs nothing."""
+    if data.startswith(b"PK"):
+        _check_zip(data)
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _UnusableError(
+            "refused, it holds more than tensors (a pickle can run code); "
+            "expected a state dict saved by torch.save, or .safetensors"
+        ) from error
     except Exception as error:  # the unpickler raises nearly anything on damaged bytes
-        if is_torch and isinstance(error, pickle.UnpicklingError):
-            raise UserError(
-                f"{key}={url}: refused, it holds more than tensors (a pickle can run code); "
-                "expected a state dict saved by torch.save, or .safetensors"
-            ) from error
-        raise UserError(f"{key}={url}: not a .pth or .safetensors file") from error
-    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
-        content = content["model"]
-    if not isinstance(content, Mapping) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
-    ):
-        raise UserError(f"{key}={url}: expected a state dict, or a dict with one under 'model'")
-    return dict(content)
+        raise _UnusableError("not a whole .pth file") from error
 
 
-def _from_hub(url: str) -> Path:
+def _check_zip(data: bytes) -> None:
+    """torch stores its records uncompressed, each with a checksum, and reads both without a look at either."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            records = archive.infolist()
+            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+                raise _UnusableError("a compressed archive; expected a state dict saved by torch.save")
+            if len({record.filename for record in records}) < len(records):
+                raise _UnusableError("damaged: two records have the same name")
+            damaged = archive.testzip()
+    except _UnusableError:
+        raise
+    except Exception as error:  # zipfile, too
+        raise _UnusableError(f"not a whole .pth file: {storage.reason(error)}") from error
+    if damaged is not None:
+        raise _UnusableError(f"damaged: the checksum of its record {damaged!r} does not fit; expected a whole file")
+
+
+def _state_dict(content: object) -> Mapping[str, Tensor]:
+    """The state dict that a file is, or holds under one of `WRAPPERS`."""
+    expected = "expected a state dict, or a dict with one under 'model' or 'state_dict'"
+    if not isinstance(content, Mapping):
+        raise _UnusableError(f"it holds {type(content).__name__}; {expected}")
+    below = [name for name in WRAPPERS if isinstance(content.get(name), Mapping)]
+    if len(below) > 1:
+        raise _UnusableError(f"it holds a dict under {' and under '.join(map(repr, below))}; {expected}")
+    state = content[below[0]] if below else content
+    for name, value in state.items():
+        if not isinstance(name, str) or not _is_plain_tensor(value):
+            raise _UnusableError(f"it holds {str(name)[:60]!r}, which is no plain tensor; {expected}")
+    return state
+
+
+def _is_plain_tensor(value: object) -> bool:
+    """Whether it is a tensor with numbers in memory: no sparse, quantized or nested one, no mere description."""
+    return (
+        isinstance(value, Tensor)
+        and type(value) in (Tensor, torch.nn.Parameter)
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and not (value.is_quantized or value.is_nested)
+    )
+
+
+def _without_wrappers(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """The state dict under the names of the network itself, and what was taken off to that end (empty: nothing).
+
+    DistributedDataParallel and torch.compile put `PREFIXES` into the names of what they wrap, the whole or a part.
+    """
+    plain = {_plain_name(name): tensor for name, tensor in state.items()}
+    changed = [name for name in state if name != _plain_name(name)]
+    if not changed or len(plain) < len(state):
+        return dict(state), ""
+    found = [prefix for prefix in PREFIXES if any(f".{prefix}" in f".{name}" for name in changed)]
+    return plain, f"{' and '.join(map(repr, found))} taken off the names of {len(changed)} of {len(state)} tensors"
+
+
+def _plain_name(name: str) -> str:
+    return ".".join(part for part in name.split(".") if f"{part}." not in PREFIXES)
+
+
+def _from_hub(url: str) -> WeightsFile:
     """The file in Hugging Face's own cache, which the hub's client keeps and reads without a network, too."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -126,13 +198,11 @@ def _from_hub(url: str) -> Path:
         raise FileNotFoundError(f"{url}: expected hf://OWNER/NAME/FILE, or hf://OWNER/NAME@REVISION/FILE")
     kind, repository, revision, name = parts.groups()
     try:
-        return Path(
-            hf_hub_download(
-                repository,
-                name,
-                repo_type=None if kind is None else kind.removesuffix("s"),
-                revision=None if revision is None else unquote(revision),
-            )
+        path = hf_hub_download(
+            repository,
+            name,
+            repo_type=None if kind is None else kind.removesuffix("s"),
+            revision=None if revision is None else unquote(revision),
         )
     except LocalEntryNotFoundError as error:
         raise OSError("Hugging Face can't be reached, and the file is not in its cache on this machine") from error
@@ -140,6 +210,11 @@ def _from_hub(url: str) -> Path:
         raise FileNotFoundError(url) from error
     except ValueError as error:  # a repository's name that none can have
         raise OSError(storage.reason(error)) from error
+    file = WeightsFile(url, Path(path), storage.sha256(path))
+    blob = file.path.resolve()
+    if _SHA256.fullmatch(blob.name) and blob.name != file.sha256:  # large files are named for their content
+        raise OSError(f"its copy in Hugging Face's cache is damaged; delete {blob}")
+    return file
 
 
 def _fetched(url: str) -> WeightsFile:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pairvpr.config.schema import ModelConfig
 from pairvpr.models.pair_vpr import PairVPR
-from pairvpr.models.weights import Weights, check_keys, stage_two_start, untrained_state
+from pairvpr.models.weights import Weights, check_keys, float_arrays, stage_two_start, untrained_state
 from pairvpr.models.weights_file import find_weights_file, read_state_dict
 
 KEY = "train.start"
@@ -25,7 +25,7 @@ def stage_one_start_weights(model: ModelConfig, start: str | None, seed: int) ->
     """
     state = untrained_state(model, seed=seed, pair_classifier_token=False)
     if start is None:
-        return _weights(state, f"seed {seed}", untrained=True)
+        return _weights(state, f"seed {seed}", None)
     file = find_weights_file(start, KEY)
     given, digest = read_state_dict(file, KEY), file.sha256
     if any(name.startswith(ENCODER) for name in given):
@@ -34,7 +34,7 @@ def stage_one_start_weights(model: ModelConfig, start: str | None, seed: int) ->
         encoder = {name.removeprefix(ENCODER): tensor for name, tensor in state.items() if name.startswith(ENCODER)}
         check_keys(given, encoder, start, KEY)
         given = {f"{ENCODER}{name}": tensor for name, tensor in given.items()}
-    return _weights(state | given, f"{digest} and seed {seed}")
+    return _weights(state | given, f"{digest} and seed {seed}", start)
 
 
 def stage_two_start_weights(model: ModelConfig, start: str | None, seed: int) -> Weights:
@@ -43,17 +43,17 @@ def stage_two_start_weights(model: ModelConfig, start: str | None, seed: int) ->
     Raises `UserError` for a file that is neither, or of another network.
     """
     if start is None:
-        return _weights(untrained_state(model, seed=seed), f"seed {seed}", untrained=True)
+        return _weights(untrained_state(model, seed=seed), f"seed {seed}", None)
     file = find_weights_file(start, KEY)
     given, digest = read_state_dict(file, KEY), file.sha256
     if ONLY_IN_STAGE_TWO in given:
         with torch.device("meta"):
             expected = PairVPR(model).state_dict()
         check_keys(given, expected, start, KEY)
-        return _weights(given, digest)
-    return _weights(stage_two_start(given, model), digest)
+        return _weights(given, digest, start)
+    return _weights(stage_two_start(given, model), digest, start)
 
 
-def _weights(state: Mapping[str, Tensor], origin: str, *, untrained: bool = False) -> Weights:
-    arrays = {name: tensor.detach().to(torch.float32).numpy() for name, tensor in state.items()}
-    return Weights(arrays, hashlib.sha256(origin.encode()).hexdigest(), untrained=untrained)
+def _weights(state: Mapping[str, Tensor], origin: str, start: str | None) -> Weights:
+    digest = hashlib.sha256(origin.encode()).hexdigest()
+    return Weights(float_arrays(state, start, KEY), digest, untrained=start is None)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import io
 import os
+import re
 import subprocess
 import sys
-import tempfile
-from collections.abc import Mapping
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -19,8 +21,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from pairvpr.config.schema import ModelConfig
@@ -129,8 +129,7 @@ def test_code_in_a_file_is_refused_and_not_run(
     path.write_bytes(saved({"model": state, "args": _Code(marker)}, _use_new_zipfile_serialization=zipped))
     message = refusal(path)
     assert not marker.exists()
-    if name != "w.safetensors":
-        assert "refused, it holds more than tensors (a pickle can run code)" in message
+    assert "refused, it holds more than tensors (a pickle can run code)" in message
     torch.load(io.BytesIO(path.read_bytes()), weights_only=False)
     assert marker.exists()  # the file was a real one
 
@@ -142,7 +141,7 @@ def test_no_other_class_than_namespace_is_let_in(tmp_path: Path, state: dict[str
 
 
 def test_all_misfits_are_named_at_once(tmp_path: Path, state: dict[str, Tensor]) -> None:
-    wrong = {f"module.{name}" if name == "mask_token" else name: tensor for name, tensor in state.items()}
+    wrong = {f"net.{name}" if name == "mask_token" else name: tensor for name, tensor in state.items()}
     del wrong["globalizer.0.bias"]
     wrong["dec_norm.weight"] = torch.zeros(31)
     wrong["decoder_embed.weight"] = torch.zeros(32, 16)
@@ -151,7 +150,7 @@ def test_all_misfits_are_named_at_once(tmp_path: Path, state: dict[str, Tensor])
     path.write_bytes(saved(wrong))
     assert refusal(path) == (
         f"model.weights={path} does not fit the network; 2 missing: globalizer.0.bias, mask_token; "
-        "2 unexpected: extra, module.mask_token; "
+        "2 unexpected: extra, net.mask_token; "
         "2 mis-shaped: dec_norm.weight 31 instead of 32, decoder_embed.weight 32x16 instead of 32x32"
     )
 
@@ -161,6 +160,176 @@ def test_what_is_no_state_dict_is_refused(tmp_path: Path, content: object) -> No
     path = tmp_path / "w.pth"
     path.write_bytes(saved(content))
     assert "expected a state dict, or a dict with one under 'model'" in refusal(path)
+
+
+def test_many_misfits_are_counted_and_the_first_named(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    path = tmp_path / "w.pth"
+    path.write_bytes(saved({"mask_token": state["mask_token"].long()}))
+    message = refusal(path)
+    assert f"{len(state) - 1} missing: " in message
+    assert message.endswith(", ...; 1 not in floats of 16 to 64 bits: mask_token torch.int64")
+    assert len(message) < 500
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e39])
+def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, state: dict[str, Tensor], value: float) -> None:
+    broken = state | {"mask_token": state["mask_token"].double().clone()}
+    broken["mask_token"].view(-1)[3] = value
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(safetensors.torch.save(broken))
+    assert refusal(path).endswith(
+        f"NaN or infinite numbers in 1 of {len(state)} tensors: mask_token; expected finite ones in float32"
+    )
+
+
+@pytest.mark.parametrize(
+    ("rename", "found"),
+    [
+        ("module.{}", "'module.'"),
+        ("_orig_mod.{}", "'_orig_mod.'"),
+        ("module._orig_mod.{}", "'module.' and '_orig_mod.'"),
+        ("_orig_mod.module.{}", "'module.' and '_orig_mod.'"),
+    ],
+)
+@pytest.mark.parametrize("wrapper", [None, "model", "state_dict"])
+def test_names_of_wrappers_are_taken_off_and_said(
+    tmp_path: Path,
+    state: dict[str, Tensor],
+    rename: str,
+    found: str,
+    wrapper: str | None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    renamed = {rename.format(name): tensor for name, tensor in state.items()}
+    path = tmp_path / "w.pth"
+    path.write_bytes(saved(renamed if wrapper is None else {wrapper: renamed, "epoch": 3}))
+    assert_same(weights.load_weights(small_model_config(str(path))), state)
+    said = f"model.weights={path}: {found} taken off the names of {len(state)} of {len(state)} tensors\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_wrapped_part_is_unwrapped(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    path = tmp_path / "w.pth"
+    path.write_bytes(saved({name.replace("encoder.", "encoder._orig_mod."): value for name, value in state.items()}))
+    assert_same(weights.load_weights(small_model_config(str(path))), state)
+
+
+def test_nothing_is_taken_off_where_two_names_would_become_one(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    path = tmp_path / "w.pth"
+    path.write_bytes(saved(state | {"module.mask_token": torch.zeros_like(state["mask_token"])}))
+    assert "1 unexpected: module.mask_token" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda tensor: tensor.to_sparse(),
+        lambda tensor: tensor.to("meta"),
+        lambda tensor: torch.quantize_per_tensor(tensor, 1.0, 0, torch.qint8),
+        lambda tensor: torch.nested.nested_tensor([tensor]),
+    ],
+    ids=["sparse", "meta", "quantized", "nested"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_of_unusual_kinds_are_refused(tmp_path: Path, state: dict[str, Tensor], make: Any) -> None:
+    path = tmp_path / "w.pth"
+    path.write_bytes(saved(state | {"mask_token": make(state["mask_token"])}))
+    assert re.search(r"mask_token.* no plain tensor|refused|not a whole", refusal(path))
+
+
+def test_two_state_dicts_in_a_file_are_refused(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    path = tmp_path / "w.pth"
+    path.write_bytes(saved({"model": state, "state_dict": state}))
+    assert "it holds a dict under 'model' and under 'state_dict'" in refusal(path)
+
+
+def rezipped(data: bytes, compression: int, extra: Mapping[str, bytes] | None = None) -> bytes:
+    """A file of torch.save as another program packs it."""
+    sink = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(sink, "w", compression) as target:
+        for record in source.infolist():
+            target.writestr(record.filename, source.read(record))
+        for name, content in (extra or {}).items():
+            target.writestr(name, content)
+    return sink.getvalue()
+
+
+def test_compressed_archives_are_refused_before_they_are_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.pth"
+    path.write_bytes(rezipped(saved({"a": torch.zeros(1)}), zipfile.ZIP_DEFLATED, {"archive/data/1": bytes(1 << 26)}))
+    assert path.stat().st_size < 1 << 20
+    assert "a compressed archive" in refusal(path)
+
+
+def test_a_header_that_says_it_is_huge_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    path.write_bytes((1 << 60).to_bytes(8, "little") + b'{"a":' + bytes(100))
+    assert "not a whole .safetensors file" in refusal(path)
+
+
+def damaged_copy(whole: bytes, random: np.random.Generator) -> bytes:
+    """One of the ways in which disks, networks and people damage files."""
+    content = bytearray(whole)
+    at = int(random.integers(len(content)))
+    match random.integers(5):
+        case 0:
+            content[at] ^= 1 << int(random.integers(8))
+        case 1:
+            for place in random.integers(len(content), size=int(random.integers(1, 9))):
+                content[place] = int(random.integers(256))
+        case 2:
+            del content[at:]
+        case 3:
+            content[at : at + int(random.integers(1, 600))] = random.bytes(int(random.integers(600)))
+        case _:
+            source, size = int(random.integers(len(content))), int(random.integers(1, 600))
+            content[at : at + size] = content[source : source + size]
+    return bytes(content)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("num_files", [240, pytest.param(6_000, marks=pytest.mark.soak)])
+def test_damaged_files_are_refused_or_give_what_the_whole_one_gives(
+    tmp_path: Path, num_files: int, record_property: Callable[[str, object], None]
+) -> None:
+    """But for numbers in .safetensors and .pth before torch 1.6, which have no checksum: their sha256 differs."""
+    state = {f"layer.{n}.weight": torch.arange(40.0).reshape(5, 8) + n for n in range(6)}
+    wholes = {
+        "zip": saved(state),
+        "legacy": saved({"model": state, "args": argparse.Namespace(lr=1.0)}, _use_new_zipfile_serialization=False),
+        "safetensors": safetensors.torch.save(state),
+    }
+    random = np.random.default_rng(11)
+    counts, longest = Counter[str](), 0
+    path = tmp_path / "w"
+    for number in range(num_files):
+        kind = list(wholes)[number % len(wholes)]
+        data = damaged_copy(wholes[kind], random)
+        path.write_bytes(data)
+        started = time.monotonic()
+        try:
+            found = read_state_dict(find_weights_file(str(path)))
+            assert_keys_checked(found, state)
+            is_same = all(torch.equal(found[name], tensor) for name, tensor in state.items())
+        except UserError as error:
+            counts[f"{kind}: refused"] += 1
+            longest = max(longest, len(str(error).splitlines()))
+        else:
+            assert is_same or kind != "zip", (number, kind)
+            assert is_same or hashlib.sha256(data).digest() != hashlib.sha256(wholes[kind]).digest()
+            counts[f"{kind}: {'same' if is_same else 'other numbers, other sha256'}"] += 1
+        assert time.monotonic() - started < 5
+    print(dict(counts))
+    record_property("counts", dict(counts))
+    assert counts.total() == num_files
+    assert longest == 1  # line
+    assert all(counts[f"{kind}: refused"] for kind in wholes)
+
+
+def assert_keys_checked(found: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """What every loader does with the tensors of a file. Raises `UserError`."""
+    weights.check_keys(found, state, "file")
+    weights.float_arrays(found, "file")
 
 
 def test_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
@@ -182,7 +351,7 @@ def test_foreign_files_are_refused(tmp_path: Path, suffix: str, data: bytes) -> 
     path = tmp_path / f"w{suffix}"
     path.write_bytes(data)
     message = refusal(path)
-    assert f"not a {suffix}" in message or "not a safetensors" in message
+    assert re.search(r"not a (whole )?\.pth", message)
 
 
 @pytest.mark.parametrize("data", [b"<!DOCTYPE html><html>404</html>", b'{"error": "not found"}'])
@@ -199,23 +368,6 @@ def test_truncated_files_are_refused(tmp_path: Path, state: dict[str, Tensor], s
     for length in (7, 100, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:length])
         refusal(path)
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@settings(max_examples=150, phases=[Phase.generate])
-@given(st.data())
-def test_damaged_files_are_refused_or_read(data: st.DataObject) -> None:
-    whole = saved({"a": torch.arange(3.0)})
-    if data.draw(st.booleans(), "damage a real file"):
-        content = bytearray(whole)
-        for _ in range(data.draw(st.integers(1, 4))):
-            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    else:
-        content = data.draw(st.binary(max_size=40))
-    with contextlib.suppress(UserError), tempfile.NamedTemporaryFile(suffix=".pth") as file:  # and nothing else
-        file.write(content)
-        file.flush()
-        read_state_dict(find_weights_file(file.name))
 
 
 # A number whose bytes are missing, a stack that is empty, a tensor without its arguments: each was seen to escape.
