@@ -1,31 +1,158 @@
-"""Where errors leave a job: one line for people, and an exit code."""
+"""Where errors leave a job: one line for people, an exit code, and everything else in a log file.
+
+Whatever is not a `UserError`, an `IncompleteRunError` or a refusal of the machine is a defect of the program. Its line
+names the log, which holds the tracebacks, and all that Ray, torch and other libraries wrote.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import FrameType
 
 from pairvpr.data.storage import StorageError, reason
-from pairvpr.distributed.stderr_filter import filtered_stderr
 from pairvpr.errors import IncompleteRunError, UserError
+from pairvpr.machine import in_a_line
+from pairvpr.terminal import give_up_broken_stdout, libraries_write_to, make_streams_usable, say
+
+KEPT = "what is finished is kept"
+GOES_ON = f"{KEPT}: the same line again goes on from there"
+SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
+
+class StoppedError(BaseException):
+    """The process was asked to end, by a signal of this name."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended."""
+
+    exit_code: int
+    line: str | None = None
+    has_log: bool = False
+    """Whether the log says more than the line."""
+
+    def __str__(self) -> str:
+        """The line; what would break it, or can't be shown, is written as an escape."""
+        return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in self.line or "")
 
 
 def exit_code_of(work: Callable[[], object]) -> int:
-    """Run `work` in this process. 0: done, 1: incomplete, 2: a user's mistake, 130: interrupted."""
+    """Run `work` in this process. 0: done, 1: incomplete, 2: a user's mistake, 130: interrupted.
+
+    What `work` says goes to standard error; the rest of what is written there goes to a log, which is kept where
+    something failed.
+    """
+    make_streams_usable()
+    log, name = _open_log()
+    with _last_word(name), libraries_write_to(log):
+        try:
+            with _stopped_by_signals():
+                work()
+                sys.stdout.flush()
+            outcome = Outcome(0)
+        except BaseException as error:
+            outcome = outcome_of(error)
+            with suppress(OSError):
+                os.write(log, "".join(traceback.format_exception(error)).encode(errors="backslashreplace"))
+        if outcome.line is not None:
+            say(f"{outcome} (full text: {name})" if outcome.has_log and name else str(outcome))
+    if name and not outcome.has_log:
+        with suppress(OSError):
+            os.unlink(name)
+    os.close(log)
+    give_up_broken_stdout()
+    return outcome.exit_code
+
+
+def outcome_of(error: BaseException) -> Outcome:
+    """What people are told of an error: of the first in its chain of causes that is meant for them."""
+    for cause in _causes(error):
+        if isinstance(cause, UserError):
+            return Outcome(2, f"error: {reason(cause)}")
+        if isinstance(cause, IncompleteRunError):
+            return Outcome(1, f"incomplete: {reason(cause)}", has_log=True)
+        if isinstance(cause, KeyboardInterrupt):
+            return Outcome(130, f"interrupted: {GOES_ON}")
+        if isinstance(cause, StoppedError):
+            return Outcome(1, f"stopped by {cause}: {GOES_ON}")
+        if isinstance(cause, StorageError):
+            return Outcome(1, f"error: {reason(cause)}; {KEPT}", has_log=True)
+        if isinstance(cause, BrokenPipeError) and cause.filename is None:
+            return Outcome(1, f"error: standard output was closed before everything was printed; {KEPT}")
+        if isinstance(cause, OSError | MemoryError):
+            return Outcome(1, f"error: {in_a_line(cause)}; {KEPT}", has_log=True)
+        if type(cause).__module__.startswith("ray."):
+            return Outcome(1, f"incomplete: Ray failed: {in_a_line(cause)}; {GOES_ON}", has_log=True)
+    return Outcome(1, f"defect of the program, please report it: {in_a_line(error)}; {KEPT}", has_log=True)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it was explicitly raised from. Ray's copy of what a task raised has that as its `cause`."""
+    found: BaseException | None = error
+    seen: set[int] = set()
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        inner = getattr(found, "cause", None)
+        if isinstance(inner, BaseException):
+            yield from _causes(inner)
+        yield found
+        found = found.__cause__
+
+
+@contextmanager
+def _last_word(log: str | None) -> Iterator[None]:
+    """Should this process end within the block without a word, another one says so.
+
+    It may be killed, and Ray's native code ends it where Ray's own processes are gone.
+    """
+    line = f"incomplete: the process was killed, had no memory left, or Ray ended it; {GOES_ON} (full text: {log})"
     try:
-        with filtered_stderr():
-            work()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except IncompleteRunError as error:
-        print(f"incomplete: {error}", file=sys.stderr)
-        return 1
-    except StorageError as error:
-        # Ray's copy of an error that a task raised has the task's traceback for its message.
-        print(f"error: {reason(getattr(error, 'cause', error))}; what is finished is kept", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: what is finished is kept; the same line again goes on from there", file=sys.stderr)
-        return 130
-    return 0
+        command = ["sh", "-c", 'read -r over || printf "%s\\n" "$0" >&2', line]
+        watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    except OSError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            watcher.communicate(b"over\n")
+
+
+def _open_log() -> tuple[int, str | None]:
+    """A file descriptor for everything that is not for people, and the file's name; the null device if need be."""
+    try:
+        return tempfile.mkstemp(prefix="pairvpr-", suffix=".log")
+    except OSError:
+        return os.open(os.devnull, os.O_WRONLY), None
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Within the block, signals that ask the process to end raise `StoppedError` in the main thread."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise StoppedError(signal.Signals(number).name)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

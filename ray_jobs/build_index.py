@@ -14,10 +14,10 @@ from pairvpr.config.schema import BuildIndexConfig
 from pairvpr.data import storage
 from pairvpr.data.claim import check_claim, check_writable, claim
 from pairvpr.data.manifest import folder_manifest
-from pairvpr.distributed.progress import say
 from pairvpr.distributed.runtime import ModelSource, ray_session
 from pairvpr.index import choose
 from pairvpr.models.weights import announce, find_weights, load_weights
+from pairvpr.terminal import say
 from ray_jobs.run import index_settings, located
 from ray_jobs.steps import about_generation, ensure_index
 

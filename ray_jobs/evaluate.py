@@ -17,12 +17,12 @@ from pairvpr.data.benchmarks import load_benchmark, prepare_benchmark
 from pairvpr.data.claim import check_writable, claim
 from pairvpr.data.manifest import Benchmark
 from pairvpr.distributed.dense import check_sharing
-from pairvpr.distributed.progress import say
 from pairvpr.distributed.runtime import ModelSource, ray_session
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.index import choose
 from pairvpr.index.manifest import read_manifest
 from pairvpr.models.weights import announce, find_weights, load_weights
+from pairvpr.terminal import say
 from ray_jobs.run import (
     Run,
     calibrated,

@@ -24,12 +24,12 @@ from pairvpr.data.claim import check_writable
 from pairvpr.data.manifest import Manifest
 from pairvpr.distributed.capacity import room
 from pairvpr.distributed.describe import Description, describe
-from pairvpr.distributed.progress import say
 from pairvpr.distributed.runtime import ModelSource, plan_actors, ray_session
 from pairvpr.errors import UserError
 from pairvpr.index.plan import Room, plan_index, table
 from pairvpr.index.plan_dense import dense_table, plan_dense
 from pairvpr.models.weights import Weights, untrained_state
+from pairvpr.terminal import say
 from pairvpr.toy import city as toy_city
 from ray_jobs.steps import memory_budget_bytes
 

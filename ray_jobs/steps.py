@@ -15,7 +15,6 @@ from pairvpr.distributed.capacity import node_rooms, room
 from pairvpr.distributed.dense import about_store, make_store
 from pairvpr.distributed.describe import Description, describe
 from pairvpr.distributed.index import RayRunner
-from pairvpr.distributed.progress import say
 from pairvpr.distributed.rerank import rerank, unfinished
 from pairvpr.distributed.retrieve import Candidates, retrieve
 from pairvpr.distributed.runtime import ModelSource, cluster_memory_bytes
@@ -30,6 +29,7 @@ from pairvpr.index.plan import check_fits, plan_index
 from pairvpr.index.reader import live_ids
 from pairvpr.retrieval.pipeline import answers
 from pairvpr.retrieval.rerank import WorkUnit, work_units
+from pairvpr.terminal import say
 from ray_jobs.run import Run
 
 SHARE_OF_MEMORY = 0.5

@@ -11,11 +11,11 @@ from pairvpr.data.benchmarks import load_benchmark, prepare_benchmark
 from pairvpr.data.claim import check_claim, check_writable, claim
 from pairvpr.data.samples import num_batches
 from pairvpr.data.training_sets.read import read_training_sets
-from pairvpr.distributed.progress import say
 from pairvpr.distributed.runtime import ray_session
 from pairvpr.distributed.train_workers import Job, fit
 from pairvpr.errors import UserError
 from pairvpr.models.weights import Weights
+from pairvpr.terminal import say
 from pairvpr.training.checkpoint import steps_done
 from pairvpr.training.metrics_log import check_wandb
 

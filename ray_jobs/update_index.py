@@ -10,7 +10,8 @@ import io
 import json
 import posixpath
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -31,15 +32,23 @@ from pairvpr.data.problems import Problems
 from pairvpr.data.tables import TableFile
 from pairvpr.distributed.describe import Description, describe
 from pairvpr.distributed.index import RayRunner
-from pairvpr.distributed.progress import say
 from pairvpr.distributed.runtime import ModelSource, ray_session
 from pairvpr.errors import UserError
 from pairvpr.index import choose
 from pairvpr.index.make import is_wanted, next_generation
-from pairvpr.index.manifest import IndexManifest, check_model, commit, read_images
+from pairvpr.index.manifest import (
+    IndexManifest,
+    changed_meanwhile,
+    check_model,
+    commit,
+    read_images,
+    read_manifest,
+)
 from pairvpr.index.reader import removed_ids
-from pairvpr.index.update import compacted, with_added, without
+from pairvpr.index.update import UPDATES, compacted, remove_leftovers, with_added, without
+from pairvpr.index.versions import are_there, photo_versions, write_versions
 from pairvpr.models.weights import announce, find_weights, load_weights
+from pairvpr.terminal import say
 from ray_jobs.run import index_settings, located, open_manifest
 from ray_jobs.steps import about_generation, memory_budget_bytes
 
@@ -54,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def update_index(config: UpdateIndexConfig) -> IndexManifest:
-    """Add, remove, compact, or change the kind; returns the new generation.
+    """Add, remove, compact, or change the kind; returns the new generation, or the newest where all that is done.
 
     Raises `UserError` before anything is written for what can't be done, and at the end where another writer was
     faster: then nothing of the index has changed.
@@ -65,21 +74,30 @@ def update_index(config: UpdateIndexConfig) -> IndexManifest:
     check_writable(directory, "index.path")
     images = read_images(directory, manifest)
     removed = removed_ids(directory, manifest)
-    added = _added(config, images)
-    gone = _gone(config, images, removed, added)
+    named = _added(config, images)
+    gone = _gone(config, images, removed, named)
+    added, versions = named, pa.array([], pa.string())
+    if named is not None:
+        added, versions = _less_those_there(directory, manifest, removed, named)
+        gone = _gone(config, images, removed, added)
     weights = find_weights(config.model)
     database = images if added is None else added
     settings = index_settings(database, 1, config.model, weights, config.describe)
     check_model(directory, manifest, name=config.model.name, weights_sha256=weights.sha256, model=settings["model"])
     announce(config.model, weights)
-    prefix = _prefix(manifest, settings, gone, added, config)
-    with ray_session(config.cluster):
+    remove_leftovers(directory, manifest)
+    if added is None and not len(gone) and not config.compact and config.index.kind is None:
+        say("update: finished earlier, nothing to change")
+        return manifest
+    prefix = _prefix(manifest, settings, gone, versions, config)
+    with ray_session(config.cluster), _alone(directory, manifest):
         draft = replace(manifest, generation=manifest.generation + 1)
         threads, runner = config.index.num_build_threads, RayRunner()
         if added is not None:
             num_shards = config.index.num_shards or choose.default_num_shards(len(added))
             source = ModelSource(config.model, ray.put(load_weights(config.model, weights)))
             below = storage.join(directory, prefix.rstrip("/"))
+            write_versions(below, added, versions)
             what = Description(added, below, num_shards, source, config.describe, draft.num_images)
             describe(what, "added photos", needs_a_readable_photo=True)
             draft = with_added(directory, draft, prefix, len(added), num_shards, threads, runner)
@@ -92,9 +110,10 @@ def update_index(config: UpdateIndexConfig) -> IndexManifest:
         if config.index.kind is not None and not is_wanted(draft, options):
             draft = next_generation(directory, draft, options, memory_budget_bytes(options), runner)
         if replace(draft, generation=manifest.generation) == manifest:
-            say("index: nothing to change")
+            say("update: finished earlier, nothing to change")
             return manifest
         commit(directory, draft)
+        remove_leftovers(directory, draft)
     num_added = draft.num_images - manifest.num_images - (draft.num_rejected - manifest.num_rejected)
     num_gone = draft.num_removed - manifest.num_removed
     say(f"{about_generation(draft)}: {num_added:,} added, {num_gone:,} removed or replaced")
@@ -113,20 +132,20 @@ def _prefix(
     manifest: IndexManifest,
     settings: dict[str, object],
     gone: NDArray[np.int64],
-    added: Manifest | None,
+    versions: pa.Array,
     config: UpdateIndexConfig,
 ) -> str:
     """Where this change keeps its files. Two different changes never share a folder, the same one finds it again."""
-    places = b"" if added is None else added.utm_m.tobytes() + added.heading_deg.tobytes()
     cut = [config.index.num_shards, config.index.num_build_threads, config.index.compact_share]
     about = [
         manifest.generation,
         settings,
         cut,
-        *(hashlib.sha256(data).hexdigest() for data in (gone.tobytes(), places)),
+        versions.to_pylist(),
+        hashlib.sha256(gone.tobytes()).hexdigest(),
     ]
     token = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
-    return f"updates/{manifest.generation + 1:06d}-{token}/"
+    return f"{UPDATES}/{manifest.generation + 1:06d}-{token}/"
 
 
 def _added(config: UpdateIndexConfig, images: Manifest) -> Manifest | None:
@@ -141,6 +160,32 @@ def _added(config: UpdateIndexConfig, images: Manifest) -> Manifest | None:
     return located(Manifest.of(images.root, sorted(set(paths))), config, "add")
 
 
+def _less_those_there(
+    directory: str, manifest: IndexManifest, removed: NDArray[np.int64], named: Manifest
+) -> tuple[Manifest | None, pa.Array]:
+    """The photos that are not in the index as they are now, and their versions; no manifest where all are."""
+    versions = photo_versions(named)
+    is_new = ~are_there(directory, manifest, removed, named, versions)
+    if not is_new.all():
+        say(f"update: {(~is_new).sum():,} of {len(named):,} photos to add are in the index already")
+    new = Manifest.of(
+        named.root, named.path_column.filter(pa.array(is_new)), named.utm_m[is_new], named.heading_deg[is_new]
+    )
+    return new if len(new) else None, versions.filter(pa.array(is_new))
+
+
+@contextmanager
+def _alone(directory: str, manifest: IndexManifest) -> Iterator[None]:
+    """Where the block fails because another writer was faster, which then clears this one's files away, say that."""
+    try:
+        yield
+    except Exception as error:
+        newest = read_manifest(directory)
+        if newest is None or newest.generation == manifest.generation:
+            raise
+        raise changed_meanwhile(directory, newest.generation) from error
+
+
 def _gone(
     config: UpdateIndexConfig, images: Manifest, removed: NDArray[np.int64], added: Manifest | None
 ) -> NDArray[np.int64]:
@@ -149,7 +194,7 @@ def _gone(
     there = images.only(live)
     gone = [np.empty(0, np.int64)]
     if config.remove is not None:
-        gone.append(live[_found(config.remove, there)])
+        gone.append(live[_found(config.remove, there, images)])
     if added is not None:
         again = there.ids_of(added.path_column)
         again = live[again[again >= 0]]
@@ -160,23 +205,26 @@ def _gone(
     return np.unique(np.concatenate(gone))
 
 
-def _found(remove: str, there: Manifest) -> NDArray[np.int64]:
-    """Positions in `there` of what `remove` names."""
+def _found(remove: str, there: Manifest, images: Manifest) -> NDArray[np.int64]:
+    """Positions in `there`, the live ones of `images`, of what `remove` names; what was removed earlier is left out."""
     if remove.lower().endswith(LIST_SUFFIXES):
-        paths = _listed(remove, "remove", there.root)
-        rows = there.ids_of(pa.chunked_array([pa.array(paths, pa.string())]))
-        if (rows < 0).any():
-            unknown = [path for path, row in zip(paths, rows.tolist(), strict=True) if row < 0]
+        paths = pa.chunked_array([pa.array(_listed(remove, "remove", there.root), pa.string())])
+        rows = there.ids_of(paths)
+        unknown = paths.filter(pa.array((rows < 0) & (images.ids_of(paths) < 0)))
+        if len(unknown):
             raise UserError(
                 f"remove={remove}: {unknown[0]} is not in the index (nor are {len(unknown) - 1:,} more); expected "
                 f"paths relative to {there.root}"
             )
-        return rows
+        return rows[rows >= 0]
     folder = _below_root(remove, "remove", there.root)
-    rows = np.array([row for row, path in enumerate(there.paths) if path.startswith(folder)], np.int64)
-    if not len(rows):
+    if not _below(images, folder).any():
         raise UserError(f"remove={remove}: no photo of the index is below it; expected a folder of {there.root}")
-    return rows
+    return np.flatnonzero(_below(there, folder))
+
+
+def _below(photos: Manifest, folder: str) -> NDArray[np.bool_]:
+    return pc.starts_with(photos.path_column, pattern=folder).to_numpy()
 
 
 def _less_unreadable(gone: NDArray[np.int64], images: Manifest, added: Manifest, described: str) -> NDArray[np.int64]:

@@ -34,6 +34,7 @@ NUM_TRIES = 8
 FIRST_WAIT_S = 0.2
 SECONDS_UNTIL_ABANDONED = 3600.0
 PIECE_BYTES = 1 << 22
+NO_SPACE_BYTES = 1 << 20
 
 
 class StorageError(OSError):
@@ -304,16 +305,38 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
 @contextmanager
 def _local_replacement(target: Path, publish: Callable[[Path, Path], None] = os.replace) -> Iterator[Path]:
-    """A temporary file beside `target` that takes its name, data first, when the block ends without error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """A temporary file beside `target` that takes its name, data first, when the block ends without error.
+
+    Raises `OSError` that names the target, also where a library has its own words for a disk without space.
+    """
     temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         publish(temporary, target)
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, str(temporary)):
+            raise OSError(error.errno, error.strerror, str(target)) from error
+        _raise_if_full(target, error)
+        raise
+    except RuntimeError as error:
+        _raise_if_full(target, error)
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _raise_if_full(target: Path, error: Exception) -> None:
+    """Say so where a disk has no space: what numpy and torch raise then has no error number."""
+    try:
+        is_full = getattr(error, "errno", None) is None and shutil.disk_usage(target.parent).free < NO_SPACE_BYTES
+    except OSError:
+        return
+    if is_full:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
 
 
 def _created(url: str, data: bytes) -> bool:

@@ -25,7 +25,7 @@ from pairvpr.data.manifest import Manifest
 from pairvpr.distributed.capacity import disk_bytes
 from pairvpr.distributed.parts import check_photos_are_seen
 from pairvpr.distributed.pool import PoolActor, SupervisedPool
-from pairvpr.distributed.progress import Progress, say
+from pairvpr.distributed.progress import Progress
 from pairvpr.distributed.runtime import ModelSource, plan_actors
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.index.plan import size_text
@@ -33,6 +33,7 @@ from pairvpr.retrieval import dense_store
 from pairvpr.retrieval.dense_store import DenseStore, Layout, StoreManifest
 from pairvpr.retrieval.features import PhotoFeatures
 from pairvpr.retrieval.pipeline import load_pixels
+from pairvpr.terminal import say
 
 KEY = "rerank.store_path"
 WHOLE_DATABASE = "whole database"

@@ -27,10 +27,12 @@ from pairvpr.data.manifest import Manifest
 from pairvpr.data.photo_batches import PhotoBatch
 from pairvpr.distributed import parts as part_files
 from pairvpr.distributed.parts import Parts, Rows
-from pairvpr.distributed.progress import Progress, say
+from pairvpr.distributed.progress import Progress
 from pairvpr.distributed.runtime import ActorPlan, ModelSource, cpus_of_a_shard, most_gpus_of_a_node, plan_actors
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.index import store
+from pairvpr.machine import in_a_line
+from pairvpr.terminal import say
 
 MAX_TRIES = 3
 MAX_RESTARTS = 20
@@ -127,13 +129,11 @@ def _as_error_for_people(error: BaseException, step: str, progress: Progress) ->
                 return type(found)(storage.reason(found))  # Ray Data appends lines about its own settings
         cause = cause.__cause__
     inner = getattr(error, "cause", None) or error
-    # Ray says last why an actor died, and first what a task raised.
-    lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
-    line = lines[-1 if isinstance(error, RayActorError) else 0] if lines else ""
-    why = f"{type(inner).__name__}: {line}"
+    why = in_a_line(inner)
     if isinstance(error, RayActorError):
         limits = f"at most {MAX_RESTARTS} restarts, {MAX_TRIES + 1} tries of a part"
-        why = f"a model actor that died again and again ({limits}): {why}"
+        last = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")
+        why = f"a model actor that died again and again ({limits}): {type(error).__name__}: {last}"
     return IncompleteRunError(
         f"{step}: {progress.total - progress.done:,} of {progress.total:,} photos are not described, because of {why}. "
         "What is finished is kept: the same line again does the rest"

@@ -10,9 +10,10 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from pairvpr.data import storage
-from pairvpr.distributed.progress import Progress, say
+from pairvpr.distributed.progress import Progress
 from pairvpr.distributed.runtime import cpus_of_a_shard
 from pairvpr.errors import IncompleteRunError, UserError
+from pairvpr.terminal import say
 
 MAX_TRIES = 3
 LARGE_BYTES = 1 << 16

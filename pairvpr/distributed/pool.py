@@ -24,8 +24,9 @@ from typing import Any, Generic, TypeVar
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from pairvpr.distributed.progress import say
 from pairvpr.errors import IncompleteRunError
+from pairvpr.machine import in_a_line
+from pairvpr.terminal import say
 
 Unit = TypeVar("Unit")
 
@@ -280,7 +281,7 @@ def _judge(work: _Work[Any]) -> None:
 def _reason(error: RayError) -> str:
     """One line: the exception of a unit, or of an actor's start (Ray puts that last), or why an actor died."""
     if isinstance(error, RayTaskError):
-        return f"{type(error.cause).__name__}: {error.cause}"
+        return in_a_line(error.cause)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     in_actor = lines and re.match(r"[\w.]*(Error|Exception)\b", lines[-1])
     return lines[-1] if in_actor else f"{type(error).__name__}: {lines[0] if lines else ''}"

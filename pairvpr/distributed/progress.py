@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import time
 
+from pairvpr.terminal import say
+
 SECONDS_BETWEEN_LINES = 5.0
-
-
-def say(text: str) -> None:
-    """One line for the person who watches."""
-    print(text, file=sys.stderr, flush=True)
 
 
 class Progress:

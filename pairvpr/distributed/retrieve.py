@@ -20,7 +20,7 @@ from pairvpr.config.schema import IndexKind, SearchConfig
 from pairvpr.data import storage
 from pairvpr.data.local_cache import LocalCache
 from pairvpr.distributed.pool import PoolActor, SupervisedPool
-from pairvpr.distributed.progress import Progress, say
+from pairvpr.distributed.progress import Progress
 from pairvpr.distributed.runtime import cpus_of_a_shard, own_device
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.index import choose, store
@@ -29,6 +29,7 @@ from pairvpr.index.manifest import IndexManifest
 from pairvpr.index.merge import Found, merge_top_k
 from pairvpr.index.reader import OpenIndex, groups_of_shards, short_list_length
 from pairvpr.index.search import NO_ID, Effort, rescore, search
+from pairvpr.terminal import say
 
 
 @dataclass(frozen=True)

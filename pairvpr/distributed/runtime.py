@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,7 +19,8 @@ import torch
 
 from pairvpr.config.schema import ClusterConfig, DescribeConfig, ModelConfig, RerankConfig
 from pairvpr.data import storage
-from pairvpr.errors import UserError
+from pairvpr.errors import IncompleteRunError, UserError
+from pairvpr.machine import in_a_line
 from pairvpr.models.weights import Weights, build_model
 from pairvpr.retrieval.describe import Describer
 
@@ -25,6 +29,7 @@ ALONE = "pairvpr-alone"
 SMALLEST_SHARE_OF_A_CPU = 0.001
 SECONDS_TO_EXIT = 5.0
 SECONDS_TO_CONNECT = 5.0
+MIN_OPEN_FILES = 256
 
 
 @contextmanager
@@ -39,25 +44,49 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    if config.address:
-        _connect(config.address, "cluster.address")
-    elif os.environ.get("RAY_ADDRESS"):
-        _connect(os.environ["RAY_ADDRESS"], "RAY_ADDRESS")
-    else:
+    not_rays = set(psutil.Process().children(recursive=True))
+    try:
+        if config.address:
+            _connect(config.address, "cluster.address")
+        elif os.environ.get("RAY_ADDRESS"):
+            _connect(os.environ["RAY_ADDRESS"], "RAY_ADDRESS")
+        else:
+            _start(config.num_cpus)
+        yield
+    finally:
+        # Of a cluster that goes on nothing is our child.
+        children = set(psutil.Process().children(recursive=True)) - not_rays
+        ray.shutdown()
+        _end(list(children))
+
+
+def _start(num_cpus: int | None) -> None:
+    """A Ray of its own. Raises `IncompleteRunError` where this machine does not let it start.
+
+    With too few open files Ray's own processes end, and this one with them.
+    """
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most_files != resource.RLIM_INFINITY and most_files < MIN_OPEN_FILES:
+        raise UserError(
+            f"Ray needs {MIN_OPEN_FILES} open files, this process may have {most_files}; expected `ulimit -n 65536`"
+        )
+    stop = signal.getsignal(signal.SIGTERM)
+    try:
         ray.init(
-            num_cpus=config.num_cpus,
+            num_cpus=num_cpus,
             namespace=ALONE,
             include_dashboard=False,
             logging_level=logging.ERROR,
             log_to_driver=False,
         )
-    try:
-        yield
-    finally:
-        # Of a cluster that goes on nothing is our child.
-        children = psutil.Process().children(recursive=True)
-        ray.shutdown()
-        _end(children)
+    except Exception as error:
+        variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), "RAY_TMPDIR")
+        raise IncompleteRunError(
+            f"Ray can't start on this machine: {in_a_line(error)}; expected free ports, processes and memory, and a "
+            f"short path on a disk with space for its files ({variable}={os.environ.get(variable, '/tmp')})"
+        ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)  # Ray has put its own there, which ends the process without a word
 
 
 def _connect(address: str, key: str) -> None:

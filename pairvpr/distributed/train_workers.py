@@ -35,12 +35,13 @@ from pairvpr.config.train_schema import TrainConfig, TrainStageOneConfig, TrainS
 from pairvpr.data import storage
 from pairvpr.data.manifest import Benchmark
 from pairvpr.data.training_sets.base import TrainingSet
-from pairvpr.distributed.progress import say
 from pairvpr.distributed.runtime import ALONE
 from pairvpr.distributed.validate import validate
 from pairvpr.errors import IncompleteRunError, UserError
+from pairvpr.machine import in_a_line
 from pairvpr.models.pair_vpr import PairVPR
 from pairvpr.models.weights import Weights
+from pairvpr.terminal import say
 from pairvpr.training.checkpoint import steps_done
 from pairvpr.training.context import TrainContext
 from pairvpr.training.loop import Stage, run
@@ -302,7 +303,7 @@ def _work(settings: Mapping[str, Any]) -> None:
     except UserError:
         raise
     except Exception as error:  # which may be of a class that does not travel
-        raise _WorkerError(f"a worker failed: {type(error).__name__}: {storage.reason(error)}") from error
+        raise _WorkerError(f"a worker failed: {in_a_line(error)}") from error
 
 
 def _run(job: Job, lines: Any) -> None:

@@ -107,11 +107,16 @@ def commit(directory: str, manifest: IndexManifest) -> None:
     data = storage.json_bytes(asdict(manifest))
     url = generation_url(directory, manifest.generation)
     if not storage.create_exclusively(url, data) and storage.read_bytes(url) != data:
-        raise UserError(
-            f"{directory}: another writer changed the index meanwhile (generation {manifest.generation} is its own); "
-            "nothing is lost: the same line again makes this change on top of that one"
-        )
+        raise changed_meanwhile(directory, manifest.generation)
     storage.write_bytes(storage.join(directory, "manifest.json"), data)
+
+
+def changed_meanwhile(directory: str, generation: int) -> UserError:
+    """Another writer made `generation` while this one worked."""
+    return UserError(
+        f"{directory}: another writer changed the index meanwhile (generation {generation} is its own); nothing is "
+        "lost: the same line again makes this change on top of that one"
+    )
 
 
 def read_checked(directory: str, file: StoredFile) -> bytes:
@@ -131,6 +136,11 @@ def read_checked(directory: str, file: StoredFile) -> bytes:
 def generation_url(directory: str, generation: int) -> str:
     """Where a generation's manifest lies."""
     return storage.join(directory, "generations", f"{generation:06d}.json")
+
+
+def read_generation(directory: str, generation: int) -> IndexManifest | None:
+    """One generation, or None where there is none of this number; raises as `read_manifest`."""
+    return _read(generation_url(directory, generation), directory)
 
 
 def read_manifest(directory: str) -> IndexManifest | None:

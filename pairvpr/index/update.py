@@ -5,15 +5,20 @@ Files of a change lie below a prefix of its own; nothing that an earlier generat
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pairvpr.data import storage
 from pairvpr.index import build, store
 from pairvpr.index.make import Runner, build_shards, described_shards, own_cache
-from pairvpr.index.manifest import ImageTable, IndexManifest, ShardEntry, stored_file
+from pairvpr.index.manifest import ImageTable, IndexManifest, ShardEntry, read_generation, stored_file
 from pairvpr.index.reader import OpenIndex
+
+UPDATES = "updates"
+"""The folder of an index that has one for each change."""
 
 
 def with_added(
@@ -77,3 +82,35 @@ def _compact_shard(directory: str, manifest: IndexManifest, number: int, path: s
     arrays = zip(store.ARRAYS, kept, strict=True)
     files = {name: store.write_array(directory, f"{path}/{name}", array) for name, array in arrays}
     return replace(entry, path=path, num_rows=len(kept[0]), num_removed=0, files=files)
+
+
+def remove_leftovers(directory: str, manifest: IndexManifest) -> None:
+    """Delete what updates below `updates/` left that were killed, or slower than another writer.
+
+    `manifest` is the newest generation: what would have become it, or an earlier one, never will.
+    """
+    folders = {path.partition("/")[0] for path in storage.list_files(storage.join(directory, UPDATES))}
+    late = {folder for folder in folders if _generation_of(folder) <= manifest.generation}
+    for generation in range(manifest.generation, 1, -1):
+        if not late:
+            return
+        late -= _folders_of(read_generation(directory, generation))
+    for folder in late:
+        storage.remove_tree(storage.join(directory, UPDATES, folder))
+
+
+def _generation_of(folder: str) -> float:
+    """The generation that an update's folder was meant for; never, for what is no such folder."""
+    number = folder.partition("-")[0]
+    return int(number) if number.isdecimal() else math.inf
+
+
+def _folders_of(manifest: IndexManifest | None) -> set[str]:
+    """The folders below `updates/` that a generation has files in."""
+    if manifest is None:
+        return set()
+    tables = [table.file for table in manifest.images]
+    files = [*tables, *manifest.removed, *(file for entry in manifest.shards for file in entry.files.values())]
+    if manifest.trained is not None:
+        files.append(manifest.trained)
+    return {file.path.split("/")[1] for file in files if file.path.startswith(f"{UPDATES}/")}

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,6 +21,7 @@ from pairvpr.models.pair_vpr import AUTOCAST_DTYPES, PairVPR
 from pairvpr.models.pos_embed import resize_decoder_table, sine_cosine_2d
 from pairvpr.models.vit import LayerScale
 from pairvpr.models.weights_file import WeightsFile, find_weights_file, read_state_dict
+from pairvpr.terminal import say
 
 UNTRAINED_SEED = 0
 CLASS_TOKEN_STD = 1e-6
@@ -84,7 +84,7 @@ def announce(config: ModelConfig, weights: Weights | WeightsSource) -> None:
         text = f"model {config.name}: UNTRAINED, random weights from a fixed seed (model.weights=null)"
     else:
         text = f"model {config.name}: weights {config.weights} (sha256 {weights.sha256[:12]}); note: {TERMS}"
-    print(text, file=sys.stderr, flush=True)
+    say(text)
 
 
 def build_model(config: ModelConfig, weights: Weights, device: torch.device) -> PairVPR:

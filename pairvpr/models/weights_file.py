@@ -13,7 +13,6 @@ import json
 import os
 import pickle
 import re
-import sys
 import tempfile
 import warnings
 import zipfile
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from pairvpr.data import storage
 from pairvpr.errors import UserError
+from pairvpr.terminal import say
 
 TORCH_STARTS = (b"PK\x03\x04", b"\x80")  # how files of torch.save begin: zip, and pickle protocol 2 or later
 SAFE_CLASSES = (argparse.Namespace,)  # published stage-one files carry their command line in one
@@ -93,7 +93,7 @@ def read_state_dict(file: WeightsFile, key: str = "model.weights") -> dict[str, 
     except _UnusableError as error:
         raise UserError(f"{key}={file.url}: {error}") from error
     if taken_off:
-        print(f"{key}={file.url}: {taken_off}", file=sys.stderr, flush=True)
+        say(f"{key}={file.url}: {taken_off}")
     return state
 
 
@@ -230,7 +230,7 @@ def _fetched(url: str) -> WeightsFile:
     except storage.StorageError as error:
         if copy is None or not _is_whole(copy):
             raise
-        print(f"{error}: using the copy of an earlier run", file=sys.stderr, flush=True)
+        say(f"{error}: using the copy of an earlier run")
         return WeightsFile(url, copy, copy.name)
     if copy is None or version is None or known["version"] != version or not _is_whole(copy):
         copy = _fetch(url, folder)

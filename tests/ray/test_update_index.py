@@ -11,6 +11,7 @@ import pytest
 
 from pairvpr.config.compose import load
 from pairvpr.config.schema import BuildIndexConfig, IndexKind, QueryConfig, UpdateIndexConfig
+from pairvpr.data import storage
 from pairvpr.index.manifest import read_images, read_manifest
 from ray_jobs.build_index import build_index
 from ray_jobs.query import query
@@ -80,10 +81,18 @@ def test_added_replaced_removed_compacted(city: Path, root: Path) -> None:
 
     (root / "add.txt").write_text("\n".join([*came, replaced]))
     shared = [f"index.path={index}", "positions=names", *DESCRIBE]
-    update_index(load(UpdateIndexConfig, [*shared, f"add={root}/add.txt"]))
+    left = root / "index" / "updates" / "000002-of-a-killed-one" / "parts"
+    left.mkdir(parents=True)
+    added = update_index(load(UpdateIndexConfig, [*shared, f"add={root}/add.txt"]))
+    assert not left.parent.exists()
+    files = storage.list_files(index)
+    assert update_index(load(UpdateIndexConfig, [*shared, f"add={root}/add.txt"])) == added  # finished earlier
+    assert storage.list_files(index) == files
     (root / "gone.csv").write_text("path\n" + "\n".join(gone))
     removed = update_index(load(UpdateIndexConfig, [*shared, f"remove={root}/gone.csv"]))
+    assert update_index(load(UpdateIndexConfig, [*shared, f"remove={root}/gone.csv"])) == removed
     assert (removed.generation, removed.num_removed) == (3, 1 + len(gone))
+    (root / "kept.txt").write_text("\n".join({*came, replaced} - {*gone}))
     compact = update_index(load(UpdateIndexConfig, [*shared, "compact=true"]))
     assert compact.generation == 4
     assert sum(entry.num_removed for entry in compact.shards) < sum(entry.num_removed for entry in removed.shards)
@@ -93,6 +102,7 @@ def test_added_replaced_removed_compacted(city: Path, root: Path) -> None:
 
     for name in gone:
         (root / "photos" / name).unlink()
+    assert update_index(load(UpdateIndexConfig, [*shared, f"add={root}/kept.txt"])) == compact
     fresh = build_from(root / "photos", root / "fresh")
     assert_equal(after, answers(fresh, city / "queries", root / "expected"))
 

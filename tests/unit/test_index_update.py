@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +16,11 @@ from pairvpr.config.schema import BuildConfig, IndexKind
 from pairvpr.data import storage
 from pairvpr.data.manifest import Manifest
 from pairvpr.index.make import LocalRunner
-from pairvpr.index.manifest import IndexManifest, commit, read_images, read_manifest
+from pairvpr.index.manifest import ImageTable, IndexManifest, StoredFile, commit, read_images, read_manifest
 from pairvpr.index.merge import Found
 from pairvpr.index.reader import removed_ids, search_index
-from pairvpr.index.update import compacted, with_added, without
+from pairvpr.index.update import compacted, remove_leftovers, with_added, without
+from pairvpr.index.versions import are_there, photo_versions, write_versions
 from tests.support.index import describe_rows, opened, write_index
 
 Rows = NDArray[np.float32]
@@ -158,3 +160,41 @@ def test_nothing_of_an_earlier_generation_is_touched(tmp_path: object) -> None:
     written = set(storage.list_files(index)) - before.keys() - {"manifest.json"}
     assert {name.split("/")[0] for name in written} == {"updates", "generations"}
     assert not any("00001/" in name for name in written)  # the shard that lost nothing is not written anew
+
+
+def test_photos_that_an_update_added_are_known_as_they_were(tmp_path: Path) -> None:
+    """Until one is replaced, moved to another place, or removed; those that the index was built from are not."""
+    for name in ("a.jpg", "b.jpg", "c.jpg", "d.jpg"):
+        (tmp_path / name).write_bytes(name.encode())
+    photos = Manifest.of(str(tmp_path), ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]).with_positions(np.zeros((4, 2)))
+    below = "updates/000002-x"
+    file = StoredFile(path=f"{below}/images.parquet", bytes=0, sha256="")
+    built = replace(write_index(str(tmp_path / "index"), list("vwxyz"), np.eye(5, 16, dtype=np.float32)), generation=2)
+    tables = [*built.images, ImageTable(file=file, first_id=5, count=4)]
+    manifest, nothing = replace(built, num_images=9, images=tables), np.empty(0, np.int64)
+
+    def there(removed: NDArray[np.int64] = nothing, photos: Manifest = photos) -> list[bool]:
+        return are_there(str(tmp_path), manifest, removed, photos, photo_versions(photos)).tolist()
+
+    assert there() == [False] * 4
+    write_versions(str(tmp_path / below), photos, photo_versions(photos))
+    assert there() == [True] * 4
+    assert there(removed=np.array([6])) == [True, False, True, True]
+    (tmp_path / "c.jpg").write_bytes(b"another photo")
+    assert there() == [True, True, False, True]
+    moved = np.zeros((4, 2))
+    moved[3] = 1.0
+    assert there(photos=photos.with_positions(moved)) == [True, True, False, False]
+
+
+def test_leftovers_are_those_that_can_not_become_a_generation(tmp_path: Path) -> None:
+    index = str(tmp_path)
+    first = write_index(index, list("vwxyz"), np.eye(5, 16, dtype=np.float32))
+    second = without(index, replace(first, generation=2), "updates/000002-mine/", np.array([1]))
+    for folder in ("000002-late", "000003-at-work", "notes"):
+        storage.write_bytes(f"{index}/updates/{folder}/file", b"")
+    remove_leftovers(index, first)
+    assert len(storage.list_files(f"{index}/updates")) == 4
+    commit(index, second)
+    remove_leftovers(index, second)
+    assert storage.list_files(f"{index}/updates") == ["000002-mine/removed.npy", "000003-at-work/file", "notes/file"]

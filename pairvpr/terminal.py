@@ -1,0 +1,89 @@
+"""Standard error belongs to the person who watches: a job's own lines go there, what libraries write goes to a log."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TextIO
+
+_terminal: TextIO | None = None
+"""Where `say` writes while standard error is a log."""
+
+
+def say(text: str) -> None:
+    """One line for the person who watches; if nobody does any more, the work goes on."""
+    with suppress(OSError, ValueError):
+        print(text, file=_terminal or sys.stderr, flush=True)
+
+
+class _OfMainThread(io.TextIOBase):
+    """Standard output for the main thread; what other threads print (those in which Ray listens) goes to the log."""
+
+    def __init__(self, ours: TextIO, log: int) -> None:
+        self._ours, self._log = ours, log
+
+    def write(self, text: str) -> int:
+        if threading.current_thread() is threading.main_thread():
+            return self._ours.write(text)
+        return os.write(self._log, text.encode(errors="backslashreplace"))
+
+    def flush(self) -> None:
+        self._ours.flush()
+
+    def fileno(self) -> int:
+        return self._ours.fileno()
+
+    def isatty(self) -> bool:
+        return self._ours.isatty()
+
+
+@contextmanager
+def libraries_write_to(log: int) -> Iterator[None]:
+    """Within the block only `say`, and what the main thread prints, reach the terminal; all else goes to `log`.
+
+    File descriptor 2 is `log` then, in this process and in those it starts.
+    """
+    global _terminal
+    sys.stderr.flush()
+    before, stdout = os.dup(2), sys.stdout
+    os.dup2(log, 2)
+    _terminal = open(before, "w", encoding=sys.stderr.encoding, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    sys.stdout = _OfMainThread(stdout, log)
+    try:
+        yield
+    finally:
+        sys.stdout = stdout
+        with suppress(OSError, ValueError):
+            sys.stderr.flush()
+        with suppress(OSError, ValueError):
+            _terminal.close()
+        _terminal = None
+        os.dup2(before, 2)
+        os.close(before)
+
+
+def make_streams_usable() -> None:
+    """A terminal may know fewer letters than file names have; a caller may have closed a stream (`2>&-`)."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+            setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def give_up_broken_stdout() -> None:
+    """Where nobody reads it any more: else the interpreter fails once more when it flushes it at its end."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.close(nowhere)
