@@ -43,6 +43,7 @@ def plain_logits(model: PairVPR, dense: Tensor) -> Tensor:
         return torch.tensor([[float(model.pair_logits(one[None], other[None])) for other in dense] for one in dense])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reuse", REUSES, ids=str)
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_every_reuse_gives_the_plain_decoders_logits(reuse: Reuse, depth: int) -> None:

@@ -86,6 +86,7 @@ def test_stage_two_step_on_one_process() -> None:
     assert largest_misfit(outcome.gradients, expected) < 1
 
 
+@pytest.mark.slow
 def test_stage_two_step_on_several_ranks(tmp_path: Path) -> None:
     layouts = [(16,), (8, 8), (8, 4, 4), (4, 8, 4), (4, 4, 4, 4)]
     expected = weights_of(parity_arrays("stage_two_step"), "grad/")

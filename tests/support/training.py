@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -80,15 +81,21 @@ def train_here(
 
 def train_on_ranks(stage: int, line: list[str], world_size: int, folder: Path) -> None:
     """The same on several processes that talk over gloo."""
-    mp.spawn(_rank, (stage, line, world_size, folder), nprocs=world_size)  # pyright: ignore[reportPrivateImportUsage]
+    train_all_on_ranks([(stage, line)], world_size, folder)
 
 
-def _rank(rank: int, stage: int, line: list[str], world_size: int, folder: Path) -> None:
+def train_all_on_ranks(runs: Sequence[tuple[int, list[str]]], world_size: int, folder: Path) -> None:
+    """Several runs, each with its stage, in the same processes, whose start takes longer than a run."""
+    mp.spawn(_rank, (runs, world_size, folder), nprocs=world_size)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _rank(rank: int, runs: Sequence[tuple[int, list[str]]], world_size: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    store = f"file://{folder / 'store'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
-    train_here(stage, line, rank=rank, world_size=world_size)
-    dist.destroy_process_group()
+    for number, (stage, line) in enumerate(runs):
+        store = f"file://{folder / f'store{number}'}"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+        train_here(stage, line, rank=rank, world_size=world_size)
+        dist.destroy_process_group()
 
 
 def losses(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

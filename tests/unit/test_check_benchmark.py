@@ -33,6 +33,7 @@ def rewrite(file: Path, change: Callable[[list[list[str]]], object]) -> None:
     file.write_text("\n".join([",".join(row) for row in rows[1:]] + [""]))
 
 
+@pytest.mark.slow
 def test_whole_downloads_have_no_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_benchmarks(str(tmp_path), num_places=2)
     for name in ("msls_val", "msls_test", "nordland_2760", "nordland_27592", "pitts30k_val", "sfxl_v2", "tokyo247"):

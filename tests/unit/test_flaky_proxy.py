@@ -94,6 +94,7 @@ def _use_every_verb(folder: str, tmp_path: Path) -> None:
     assert storage.list_files(folder) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.1, 0.3])
 def test_every_verb_is_right_whatever_fails(connect: Connect, tmp_path: Path, share: float) -> None:
     with connect(share, 7) as proxy, ThreadPoolExecutor(NUM_CLIENTS) as clients:
@@ -105,6 +106,7 @@ def test_every_verb_is_right_whatever_fails(connect: Connect, tmp_path: Path, sh
     assert abs(proxy.failures.total() / proxy.num_requests - share) < 0.05
 
 
+@pytest.mark.slow
 def test_files_of_many_parts_are_right_whatever_fails(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3fs.core, "calculate_chunksize", lambda *_args, **_kwargs: PART_BYTES)
     data = bytes(range(256)) * (12 * 2**20 // 256) + b"the last part"

@@ -102,6 +102,7 @@ def _on_one_process(name: str) -> Outcome:
     return on_one_process(FP32_CASES[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(FP32_CASES))
 def test_gradients_are_those_of_one_process(name: str, outcomes: dict[str, list[Outcome]]) -> None:
     expected = _on_one_process(name)
@@ -110,6 +111,7 @@ def test_gradients_are_those_of_one_process(name: str, outcomes: dict[str, list[
         assert largest_misfit(outcome.gradients, expected.gradients) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, case in FP32_CASES.items() if isinstance(case, StageTwoCase)])
 def test_numbers_are_those_of_one_process(name: str, outcomes: dict[str, list[Outcome]]) -> None:
     expected = _on_one_process(name).result
@@ -134,11 +136,13 @@ def test_numbers_are_those_of_one_process(name: str, outcomes: dict[str, list[Ou
     )
 
 
+@pytest.mark.slow
 def test_stage_one_losses_are_those_of_one_process(outcomes: dict[str, list[Outcome]]) -> None:
     losses = torch.cat([outcome.result for outcome in outcomes["stage one"]])
     torch.testing.assert_close(losses, _on_one_process("stage one").result, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_sixteen_bits_stay_near_one_process(outcomes: dict[str, list[Outcome]]) -> None:
     expected = on_one_process(BF16_CASE).gradients
     whole = torch.cat([expected[name].flatten() for name in sorted(expected)])

@@ -55,6 +55,7 @@ def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     return folder, kind, time.monotonic() - started_s
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.soak) for n in range(1, NUM_SEEDS_OF_A_KIND))])
 def test_killed_at_a_random_moment(undisturbed: tuple[Path, str, float], tmp_path: Path, seed: int) -> None:
     folder, kind, seconds = undisturbed

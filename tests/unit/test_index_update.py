@@ -92,6 +92,7 @@ def by_path(directory: str, manifest: IndexManifest, queries: Rows, k: int) -> l
     return [line[:k] for line in lines]
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(
     st.dictionaries(st.integers(0, 30), st.integers(0, 40), min_size=3, max_size=20),

@@ -31,6 +31,7 @@ def test_fp32_is_the_product_and_its_gelu(sizes: tuple[int, int, int], seed: int
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @given(SIZES, st.integers(0, 2**32 - 1), st.booleans())
 def test_weights_kept_in_16_bits_are_the_rounded_ones(

@@ -162,6 +162,7 @@ def test_lists_of_pittsburgh_are_parts_of_one_download(root: Path) -> None:
     assert both.queries.root == f"{root}/pittsburgh/queries_real"
 
 
+@pytest.mark.slow
 def test_no_two_benchmarks_have_one_stamp(root: Path) -> None:
     stamps = {name: benchmark_of(root, name).stamp() for name in PUBLIC}
     # The other miniatures show the same photos under the same names.

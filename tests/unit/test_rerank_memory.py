@@ -60,6 +60,7 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is in KiB on Linux alone")
 @pytest.mark.parametrize("dense_features", list(DenseFeatures))
 def test_memory_does_not_grow_with_the_candidates(tmp_path: Path, dense_features: DenseFeatures) -> None:

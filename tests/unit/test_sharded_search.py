@@ -113,6 +113,7 @@ def test_exact_kinds_equal_brute_force(
     np.testing.assert_array_equal(distances, expected[0])
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(cities(), st.integers(1, 45), st.integers(0, 2**32 - 1))
 def test_eight_bits_equal_brute_force_over_what_they_keep(city: City, k: int, seed: int) -> None:
@@ -136,6 +137,7 @@ def test_eight_bits_equal_brute_force_over_what_they_keep(city: City, k: int, se
         np.testing.assert_array_equal(found[0], whole[0])
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(cities(), st.integers(1, 45), st.integers(0, 2**32 - 1), st.integers(1, 3))
 def test_lists_that_are_all_visited_equal_brute_force(city: City, k: int, seed: int, num_probes: int) -> None:
@@ -193,6 +195,7 @@ def is_allowed(line: NDArray[np.float64], utm_m: NDArray[np.float64], heading_de
     return bool(answer)
 
 
+@pytest.mark.slow
 @settings(max_examples=80)
 @given(cities(), conditions(), st.integers(1, 45), st.integers(0, 2**32 - 1), st.integers(1, 3))
 @pytest.mark.parametrize("kind", [IndexKind.flat, IndexKind.flat_fp16, IndexKind.ivf_fp16])
@@ -237,6 +240,7 @@ def clustered(num_rows: int, seed: int) -> Rows:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [IndexKind.ivf_fp16, IndexKind.ivf_8bit, IndexKind.ivf_rabitq])
 def test_shards_of_lists_equal_one_index(tmp_path: Path, kind: IndexKind) -> None:
     """One set of centres, learnt from all rows: however the rows are cut, the same photos at the same distances.
@@ -329,6 +333,7 @@ def scattered(num_rows: int, seed: int) -> Rows:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", [clustered, scattered])
 @pytest.mark.parametrize("kind", [IndexKind.ivf_8bit, IndexKind.ivf_rabitq])
 def test_the_measured_recall_is_that_of_brute_force(tmp_path: Path, draw: Callable[..., Rows], kind: IndexKind) -> None:

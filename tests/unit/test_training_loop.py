@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from pairvpr.training.export import export_weights
 from pairvpr.training.loop import NotFiniteError
 from pairvpr.training.metrics_log import read_metrics
 from tests.support.flaky import FlakyFileSystem
-from tests.support.training import STAGES, arguments, draw_training_set, losses, train_here, train_on_ranks
+from tests.support.training import STAGES, arguments, draw_training_set, losses, train_all_on_ranks, train_here
 
 NUM_STEPS = 10
 
@@ -73,6 +74,7 @@ def test_a_run_learns_and_leaves_its_files(undisturbed: Path, stage: int) -> Non
     assert position == checkpoint.Position(epoch=2, batch=0, step=NUM_STEPS)
 
 
+@pytest.mark.slow
 def test_two_equal_runs_are_equal(undisturbed: Path, root: Path, stage: int, tmp_path: Path) -> None:
     rows = train_here(stage, arguments(stage, root, tmp_path / "out"))
     assert losses(rows) == losses(read_metrics(str(undisturbed)))
@@ -82,6 +84,7 @@ def test_two_equal_runs_are_equal(undisturbed: Path, root: Path, stage: int, tmp
     assert other_seed[0]["loss"] != rows[0]["loss"]
 
 
+@pytest.mark.slow
 def test_two_equal_runs_of_two_threads_are_equal(root: Path, tmp_path: Path) -> None:
     """Photos that several triplets share add up their gradients; threads must not race for that."""
     more = ("train.num_threads_per_worker=2", "train.global_batch_size=16", "train.epochs=3")
@@ -114,13 +117,27 @@ def test_rows_of_steps_done_again_are_dropped(undisturbed: Path, root: Path, sta
     assert losses(train_here(stage, line)) == losses(read_metrics(str(undisturbed)))
 
 
+@pytest.fixture(scope="module")
+def on_ranks(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[int, Path]]:
+    """Gives the outputs of whole runs of both stages, on so many ranks."""
+
+    @cache
+    def outputs_of(world_size: int) -> dict[int, Path]:
+        folder = tmp_path_factory.mktemp("ranks")
+        outputs = {stage: folder / f"stage_{stage}" for stage in STAGES}
+        train_all_on_ranks([(stage, arguments(stage, root, outputs[stage])) for stage in STAGES], world_size, folder)
+        return outputs
+
+    return outputs_of
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_more_ranks_give_the_same_losses(
-    undisturbed: Path, root: Path, stage: int, tmp_path: Path, world_size: int
+    undisturbed: Path, on_ranks: Callable[[int], dict[int, Path]], stage: int, world_size: int
 ) -> None:
     """Also where the ranks do not divide the batch of 4."""
-    train_on_ranks(stage, arguments(stage, root, tmp_path / "out"), world_size, tmp_path)
-    ours, expected = read_metrics(str(tmp_path / "out")), read_metrics(str(undisturbed))
+    ours, expected = read_metrics(str(on_ranks(world_size)[stage])), read_metrics(str(undisturbed))
     assert len(ours) == len(expected)
     for row, truth in zip(ours, expected, strict=True):
         assert row["loss"] == pytest.approx(truth["loss"], rel=2e-3)
@@ -162,6 +179,7 @@ def test_a_loss_that_is_no_number_stops_the_run(root: Path, stage: int, tmp_path
     assert all(tensor.isfinite().all() for tensor in kept.model.values())
 
 
+@pytest.mark.slow
 def test_broken_photos_are_counted(root: Path, stage: int, tmp_path: Path) -> None:
     own = tmp_path / "root"
     draw_training_set(own)
