@@ -18,7 +18,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**/*.md", "benchmarks/reports/*.md")
-GUIDE = ("benchmarks", "reranking", "index", "sfxl", "training", "cluster")
+INSIDE = tuple(f"docs/{name}.md" for name in ("architecture", "data_flow", "formats", "guarantees"))
 PACKAGES = ("pairvpr", "ray_jobs")
 LINK = re.compile(r"\[([^\[\]]*)\]\((?!https?:|#)([^()\s#]+)(#[^()\s]*)?\)")
 LOADED = re.compile(r"<(?:script|img|iframe)\b[^>]*\bsrc=\"?(?:https?:)?//[^>]*>|<link\b[^>]*stylesheet[^>]*//[^>]*>")
@@ -27,11 +27,10 @@ LOADED = re.compile(r"<(?:script|img|iframe)\b[^>]*\bsrc=\"?(?:https?:)?//[^>]*>
 def on_config(config: MkDocsConfig) -> None:
     """Modules are read from the project, never imported."""
     config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [str(ROOT)]
-    guide = [f"docs/{name}.md" for name in GUIDE]
     config.nav = [
         "README.md",
-        {"Guide": guide},
-        {"Inside": [path for path in _pages("docs/*.md") if path not in guide]},
+        {"Guide": [path for path in _pages("docs/*.md") if path not in INSIDE]},
+        {"Inside": [path for path in _pages("docs/*.md") if path in INSIDE]},
         {"Decisions": _pages("docs/decisions/*.md")},
         {"Reports": _pages("benchmarks/reports/*.md")},
         {"Modules": [_module_page(path) for path in _modules()]},
