@@ -85,6 +85,8 @@ def outcome_of(error: BaseException) -> Outcome:
             return Outcome(130, f"interrupted: {GOES_ON}")
         if isinstance(cause, StoppedError):
             return Outcome(1, f"stopped by {cause}: {GOES_ON}")
+        if isinstance(cause, SystemExit) and cause.code in SIGNALS:  # Ray's own handler, while Ray starts
+            return Outcome(1, f"stopped by {signal.Signals(cause.code).name}: {GOES_ON}")
         if isinstance(cause, StorageError):
             return Outcome(1, f"error: {reason(cause)}; {KEPT}", has_log=True)
         if isinstance(cause, BrokenPipeError) and cause.filename is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import shutil
 import signal
 import socket
 import threading
@@ -30,6 +31,7 @@ SMALLEST_SHARE_OF_A_CPU = 0.001
 SECONDS_TO_EXIT = 5.0
 SECONDS_TO_CONNECT = 5.0
 MIN_OPEN_FILES = 256
+MIN_FREE_BYTES = 64 << 20
 
 
 @contextmanager
@@ -61,15 +63,9 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
 
 
 def _start(num_cpus: int | None) -> None:
-    """A Ray of its own. Raises `IncompleteRunError` where this machine does not let it start.
-
-    With too few open files Ray's own processes end, and this one with them.
-    """
-    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if most_files != resource.RLIM_INFINITY and most_files < MIN_OPEN_FILES:
-        raise UserError(
-            f"Ray needs {MIN_OPEN_FILES} open files, this process may have {most_files}; expected `ulimit -n 65536`"
-        )
+    """A Ray of its own. Raises `UserError` or `IncompleteRunError` where this machine does not let it start."""
+    folder, variable = _ray_folder()
+    _check_limits(folder, variable)
     stop = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
@@ -80,13 +76,45 @@ def _start(num_cpus: int | None) -> None:
             log_to_driver=False,
         )
     except Exception as error:
-        variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), "RAY_TMPDIR")
         raise IncompleteRunError(
             f"Ray can't start on this machine: {in_a_line(error)}; expected free ports, processes and memory, and a "
-            f"short path on a disk with space for its files ({variable}={os.environ.get(variable, '/tmp')})"
+            f"short path for its files ({variable}={folder})"
         ) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stop)  # Ray has put its own there, which ends the process without a word
+
+
+def _ray_folder() -> tuple[str, str]:
+    """Where a Ray of its own keeps its files, and the environment variable that says so."""
+    variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), "RAY_TMPDIR")
+    return os.environ.get(variable, "/tmp"), variable
+
+
+def _check_limits(folder: str, variable: str) -> None:
+    """Raise `UserError` for what Ray would fail on without a word, or only after minutes.
+
+    It ends this process where it may open too few files, and tries for long to write its files and reach its ports.
+    """
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most_files != resource.RLIM_INFINITY and most_files < MIN_OPEN_FILES:
+        raise UserError(
+            f"Ray needs {MIN_OPEN_FILES} open files, this process may have {most_files}; expected `ulimit -n 65536`"
+        )
+    with suppress(OSError):  # Ray makes the folder, and says well enough why it can't
+        free_bytes = shutil.disk_usage(folder).free
+        if free_bytes < MIN_FREE_BYTES:
+            raise UserError(
+                f"{variable}={folder}: Ray keeps its files there, and its disk has {free_bytes >> 20} MiB; expected "
+                f"{MIN_FREE_BYTES >> 20} MiB"
+            )
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=SECONDS_TO_CONNECT).close()
+    except OSError as error:
+        raise UserError(
+            f"Ray's processes talk over 127.0.0.1, which does not work: {in_a_line(error)}; expected a loopback "
+            "interface that is up, and free ports"
+        ) from error
 
 
 def _connect(address: str, key: str) -> None:

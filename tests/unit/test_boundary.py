@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 from itertools import pairwise
 from pathlib import Path
@@ -19,55 +16,9 @@ from hypothesis import strategies as st
 from pairvpr.boundary import outcome_of
 from pairvpr.data import storage
 from pairvpr.errors import IncompleteRunError, UserError
-from tests.support.runs import ROOT
+from tests.support.boundary import ended, mounted, the_line
 
 NOBODY = 65534
-JOB = """
-import os, signal, sys, threading, time, warnings
-from pathlib import Path
-from pairvpr.boundary import exit_code_of
-from pairvpr.data import storage
-from pairvpr.errors import IncompleteRunError, UserError
-
-def work():
-    os.write(2, b"noise of native code\\n")
-    warnings.warn("noise of a library")
-    thread = threading.Thread(target=print, args=("noise of a listener",))
-    thread.start()
-    thread.join()
-    print("the table", flush=True)
-    {}
-
-sys.exit(exit_code_of(work))
-"""
-
-
-def ended(*lines: str, shell: str = '"$@"', env: dict[str, str] | None = None) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of a process that does `lines` as a job does its work."""
-    code = JOB.format("\n    ".join(lines))
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (env or {})
-    found = subprocess.run(
-        ["bash", "-c", shell, "bash", sys.executable, "-c", code],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    return found.returncode, found.stdout, found.stderr
-
-
-def the_line(error: str, *words: str) -> None:
-    """One line with these words; the log that it names holds the noise and the traceback, and is deleted."""
-    assert error.count("\n") == 1, error
-    assert all(word in error for word in words), error
-    if "full text: " in error:
-        log = Path(error.rpartition("full text: ")[2].strip(" )\n"))
-        text = log.read_text()
-        log.unlink()
-        assert "noise of native code" in text
-        assert "noise of a library" in text
-        assert "noise of a listener" in text
 
 
 def test_a_job_that_ends_well_says_nothing_and_leaves_no_log(tmp_path: Path) -> None:
@@ -86,6 +37,7 @@ def test_a_job_that_ends_well_says_nothing_and_leaves_no_log(tmp_path: Path) -> 
         ("bytearray(1 << 60)", 1, ["error: this machine has no memory left; expected more of it"]),
         ("raise KeyboardInterrupt", 130, ["interrupted: what is finished is kept: the same line again goes on"]),
         ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)", 1, ["stopped by SIGTERM: ", "the same line again"]),
+        ("sys.exit(signal.SIGTERM)", 1, ["stopped by SIGTERM: "]),
         ("os.kill(os.getpid(), signal.SIGHUP); time.sleep(30)", 1, ["stopped by SIGHUP: "]),
         ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, ["incomplete: the process was killed", "full text"]),
         ("os._exit(1)", 1, ["incomplete: the process was killed, had no memory left, or Ray ended it", "full text"]),
@@ -133,14 +85,6 @@ def test_no_place_for_the_log() -> None:
     assert code == 1
     assert error.startswith("incomplete: half")
     assert error.count("\n") == 1
-
-
-def mounted(command: str) -> str:
-    """A shell line that runs the job after `command` in mounts of its own; skips the test where that is not allowed."""
-    probe = ["unshare", "-m", "bash", "-c", command]
-    if shutil.which("unshare") is None or subprocess.run(probe, capture_output=True).returncode:
-        pytest.skip("mounting is not allowed here")
-    return f'exec unshare -m bash -c \'{command} && exec "$@"\' bash "$@"'
 
 
 def test_no_space(tmp_path: Path) -> None:
