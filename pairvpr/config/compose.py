@@ -9,7 +9,10 @@ import ast
 import difflib
 import inspect
 import itertools
+import re
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -17,10 +20,12 @@ from typing import Any, TypeVar, cast, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from hydra.version import VersionBase
+from omegaconf import BooleanNode, DictConfig, FloatNode, IntegerNode, Node, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
 from pairvpr.config import benchmark_schema, schema, train_schema
@@ -56,6 +61,9 @@ LAYOUTS: dict[str, type[benchmark_schema.BenchmarkConfig]] = {
 }
 """The schemas of benchmarks. The file of each one in `configs/benchmark/` names its schema: `<layout>_schema`."""
 
+FLAGS = ("true", "yes", "y", "on", "1", "false", "no", "n", "off", "0")
+"""What a setting that is true or false may be given, in any case."""
+
 
 def load(job: type[T], arguments: Sequence[str]) -> T:
     """The configuration of `job` (a class of `JOBS`) from command-line arguments `key=value`.
@@ -66,8 +74,7 @@ def load(job: type[T], arguments: Sequence[str]) -> T:
         overrides = _parse(arguments)
         _check_choices(job, overrides)
         try:
-            _check_keys(job, overrides)
-            config = compose(JOBS[job], [_for_hydra(job, override) for override in overrides])
+            config = compose(JOBS[job], _lines(job, overrides))
             _check_missing(config)
             _strip_slashes(config)
             return cast(T, OmegaConf.to_object(config))
@@ -153,13 +160,27 @@ def _register_schemas() -> None:
         store.store(name=f"{name}_schema", node=job)
     for name, layout in LAYOUTS.items():
         store.store(group="benchmark", name=f"{name}_schema", node=layout)
-    # `${configs:model/tiny.safetensors}` is a file that lies beside the YAML files, wherever they are installed.
-    OmegaConf.register_new_resolver("configs", lambda name: str(_config_directory() / name), replace=True)
+    # `${pairvpr.configs:NAME}` is a file that lies beside the YAML files, wherever they are installed.
+    OmegaConf.register_new_resolver("pairvpr.configs", lambda name: str(_config_directory() / name), replace=True)
 
 
-def _hydra() -> initialize_config_dir:
+_LOCK = threading.RLock()
+
+
+@contextmanager
+def _hydra() -> Iterator[None]:
+    """Hydra with our `configs/`, also in a process that uses Hydra itself: it finds its own as it was."""
     _register_schemas()
-    return initialize_config_dir(str(_config_directory()), version_base="1.3", job_name="pairvpr")
+    with _LOCK:
+        process, base = GlobalHydra.instance(), VersionBase.instance()
+        theirs, their_base = process.hydra, base.version_base
+        process.hydra = None
+        try:
+            with initialize_config_dir(str(_config_directory()), version_base="1.3", job_name="pairvpr"):
+                yield
+        finally:
+            GlobalHydra.set_instance(process)
+            process.hydra, base.version_base = theirs, their_base
 
 
 def _config_directory() -> Path:
@@ -178,24 +199,51 @@ def _benchmarks() -> dict[str, type[benchmark_schema.BenchmarkConfig]]:
 
 
 def _parse(arguments: Sequence[str]) -> list[Override]:
+    """The arguments as Hydra reads them; what is no single value to it is a text."""
     parser = OverridesParser.create(config_loader=None)
     parsed = []
     for argument in arguments:
-        try:
-            parsed += parser.parse_overrides([argument])
-        except HydraException as error:
-            key, equals, value = argument.partition("=")
-            quoted = f'{key}="{value}"'
-            hint = f"; quote a value with special characters like {quoted!r}" if equals else ""
-            raise UserError(f"can't read the argument {argument!r}: expected key=value{hint}") from error
-        if parsed[-1].is_sweep_override():
-            key, _, value = argument.partition("=")
-            quoted = f'{key}="{value}"'
-            raise UserError(
-                f"{argument!r}: expected one value, not a sweep; write a list as key=[a,b], and a text with special "
-                f"characters as {quoted!r}"
-            )
+        key, equals, text = argument.partition("=")
+        override = None
+        with suppress(HydraException):
+            override = parser.parse_override(argument)
+        if override is None or override.is_sweep_override():
+            try:
+                override = parser.parse_override(_with_text(key, text) if equals else argument)
+            except HydraException as error:
+                raise UserError(f"can't read the argument {argument!r}: expected key=value") from error
+        override.input_line = argument
+        parsed.append(override)
     return parsed
+
+
+def _with_text(key: str, text: str) -> str:
+    """An override, in Hydra's words, that sets `key` to exactly this text."""
+    return f"{key}={QuotedString(text=text, quote=Quote.single).with_quotes()}"
+
+
+def _line(override: Override, node: Node) -> str:
+    """The override in Hydra's words, by the type of the setting that it is for.
+
+    A text is what was typed, whatever Hydra would read in it: `2026_11_26`, `1.10`, `yes`, `[a`. Two things stand for
+    something else: quotation marks around all of it are taken off, and `null` is no text where there may be none.
+    """
+    line = override.input_line or ""
+    key, _, typed = line.partition("=")
+    if isinstance(node, StringNode):
+        is_quoted = len(typed) > 1 and typed[0] == typed[-1] and typed[0] in "\"'" and override.value() != typed
+        if typed.lower() == "null" and node._metadata.optional:
+            return line
+        text = str(override.value()) if is_quoted else typed
+        if "${" in text:
+            raise UserError(f"{line}: a text with '${{' is not possible here; expected the value itself")
+        return _with_text(key, text)
+    value = str(override.value()).lower()
+    if isinstance(node, BooleanNode) and value not in FLAGS and "${" not in typed:
+        raise UserError(f"{line}: expected true or false")
+    if isinstance(node, IntegerNode | FloatNode) and re.match(r"\s*[+-]?0[0-9_]", typed):
+        raise UserError(f"{line}: expected a number without a 0 in front of it")
+    return _with_text(key, typed) if override.value() == typed else line
 
 
 def _groups(job: type) -> dict[str, str]:
@@ -243,28 +291,33 @@ def _check_choices(job: type, overrides: Sequence[Override]) -> None:
         raise UserError(f"missing: benchmark=... (one of {', '.join(_choices('benchmark'))})")
 
 
-def _check_keys(job: type, overrides: Sequence[Override]) -> None:
-    """Every `a.b.c` given must be a key of the schema; the choices made decide which."""
+def _lines(job: type, overrides: Sequence[Override]) -> list[str]:
+    """The overrides in Hydra's own words. Each `a.b.c` must be a key of the schema; the choices made decide which."""
     groups = _groups(job)
     chosen = [_for_hydra(job, override) for override in overrides if override.key_or_group in groups]
     config = compose(JOBS[job], chosen)
-    for override in overrides:
-        if override.key_or_group in groups:
-            continue
-        node: Any = config
-        parts = override.key_or_group.split(".")
-        for depth, part in enumerate(parts):
-            valid = [str(key) for key in node] if isinstance(node, DictConfig) and node else []
-            if part not in valid:
-                where = ".".join(parts[:depth])
-                prefix = f"{where}." if where else ""
-                raise UserError(f"unknown key {override.key_or_group}: {_suggest(part, valid, prefix)}")
-            node = node._get_node(part)
-        if isinstance(node, DictConfig) and node:
-            raise UserError(
-                f"{override.key_or_group} is a section: expected one of its keys, such as "
-                f"{override.key_or_group}.{next(iter(node))}=..."
-            )
+    return [
+        _for_hydra(job, override)
+        if override.key_or_group in groups
+        else _line(override, _node(config, override.key_or_group))
+        for override in overrides
+    ]
+
+
+def _node(config: DictConfig, key: str) -> Node:
+    """The setting of this name. Raises `UserError` where there is none, or a whole section."""
+    node: Any = config
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        valid = [str(name) for name in node] if isinstance(node, DictConfig) and node else []
+        if part not in valid:
+            where = ".".join(parts[:depth])
+            prefix = f"{where}." if where else ""
+            raise UserError(f"unknown key {key}: {_suggest(part, valid, prefix)}")
+        node = node._get_node(part)
+    if isinstance(node, DictConfig) and node:
+        raise UserError(f"{key} is a section: expected one of its keys, such as {key}.{next(iter(node))}=...")
+    return node
 
 
 def _check_missing(config: DictConfig) -> None:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
+import hydra
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.version import VersionBase
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packaging.version import Version
 
 from pairvpr.config import schema
 from pairvpr.config.benchmark_schema import (
@@ -138,16 +147,20 @@ def test_the_last_of_two_equal_keys_wins() -> None:
         ("rerank=3", ["rerank is a section", "rerank.num_candidates=..."]),
         ("~rerank.batch_size", ["rerank.batch_size"]),
         ("model", ["'model'", "expected key=value"]),
-        ("output=a=b", ["'output=a=b'", "expected key=value"]),
-        ("rerank.batch_size=1,2", ["'rerank.batch_size=1,2'", "not a sweep", "key=[a,b]"]),
-        ("output=/tmp/a,b", ["not a sweep", """ 'output="/tmp/a,b"'"""]),
+        ("rerank.batch_size=1,2", ["rerank.batch_size", "'1,2'", "Integer"]),
+        ("rerank.batch_size=0755", ["rerank.batch_size=0755", "without a 0 in front"]),
+        ("rerank.cache_gib=01.5", ["rerank.cache_gib=01.5", "without a 0 in front"]),
+        ("rerank.batch_size=0x1F", ["rerank.batch_size", "'0x1F'", "Integer"]),
+        ("rerank.batch_size=1e3", ["rerank.batch_size", "'1000.0'", "Integer"]),
+        ("rerank.adaptive=2", ["rerank.adaptive=2: expected true or false"]),
+        ("rerank.adaptive='2'", ["rerank.adaptive='2': expected true or false"]),
+        ("rerank.adaptive=null", ["rerank.adaptive"]),
         ("rerank.batch_size=abc", ["rerank.batch_size", "'abc'", "Integer"]),
         ("rerank.batch_size=2.5", ["rerank.batch_size", "'2.5'"]),
         ("rerank.batch_size=null", ["rerank.batch_size", "not Optional"]),
         ("rerank.batch_size=true", ["rerank.batch_size"]),
         ("model.precision=fp8", ["model.precision", "'fp8'", "fp32, bf16, fp16"]),
         ("model.encoder.ffn=relu", ["model.encoder.ffn", "mlp, swiglu"]),
-        ("output=[a]", ["output"]),
         ("output='???'", ["missing: output=..."]),
         ("rerank.batch_size=0", ["rerank.batch_size=0: expected a number above 0"]),
         ("rerank.cache_gib=-1", ["rerank.cache_gib=-1.0: expected 0 or more"]),
@@ -172,7 +185,7 @@ def test_the_last_of_two_equal_keys_wins() -> None:
         ("model.encoder.num_registers=-1", ["model.encoder.num_registers=-1: expected 0 or more"]),
         ("model.decoder.num_heads=5", ["model.decoder.num_heads=5 does not divide"]),
         ("model.decoder.embed_dim=90", ["model.decoder.embed_dim=90: expected a multiple of 4"]),
-        ("output=${nope}", ["nope"]),
+        ("output=${nope}", ["output=${nope}: a text with '${' is not possible here"]),
         ("benchmark.seed=${oc.env:NOT_SET_ANYWHERE}", ["NOT_SET_ANYWHERE"]),
         ("model@encoder=vitb", ["model@encoder"]),
         ("benchmark@benchmark=toy_city", ["benchmark"]),
@@ -182,6 +195,139 @@ def test_the_last_of_two_equal_keys_wins() -> None:
 def test_a_mistake_is_one_line_that_names_the_choices(argument: str, parts: list[str]) -> None:
     message = mistake(*TOY, argument)
     assert [part for part in parts if part not in message] == [], message
+
+
+TEXTS = ["2026_11_26", "1.10", "0755", "yes", "[a", "1e3", "0x1F", "1_000", "off", "true", "nan", "[a]", "{a: 1}"]
+TEXTS += ["a,b", "a=b", "a b", " a ", "it's", '"', "a\\'b", "a\\\\", "#x", "a # b", "f(1,2)", "@a@b", "%", "été", "${"]
+JOBS_WITH_WHAT_THEY_NEED: dict[type, list[str]] = {
+    EvaluateConfig: TOY,
+    BuildIndexConfig: ["database=/d", "output=/o"],
+    QueryConfig: ["index.path=/i", "queries=/q", "output=/o"],
+    UpdateIndexConfig: ["index.path=/i", "add=/a"],
+    PlanConfig: ["plan.num_images=1"],
+    CheckBenchmarkConfig: ["benchmark=folders", *FOLDERS],
+    CalibrateConfig: ["predictions=/p", "output=/o.json"],
+    TrainStageOneConfig: ["train=vitb", "train.root=/r", "output=/o"],
+    TrainStageTwoConfig: ["train=vitb", "train.root=/r", "output=/o", "train.validation=toy_city"],
+    SearchCheckpointsConfig: ["checkpoints=/c", *TOY],
+    ExportWeightsConfig: ["checkpoint=/c", "output=/o.pth"],
+}
+
+
+def settings_of(config: object, prefix: str = "") -> dict[str, tuple[Any, object]]:
+    """Every setting of an object of the schema by its dotted name: its type and its value."""
+    found = dict[str, tuple[Any, object]]()
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if is_dataclass(value):
+            found |= settings_of(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = (kind, value)
+    return found
+
+
+@cache
+def text_settings() -> list[tuple[type, str]]:
+    """Every setting of type text of every job."""
+    return [
+        (job, key)
+        for job, needed in JOBS_WITH_WHAT_THEY_NEED.items()
+        for key, (kind, _) in settings_of(load(job, needed)).items()
+        if kind in (str, str | None)
+    ]
+
+
+def check_text(job: type, key: str, text: str) -> bool:
+    """Whether a text arrived as it was typed; it must be that, or refused in one line."""
+    try:
+        found = load(job, [*JOBS_WITH_WHAT_THEY_NEED[job], f"{key}={text}"])
+    except UserError as error:
+        message = str(error)
+    else:
+        kind, value = settings_of(found)[key]
+        expected = text
+        if key in ("output", "datasets_root") and not text.endswith("://"):
+            expected = text.rstrip("/") or text
+        if text.lower() == "null" and kind != str:  # noqa: E721
+            expected = None
+        if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" and value != text:  # quotation marks
+            expected = text[1:-1].replace(f"\\{text[0]}", text[0]).replace("\\\\", "\\")
+            assert isinstance(value, str)
+            assert value.replace("\\", "") == expected.replace("\\", "")
+            return True
+        assert value == expected
+        return True
+    assert len(message.splitlines()) <= 1 or not text.isprintable(), message
+    assert not re.search(r"object_type|full_key|Traceback|DictConfig object", message)
+    return False
+
+
+def test_there_are_no_other_jobs() -> None:
+    assert JOBS_WITH_WHAT_THEY_NEED.keys() == JOBS.keys()
+
+
+@pytest.mark.parametrize("num_texts", [5, pytest.param(len(TEXTS), marks=pytest.mark.soak)])
+def test_a_text_setting_gets_the_characters_that_were_typed(num_texts: int) -> None:
+    keys = ["output", "index.path", "model.weights", "model.name", "datasets_root"]
+    arrived = [
+        check_text(EvaluateConfig, keys[number % len(keys)], text) for number, text in enumerate(TEXTS[:num_texts])
+    ]
+    assert sum(arrived) >= num_texts - 1  # `${` is refused
+
+
+@pytest.mark.parametrize("num_examples", [10, pytest.param(4_000, marks=pytest.mark.soak)])
+def test_any_text_arrives_or_is_refused(num_examples: int) -> None:
+    """Some texts are refused by the setting that they are for, or by another one that it excludes."""
+    keys = text_settings()
+    assert len(keys) > 40
+    texts = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), max_size=12) | st.sampled_from(TEXTS)
+    arrived = Counter[bool]()
+
+    @settings(max_examples=num_examples)
+    @given(st.sampled_from(keys), texts)
+    def check(setting: tuple[type, str], text: str) -> None:
+        arrived[check_text(*setting, text)] += 1
+
+    check()
+    print(f"{arrived[True]} arrived, {arrived[False]} refused")
+    assert arrived[True] > 0.3 * arrived.total()
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"), [("null", None), ("'null'", "null"), ('"a b"', "a b"), ('"it\'s"', "it's")]
+)
+def test_null_and_quotation_marks(typed: str, value: str | None) -> None:
+    assert evaluation(f"model.weights={typed}").model.weights == value
+    assert evaluation("output=null").output == "null"  # there is no run without one
+
+
+@pytest.mark.parametrize(("typed", "value"), [("1_000", 1000), ("+7", 7), (" 7", 7), ("'7'", 7)])
+def test_a_whole_number_keeps_its_value(typed: str, value: int) -> None:
+    assert evaluation(f"rerank.num_candidates={typed}").rerank.num_candidates == value
+
+
+@pytest.mark.parametrize(("typed", "value"), [("1_000", 1000), ("1e3", 1000), (".5", 0.5), ("1.10", 1.1)])
+def test_a_number_keeps_its_value(typed: str, value: float) -> None:
+    assert evaluation(f"rerank.cache_gib={typed}").rerank.cache_gib == value
+
+
+def test_a_process_that_uses_hydra_keeps_its_own(tmp_path: Path) -> None:
+    (tmp_path / "theirs.yaml").write_text("a: 1\n")
+    with hydra.initialize_config_dir(str(tmp_path), version_base="1.2"):
+        process, theirs = GlobalHydra.instance(), GlobalHydra.instance().hydra
+        assert evaluation().output == "/out"
+        assert (GlobalHydra.instance(), GlobalHydra.instance().hydra) == (process, theirs)
+        assert VersionBase.instance().getbase() == Version("1.2")
+        assert hydra.compose("theirs") == {"a": 1}
+    assert not GlobalHydra.instance().is_initialized()
+
+
+def test_threads_read_command_lines_at_the_same_time() -> None:
+    def output(number: int) -> str:
+        return evaluation(f"output={number}").output
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(output, range(4))) == [str(number) for number in range(4)]
 
 
 def test_what_is_missing_is_named() -> None:
