@@ -10,7 +10,7 @@ import io
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -20,7 +20,7 @@ import ray
 
 from pairvpr.cli import run_job
 from pairvpr.config.compose import load
-from pairvpr.config.schema import EvaluateConfig
+from pairvpr.config.schema import DescribeConfig, EvaluateConfig, IndexConfig
 from pairvpr.config.train_schema import SearchCheckpointsConfig
 from pairvpr.data import storage
 from pairvpr.data.benchmarks import load_benchmark, prepare_benchmark
@@ -121,8 +121,8 @@ def _evaluate(search: Search) -> dict[str, str]:
         output=search.output,
         benchmark=config.benchmark,
         model=config.model,
-        describe=config.describe,
-        index=config.index,
+        describe=DescribeConfig(**asdict(config.describe)),
+        index=IndexConfig(num_retrieved=max(SEARCHED_N), num_threads_per_actor=config.describe.num_threads_per_actor),
         rerank=config.rerank,
     )
     args = (ray.put(search.benchmark), evaluation)

@@ -7,12 +7,17 @@ Settings marked *scheduling* decide where and when work runs and never change a 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
 from pairvpr.config.benchmark_schema import BenchmarkConfig, BenchmarkJobConfig, PositionColumns, PositionSource
 from pairvpr.config.checks import require, require_positive, require_text
+
+NUM_CANDIDATES = 100
+"""K, unless it is set: those that are re-ranked for each query."""
+EVALUATED_CANDIDATES = 1000
+"""Kept for each query of an evaluation, unless it is set."""
 
 
 class Ffn(StrEnum):
@@ -175,14 +180,23 @@ class ModelConfig:
         return (self.image_size_px // self.patch_size_px) ** 2
 
 
-@dataclass(kw_only=True, slots=True)
-class DescribeConfig:
-    """Photos -> global descriptors, with Ray Data."""
+@dataclass(kw_only=True)
+class DescribePassConfig:
+    """Photos -> global descriptors: one forward pass."""
 
     batch_size: int = 16
     """Photos in one forward pass; cut from the manifest by position, so it decides rounding."""
     num_threads_per_actor: int = 2
     """CPU threads of the network in one actor; decides rounding."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "describe", "batch_size", "num_threads_per_actor")
+
+
+@dataclass(kw_only=True)
+class DescribeConfig(DescribePassConfig):
+    """Photos -> global descriptors, with Ray Data."""
+
     num_actors: int | None = None
     """Scheduling: model actors; null = one for each GPU, or one for every two CPUs."""
     num_gpus_per_actor: float | None = None
@@ -191,7 +205,8 @@ class DescribeConfig:
     """Scheduling: object-store memory for decoded photos in flight, whatever the number of photos."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "describe", "batch_size", "num_threads_per_actor", "num_actors", "memory_gib")
+        DescribePassConfig.__post_init__(self)
+        require_positive(self, "describe", "num_actors", "memory_gib")
         require_gpus(self, "describe")
 
 
@@ -237,13 +252,11 @@ class SearchConfig:
 
 
 @dataclass(kw_only=True)
-class BuildConfig:
-    """How an index is cut, and what kind it is."""
+class ShardsConfig:
+    """How the shards of an index are built."""
 
     num_shards: int | None = None
-    """Contiguous shards of the database; null = one for every 250,000 photos."""
-    kind: IndexKind = IndexKind.auto
-    """flat, flat_fp16, flat_8bit (exact), ivf_fp16, ivf_8bit, ivf_rabitq (approximate); auto = by the next two."""
+    """Contiguous shards of the photos that are described; null = one for every 250,000 photos."""
     memory_budget_gib: float | None = None
     """Memory that all shards together may take in search; null = half of that of the cluster."""
     target_recall: float = 0.95
@@ -258,6 +271,17 @@ class BuildConfig:
     def __post_init__(self) -> None:
         require_positive(self, "index", "num_shards", "memory_budget_gib", "num_lists", "num_build_threads")
         require(0 < self.target_recall <= 1, f"index.target_recall={self.target_recall}: expected above 0, at most 1")
+
+
+@dataclass(kw_only=True)
+class BuildConfig(ShardsConfig):
+    """How an index is cut, and what kind it is."""
+
+    kind: IndexKind = IndexKind.auto
+    """flat, flat_fp16, flat_8bit (exact), ivf_fp16, ivf_8bit, ivf_rabitq (approximate); auto = by memory and recall."""
+
+    def __post_init__(self) -> None:
+        ShardsConfig.__post_init__(self)
         require(
             self.num_lists is None or self.kind in (IndexKind.auto, *IVF_KINDS),
             f"index.num_lists={self.num_lists}: index.kind={self.kind} has no lists; expected one of "
@@ -294,10 +318,6 @@ class IndexConfig(SearchConfig, BuildConfig):
         }
 
 
-EVALUATED_CANDIDATES = 1000
-"""Kept for each query of an evaluation."""
-
-
 @dataclass(kw_only=True)
 class OpenIndexConfig(SearchConfig):
     """An index that exists."""
@@ -314,7 +334,7 @@ class OpenIndexConfig(SearchConfig):
 class RerankConfig:
     """Candidates -> pair scores, in a pool of Ray actors."""
 
-    num_candidates: int = 100
+    num_candidates: int = NUM_CANDIDATES
     """Candidates K re-ranked for each query (at most the number of database photos)."""
     batch_size: int = 16
     """Pairs in one forward pass: some candidates with all queries of the unit that have them. Decides rounding."""
@@ -506,26 +526,14 @@ class BuildIndexConfig(PositionsConfig):
         require_text(self, "", "database", "output")
 
 
-@dataclass(kw_only=True, slots=True)
-class ChangedIndexConfig:
-    """The index that is changed."""
+@dataclass(kw_only=True)
+class ChangedIndexConfig(ShardsConfig):
+    """The index that is changed. Budget, recall and lists are those of a new kind."""
 
     path: str = "???"
     """Index directory (path or URL) written by build_index or evaluate."""
-    num_shards: int | None = None
-    """Contiguous shards of the added photos; null = one for every 250,000 photos."""
     kind: IndexKind | None = None
     """Kind of index from now on, built anew for all photos; null = as it is."""
-    memory_budget_gib: float | None = None
-    """With a new kind: memory that all shards together may take in search; null = half of that of the cluster."""
-    target_recall: float = 0.95
-    """With a new kind: wanted recall of the exact 100 nearest."""
-    num_lists: int | None = None
-    """With a new kind: lists of an ivf_* index; null = by the number of photos."""
-    num_build_threads: int = 2
-    """CPU threads that learn an index and fill a shard; decides rounding of ivf_* kinds."""
-    allow_overcommit: bool = False
-    """With a new kind: build also what does not fit into the budget."""
     compact_share: float = 0.2
     """A shard of which more than this share is removed is written anew by compact=true."""
 
@@ -540,15 +548,8 @@ class ChangedIndexConfig:
 
     def as_build_config(self) -> BuildConfig:
         """How shards are built."""
-        return BuildConfig(
-            num_shards=self.num_shards,
-            kind=self.kind or IndexKind.auto,
-            memory_budget_gib=self.memory_budget_gib,
-            target_recall=self.target_recall,
-            num_lists=self.num_lists,
-            num_build_threads=self.num_build_threads,
-            allow_overcommit=self.allow_overcommit,
-        )
+        shared = {item.name: getattr(self, item.name) for item in fields(ShardsConfig)}
+        return BuildConfig(kind=self.kind or IndexKind.auto, **shared)
 
 
 @dataclass(kw_only=True)
@@ -671,7 +672,7 @@ class PlanSettings:
     """Photos drawn and described to measure that; null = 64, then as many as take some seconds."""
     num_queries: int | None = None
     """Queries of a run, for the cost of its dense features; null = those of benchmark=..., or not planned."""
-    num_candidates: int = 100
+    num_candidates: int = NUM_CANDIDATES
     """Candidates that it re-ranks for each query."""
 
     def __post_init__(self) -> None:

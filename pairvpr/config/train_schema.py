@@ -10,8 +10,7 @@ from pairvpr.config.checks import require, require_positive, require_text
 from pairvpr.config.schema import (
     ClusterConfig,
     DenseFeatures,
-    DescribeConfig,
-    IndexConfig,
+    DescribePassConfig,
     ModelConfig,
     RerankConfig,
 )
@@ -222,8 +221,7 @@ class SearchCheckpointsConfig(BenchmarkJobConfig):
     """Directory (path or URL) of the table and of each checkpoint's evaluation; the same line again resumes it."""
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    describe: DescribeConfig = field(default_factory=DescribeConfig)
-    index: IndexConfig = field(default_factory=IndexConfig)
+    describe: DescribePassConfig = field(default_factory=DescribePassConfig)
     rerank: RerankConfig = field(default_factory=RerankConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 

@@ -24,7 +24,7 @@ from pairvpr.index import choose, store
 from pairvpr.index.manifest import StoredFile
 
 ROWS_PER_RUN = 8
-"""Rows of a sample that lie side by side: a remote file is asked for runs."""
+"""Consecutive rows per run of a sample: remote files are read run by run."""
 NUM_HELD_OUT = 256
 TRAINING_SEED = 1234
 NUM_ITERATIONS = 10
@@ -32,7 +32,7 @@ NUM_ITERATIONS = 10
 
 @dataclass(frozen=True)
 class IndexSpec:
-    """What is built: a kind (not `auto`), and for lists how many."""
+    """What is built: a kind (not `auto`) and its number of lists."""
 
     kind: IndexKind
     num_lists: int = 0
@@ -43,13 +43,13 @@ class IndexSpec:
         return choose.factory_string(self.kind, self.num_lists)
 
     def index_file(self, trained: StoredFile | None) -> str:
-        """Name of a shard's faiss file; each kind, and each learning, has its own, so that they lie side by side."""
+        """Name of a shard's faiss file; each kind and each training has its own, so several can coexist."""
         if trained is not None:
             return trained.path.replace("trained-", "index-", 1)
         return "index.faiss" if self.kind is IndexKind.flat else f"index-{self._slug}.faiss"
 
     def trained_file(self, learnt_from: Sequence[StoredFile], num_threads: int) -> str:
-        """Name of the empty index that all shards share: what it is made from is part of it."""
+        """Name of the trained, empty index that all shards share; it contains a digest of its inputs."""
         about = [num_threads, *(file.sha256 for file in learnt_from)]
         return f"trained-{self._slug}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]}.faiss"
 
@@ -86,14 +86,14 @@ def read_sample(urls: Sequence[str], counts: Sequence[int], runs: Sequence[range
 
 
 def held_out_runs(num_rows: int) -> list[range]:
-    """Single rows, evenly spread, that no index learns from: they stand for queries when its recall is measured."""
+    """Evenly spread rows that no index is trained on; they serve as queries when its recall is measured."""
     return spread_runs(num_rows, max(1, min(NUM_HELD_OUT, num_rows // 4)), run=1)
 
 
 def read_training_sample(
     spec: IndexSpec, urls: Sequence[str], counts: Sequence[int], descriptor_dim: int
 ) -> NDArray[np.float32]:
-    """Rows (m, G) of all shards to learn from, without the held-out ones: bounded by memory, whatever n."""
+    """Training rows (m, G) from all shards, without the held-out ones; bounded by memory whatever n is."""
     num_rows = sum(counts)
     runs = spread_runs(num_rows, choose.num_training_rows(num_rows, descriptor_dim, spec.num_lists))
     sample = read_sample(urls, counts, runs)
@@ -107,7 +107,7 @@ def _members(runs: Sequence[range]) -> NDArray[np.int64]:
 
 
 def train(spec: IndexSpec, sample: NDArray[np.float32], num_threads: int) -> Any:
-    """An empty index that has learnt from `sample` (m, G). The same sample and threads give the same bytes."""
+    """An empty index trained on `sample` (m, G). The same sample and number of threads give the same bytes."""
     faiss.omp_set_num_threads(num_threads)
     index: Any = faiss.index_factory(sample.shape[1], spec.factory, faiss.METRIC_L2)
     if spec.num_lists:
@@ -145,7 +145,7 @@ def build_shard(
 
 
 def _pieces(rows_file: Path) -> Iterator[NDArray[np.float32]]:
-    """The rows of a .npy file, read rather than mapped: mapped ones would count as this process's memory."""
+    """The rows of a .npy file, read and not mapped: mapped pages would count as memory of this process."""
     with rows_file.open("rb") as file:
         np.lib.format.read_magic(file)
         (num_rows, width), _, dtype = np.lib.format.read_array_header_1_0(file)

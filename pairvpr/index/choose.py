@@ -1,4 +1,4 @@
-"""Which kind of index: what each takes in memory, and which ones a budget leaves.
+"""Which kind of index: the memory that each kind takes, and the kinds that fit a budget.
 
 n rows, G descriptor width.
 """
@@ -14,38 +14,38 @@ from pairvpr.errors import UserError
 GIB = 2**30
 BYTES_OF_AN_ID = 8
 ROWS_PER_LIST_IN_TRAINING = 39
-"""What faiss's k-means asks for at least."""
+"""The fewest rows per list that faiss's k-means accepts without a warning."""
 MOST_LISTS, FEWEST_LISTS = 65_536, 16
 RABITQ_FACTORS_BYTES = 8
 IMAGES_PER_SHARD = 250_000
 BYTES_ADDED_AT_ONCE = 32 << 20
 BYTES_TOGETHER, ROWS_OF_A_LIST_TOGETHER = 512 << 20, 256
-"""Shards of codes of one bit are searched as one, until that is so large or its lists are so long: `num_groups`."""
+"""Shards of one-bit codes are grouped until a group is this large, or its lists this long (`num_groups`)."""
 MOST_TRAINING_BYTES = 640 << 20
 ROWS_PER_LIST, FEWEST_TRAINING_ROWS = 64, 1 << 16
-"""Of the sample that an index learns from."""
+"""The most bytes of the sample that an index is trained on."""
 
 
 @dataclass(frozen=True)
 class KindOfIndex:
-    """A way to keep descriptors, and what follows from it."""
+    """A way to store descriptors for search, and its properties."""
 
     kind: IndexKind
     codec: str
-    """faiss's name of what is kept of a row."""
+    """The faiss factory string of a stored row."""
     bits_per_value: int
     has_lists: bool
     is_rescored: bool = False
-    """Whether codes only make a short list, whose distances come from the stored descriptors."""
+    """Whether codes only produce a short list, whose distances are computed from the stored descriptors."""
 
     @property
     def is_exact(self) -> bool:
-        """Whether every row (as it is kept) is compared with every query."""
+        """Whether every query is compared with every stored row."""
         return not self.has_lists
 
     @property
     def needs_training(self) -> bool:
-        """Whether the index learns from a sample of the rows before any is added."""
+        """Whether the index is trained on a sample of the rows before any is added."""
         return self.has_lists or self.kind is IndexKind.flat_8bit
 
 
@@ -61,7 +61,7 @@ KINDS = {
     )
 }
 PREFERRED = (IndexKind.flat, IndexKind.ivf_fp16, IndexKind.ivf_8bit, IndexKind.ivf_rabitq)
-"""What `auto` tries, in this order: exact wherever it fits, then the most faithful codes that fit."""
+"""What `auto` tries, in order: an exact kind if it fits, then the most accurate codes that fit."""
 
 
 def default_num_shards(num_images: int) -> int:
@@ -70,13 +70,13 @@ def default_num_shards(num_images: int) -> int:
 
 
 def num_training_rows(num_rows: int, descriptor_dim: int, num_lists: int) -> int:
-    """Rows of the sample that an index learns from: bounded by memory, whatever n. 0 lists: it has none."""
+    """Rows of the training sample, bounded by memory whatever n is; 0 without lists."""
     most = MOST_TRAINING_BYTES // (4 * descriptor_dim)
     return min(num_rows, most, max(ROWS_PER_LIST * num_lists, FEWEST_TRAINING_ROWS))
 
 
 def default_num_lists(num_rows: int) -> int:
-    """A power of two near 2 sqrt(n): visiting a share of the lists then costs about what finding them costs."""
+    """A power of two near 2 sqrt(n): scanning the visited lists then costs about as much as choosing them."""
     wanted = 2 ** round(math.log2(max(1.0, 2 * math.sqrt(num_rows))))
     return max(FEWEST_LISTS, min(MOST_LISTS, wanted))
 
@@ -88,7 +88,7 @@ def factory_string(kind: IndexKind, num_lists: int) -> str:
 
 
 def bytes_per_row(kind: IndexKind, descriptor_dim: int) -> int:
-    """What one row takes in a loaded index, its image id included."""
+    """Bytes of one row in a loaded index, including its image id."""
     about = KINDS[kind]
     bytes_of_codes = descriptor_dim * about.bits_per_value // 8
     if about.is_rescored:
@@ -97,7 +97,7 @@ def bytes_per_row(kind: IndexKind, descriptor_dim: int) -> int:
 
 
 def index_bytes(kind: IndexKind, num_rows: int, descriptor_dim: int, num_lists: int | None = None) -> int:
-    """What all shards of an index take together, loaded; the lists' centres are shared."""
+    """Bytes of all shards together when loaded; the list centroids are shared."""
     centres = 0
     if KINDS[kind].has_lists:
         centres = 4 * descriptor_dim * (num_lists or default_num_lists(num_rows))
@@ -105,11 +105,10 @@ def index_bytes(kind: IndexKind, num_rows: int, descriptor_dim: int, num_lists: 
 
 
 def num_groups(kind: IndexKind, num_shards: int, num_rows: int, descriptor_dim: int, num_lists: int) -> int:
-    """Into how many groups the shards of an index go, each of which is searched as one; of most kinds, every shard.
+    """The number of groups of shards; a group is searched as one index. For most kinds, a group is one shard.
 
-    To meet codes of one bit, faiss prepares a query anew for every list of every index, which takes as long as a visit
-    of some 150 codes: with short lists in many shards, nearly all of the time. Where lists are long enough, the other
-    groups are left to other actors.
+    RaBitQ preprocesses the query once per list per index, at the cost of scanning about 150 codes. With short lists in
+    many shards that would be nearly all of the time. Once lists are long enough, further groups only add parallelism.
     """
     if not KINDS[kind].is_rescored:
         return num_shards
@@ -119,7 +118,7 @@ def num_groups(kind: IndexKind, num_shards: int, num_rows: int, descriptor_dim: 
 
 
 def kinds_that_fit(num_rows: int, descriptor_dim: int, budget_bytes: float, config: BuildConfig) -> list[IndexKind]:
-    """The kinds of `PREFERRED` that fit into the budget, best first. Too few rows make no lists: then flat alone."""
+    """The kinds of `PREFERRED` that fit the budget, best first. With too few rows for lists, flat alone."""
     num_lists = config.num_lists or default_num_lists(num_rows)
     enough = num_rows >= ROWS_PER_LIST_IN_TRAINING * num_lists
     return [
@@ -131,7 +130,7 @@ def kinds_that_fit(num_rows: int, descriptor_dim: int, budget_bytes: float, conf
 
 
 def kinds_to_try(num_rows: int, descriptor_dim: int, budget_bytes: float, config: BuildConfig) -> list[IndexKind]:
-    """What to build, and what instead if its measured recall falls short: `index.kind`, or what `auto` stands for.
+    """What to build, and what to try next if its measured recall falls short: `index.kind`, or what `auto` resolves to.
 
     Raises `UserError`, with the numbers, where nothing fits and `index.allow_overcommit` does not insist.
     """
@@ -169,7 +168,7 @@ def _check_enough_rows(num_rows: int, config: BuildConfig) -> None:
 
 
 def _smaller(num_rows: int, descriptor_dim: int, config: BuildConfig, needed: int) -> str:
-    """Kinds that take less, as the beginning of a list of choices."""
+    """Kinds that take less memory, as the start of a list of choices."""
     sizes = {kind: index_bytes(kind, num_rows, descriptor_dim, config.num_lists) for kind in KINDS}
     smaller = [f"{kind} ({size / GIB:.2f} GiB)" for kind, size in sizes.items() if size < needed]
     return f"{', '.join(smaller)}, " if smaller else ""

@@ -22,11 +22,11 @@ class Places:
 
 @dataclass(frozen=True, eq=False)
 class Filters:
-    """One line of conditions for each query, (Q, 9); NaN = no condition.
+    """One row of conditions per query, (Q, 9); NaN = no condition.
 
     Columns: east and north of a prior position and the radius around it; west, south, east, north of a box, all in
-    metres; a heading and how far from it, in degrees. A photo whose position (or heading) is not known meets no
-    condition on it.
+    metres; a heading and how far from it, in degrees. A photo without a known position
+    (or heading) meets no condition on it.
     """
 
     conditions: NDArray[np.float64]
@@ -53,7 +53,7 @@ class Filters:
         return cls(conditions)
 
     def groups(self) -> Iterator[tuple[NDArray[np.float64], NDArray[np.int64]]]:
-        """Each different line, and the queries it is for."""
+        """Each distinct row of conditions, and the queries that have it."""
         no_condition = np.nan_to_num(self.conditions, nan=np.inf)  # NaN is not equal to itself
         _, first, which = np.unique(no_condition, axis=0, return_index=True, return_inverse=True)
         for number, row in enumerate(first):
@@ -61,7 +61,7 @@ class Filters:
 
 
 def allowed(line: NDArray[np.float64], places: Places, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """(n,) which of the photos `ids` meet the conditions of one line."""
+    """(n,) bool: which of the photos `ids` meet one row of conditions."""
     is_allowed = np.ones(len(ids), np.bool_)
     utm_m = places.utm_m[ids]
     if not np.isnan(line[:3]).any():
@@ -86,7 +86,7 @@ def search_filtered(
     at_least: int | None = None,
     visits: Found | None = None,
 ) -> Found:
-    """As `search`, of the photos that each query's filter allows: (Q, k), padded by id -1 at an infinite distance."""
+    """As `search`, among the photos that each query's filter allows: (Q, k), padded with id -1 at infinite distance."""
     distances = np.full((len(queries), k), np.inf, np.float32)
     ids = np.full((len(queries), k), NO_ID, np.int64)
     for line, chosen in filters.groups():

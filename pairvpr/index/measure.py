@@ -1,6 +1,6 @@
-"""What recall an approximate index has of the exact nearest, and how far it must look for what is wanted.
+"""The recall of an approximate index against exact search, and the effort that a target recall needs.
 
-Q held-out rows in the place of queries, k nearest, S codes on a short list.
+Q held-out rows used as queries, k nearest, S codes on a short list.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ K = 100
 RESCORED_STEPS = (200, 400, 800, 1600)
 ROWS_AT_ONCE = 1 << 16
 COST_OF_RESCORING = 25.0
-"""Of a row at its full width, in visits of a code."""
+"""Cost of reading a full-width row, in visits of a code."""
 NUM_STANDARD_ERRORS = 2.0
 SHARE_OF_MISSES = 0.75
-"""Photos that are asked for are a little harder to find than rows of the index: fewer of those may be missed."""
+"""Real queries are a little harder to find than rows of the index, so fewer rows may be missed."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """An effort and the recall it was measured to have: mean over Q, and its standard error."""
+    """An effort and its measured recall: mean over Q, and its standard error."""
 
     effort: Effort
     recall: float
     standard_error: float
 
     def reaches(self, target: float) -> bool:
-        """Whether the recall is very likely at least `target`, also for queries that are no rows of the index."""
+        """Whether the recall is very likely at least `target`, also for queries outside the index."""
         return self.recall - NUM_STANDARD_ERRORS * self.standard_error >= 1 - SHARE_OF_MISSES * (1 - target)
 
 
@@ -46,7 +46,7 @@ def exact_nearest(
     k: int,
     num_threads: int,
 ) -> Found:
-    """The k nearest of the live ones of mapped rows (n, G), read piece by piece."""
+    """The k nearest live rows among mapped rows (n, G), read piece by piece."""
     faiss.omp_set_num_threads(num_threads)
     best: Found = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
     for first in range(0, len(rows), ROWS_AT_ONCE):
@@ -58,7 +58,7 @@ def exact_nearest(
 
 
 def without_self(found: Found, own_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Ids (Q, k) less each query's own row (or the last one where it is not among them)."""
+    """Ids (Q, k) without each query's own row, or without the last one where it is not found."""
     ids = found[1]
     is_own = ids == own_ids[:, None]
     is_own[~is_own.any(axis=1), -1] = True
@@ -66,7 +66,7 @@ def without_self(found: Found, own_ids: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def probe_steps(num_lists: int) -> list[int]:
-    """Numbers of lists to try: powers of two up to all of them."""
+    """Numbers of lists to try: powers of two, then all."""
     first = max(1, num_lists // 512)
     steps = [first << i for i in range(20) if first << i < num_lists]
     return [*steps, num_lists]
@@ -79,7 +79,7 @@ def recall(found: NDArray[np.int64], exact: NDArray[np.int64]) -> tuple[float, f
 
 
 def cheapest(steps: Sequence[Step], target: float, num_rows: int, num_lists: int) -> Step:
-    """The step that costs least of those that reach the target, or the one of the highest recall if none does."""
+    """The cheapest step that reaches the target, or the one with the highest recall if none does."""
     enough = [step for step in steps if step.reaches(target)]
     if not enough:
         return max(steps, key=lambda step: (step.recall, -step.effort.num_probes))

@@ -1,4 +1,4 @@
-"""The k best of several lists of best.
+"""Merging top-k lists into one.
 
 Q queries, k results.
 """
@@ -34,9 +34,9 @@ def merge_top_k(parts: Sequence[Found], k: int) -> Found:
 
 
 def _keys(distances: NDArray[np.float32], ids: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Whole numbers in the order of (distance, id): many times faster to sort than pairs.
+    """Integers that sort like (distance, id), many times faster than pairs.
 
-    The bits of a float32 above zero grow with it; those of one below zero fall, and are turned round.
+    The bits of a positive float32 grow with its value; those of a negative one shrink, so they are inverted.
     """
     bits = (distances + np.float32(0)).view(np.uint32)  # -0 becomes 0
     bits = bits ^ np.where(bits >> np.uint32(31), np.uint32(0xFFFFFFFF), np.uint32(0x80000000))

@@ -1,4 +1,4 @@
-"""What an index of so many photos takes, before one of them is described: storage, memory, hours.
+"""What an index of a given number of photos takes, before any is described: storage, memory, hours.
 
 n photos, G descriptor width, L patches, D decoder width. The network itself is not counted, nor the photos.
 """
@@ -14,17 +14,17 @@ from pairvpr.errors import UserError
 from pairvpr.index import choose
 
 BYTES_OF_A_PHOTO = 100
-"""In the list of photos, on storage and in the driver's memory: about that."""
+"""Approximate bytes of a photo in the table of photos, on storage and in the driver's memory."""
 PROCESS_BYTES = 200 << 20
-"""A Ray worker of this package, before it holds anything."""
+"""Memory of an idle Ray worker that has imported this package."""
 WORKING_BYTES = 4 * choose.BYTES_ADDED_AT_ONCE
-"""Rows on their way into an index, and what faiss makes of them meanwhile."""
+"""Rows being added to an index, and faiss's temporary copies of them."""
 COPIES_GATHERED = 2.5
-"""Of a shard's descriptors: as read from the parts, put together, and their check."""
+"""Copies of a shard's descriptors while it is gathered: the parts, the whole, and its verification."""
 COPIES_FILLED = 1.25
-"""Of a shard's faiss index, while it grows."""
+"""Copies of a shard's faiss index while it grows."""
 COPIES_JOINED = 2
-"""Of shards that are searched as one, while their lists grow to at most twice what is in them."""
+"""Copies of a group of shards while it is assembled: lists grow to at most twice their content."""
 COPIES_OF_A_SAMPLE = 2
 INSIST = "or index.allow_overcommit=true"
 
@@ -39,7 +39,7 @@ class NodeRoom:
 
 @dataclass(frozen=True, kw_only=True)
 class Room:
-    """What there is for an index. What is not known (no nodes, no disk) is not checked."""
+    """The resources available to an index. Unknown ones (no nodes, no disk) are not checked."""
 
     nodes: Sequence[NodeRoom] = ()
     disk_bytes: int | None = None
@@ -47,7 +47,7 @@ class Room:
 
 @dataclass(frozen=True, kw_only=True)
 class KindPlan:
-    """A kind of index: what all shards take together in search, and whether the budget holds that."""
+    """A kind of index: what all shards take together in search, and whether that fits the budget."""
 
     kind: IndexKind
     factory: str
@@ -58,7 +58,7 @@ class KindPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class DensePlan:
-    """Dense features (L, D) of all photos, if they are kept: at 32 and at 16 bits a value."""
+    """Bytes of the dense features (L, D) of all photos, if they are stored, at 32 and 16 bits per value."""
 
     fp32_bytes_per_image: int
     half_bytes_per_image: int
@@ -68,7 +68,7 @@ class DensePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class StoragePlan:
-    """The finished index, and the most that lies there until it is finished."""
+    """Bytes of the finished index, and the peak while it is built."""
 
     index_bytes: int
     peak_bytes: int
@@ -76,10 +76,10 @@ class StoragePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """What one process holds at most.
+    """Peak memory of each kind of process.
 
-    Tasks: gathering a shard's descriptors, learning from a sample (0 = nothing to learn), filling a shard's faiss
-    index. Then an actor that searches, with one shard or a group of them, and the driver with the list of photos.
+    Tasks: gathering a shard's descriptors, training on a sample (0 = no training), filling a shard's faiss index. Then
+    an actor that searches one shard or a group, and the driver with the table of photos.
     """
 
     gather_bytes: int
@@ -91,11 +91,11 @@ class MemoryPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """An index of `num_images` photos. `kind` is what `index_kind` asks for, or stands for; `hours` are of describing.
+    """An index of `num_images` photos. `kind` is the one asked for, or `auto`'s choice; `hours` are for describing.
 
     The shards are searched in `num_groups` groups (`choose.num_groups`).
 
-    `budget_problem` is why no kind fits, if none does; `kind` is the smallest then, or the one that was asked for.
+    `budget_problem` says why no kind fits, if none does; `kind` is then the smallest one, or the one asked for.
     """
 
     num_images: int
@@ -117,7 +117,7 @@ class Plan:
     hours: float | None
 
     def problems(self, room: Room) -> list[str]:
-        """A line for everything that there is no room for, with the numbers and what to do."""
+        """One line for everything that does not fit, with the numbers and what to do."""
         return [
             *([self.budget_problem] if self.budget_problem else []),
             *_memory_problems(self, room.nodes),
@@ -134,9 +134,9 @@ class Plan:
 def plan_index(
     num_images: int, model: ModelConfig, config: BuildConfig, *, budget_bytes: float, images_per_s: float | None = None
 ) -> Plan:
-    """The plan of an index that `config` asks for; `images_per_s` is what the whole cluster describes.
+    """The plan of the index that `config` asks for; `images_per_s` is the describing rate of the whole cluster.
 
-    Raises `UserError` for lists that so few photos can't fill.
+    Raises `UserError` for more lists than so few photos can fill.
     """
     width = model.descriptor_dim
     num_lists = config.num_lists or choose.default_num_lists(num_images)
@@ -165,7 +165,7 @@ def plan_index(
 
 
 def check_fits(plan: Plan, room: Room, config: BuildConfig) -> None:
-    """Raise `UserError`, with the numbers, for what there is no room for, unless `index.allow_overcommit` insists."""
+    """Raise `UserError`, with the numbers, for anything that does not fit, unless `index.allow_overcommit` is set."""
     problems = [] if config.allow_overcommit else plan.problems(room)
     if problems:
         raise UserError(problems[0])
@@ -174,7 +174,7 @@ def check_fits(plan: Plan, room: Room, config: BuildConfig) -> None:
 def _wanted_kinds(
     num_images: int, descriptor_dim: int, budget_bytes: float, config: BuildConfig
 ) -> tuple[list[IndexKind], str | None]:
-    """What would be built, and what after that if its recall falls short; and why that does not fit, if so."""
+    """What would be built, what next if its recall falls short, and why it does not fit, if so."""
     problem = None
     try:
         choose.kinds_to_try(num_images, descriptor_dim, budget_bytes, replace(config, allow_overcommit=False))
@@ -210,7 +210,7 @@ def _dense_plan(num_images: int, model: ModelConfig) -> DensePlan:
 
 
 def _storage_plan(num_images: int, descriptor_dim: int, num_lists: int, kinds: Sequence[IndexKind]) -> StoragePlan:
-    """Part files hold the descriptors once more, and are gone before an index is made; each kind tried leaves files."""
+    """Part files copy the descriptors and are deleted before an index is built; each kind tried leaves files."""
     ids_bytes = choose.BYTES_OF_AN_ID * num_images
     described = _descriptors_bytes(num_images, descriptor_dim) + ids_bytes
     base = described + BYTES_OF_A_PHOTO * num_images
@@ -239,10 +239,10 @@ def _memory_plan(
 
 
 def _memory_problems(plan: Plan, nodes: Sequence[NodeRoom]) -> Iterator[str]:
-    """Each step on the first node that can't hold what would run there at once.
+    """For each step, the first node whose memory can't hold what would run there at once.
 
-    One shard is gathered at a time, because describing the next one takes longer. Groups of shards are searched by a
-    task for each CPU when the index is measured, single shards are smaller then than when they are filled.
+    One shard is gathered at a time, because describing the next one takes longer. When the index is measured, one task
+    per CPU searches a group of shards; a single shard takes less then than while it is filled.
     """
     is_grouped = plan.num_groups < plan.num_shards
     shards = f"a shard of {plan.images_per_shard:,} photos"

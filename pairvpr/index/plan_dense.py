@@ -1,7 +1,7 @@
-"""What the dense features of one run cost each way, before it is run: photos described, hours, bytes on storage.
+"""What dense features cost in each mode, before a run: photos described, hours, bytes on storage.
 
-How far the candidates of different queries overlap is not known beforehand. So every number is the most that it can be:
-as if no two queries had a candidate in common, as far as there are photos for that.
+How much the candidates of different queries overlap is not known beforehand, so every number is an upper bound: it
+assumes that no two queries share a candidate, as far as the number of photos allows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class DenseWay(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class DenseCost:
-    """At most so many database photos are described for re-ranking, and so many bytes are stored, 16 bits a value."""
+    """Upper bounds: database photos described for re-ranking, and bytes stored at 16 bits per value."""
 
     way: DenseWay
     described_at_most: int
@@ -37,7 +37,7 @@ class DenseCost:
 
 @dataclass(frozen=True, kw_only=True)
 class DenseRun:
-    """A run of `num_queries` queries with `num_candidates` each, and the way that costs least if nothing overlaps."""
+    """A run of `num_queries` queries with `num_candidates` each, and the cheapest mode if nothing overlaps."""
 
     num_queries: int
     num_candidates: int
@@ -48,9 +48,9 @@ class DenseRun:
 def plan_dense(
     num_images: int, num_queries: int, num_candidates: int, model: ModelConfig, images_per_s: float | None
 ) -> DenseRun:
-    """Costs of every way; `images_per_s` is what the whole cluster describes.
+    """Costs of every mode; `images_per_s` is the describing rate of the whole cluster.
 
-    The cheapest describes fewest photos; of equals it stores least, and of those a cache is never worse than none.
+    The cheapest mode describes the fewest photos; ties go to the one that stores less, then to a cache.
     """
     asked = num_queries * min(num_candidates, num_images)
     union = min(num_images, asked)

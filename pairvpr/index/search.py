@@ -19,18 +19,18 @@ faiss: Any = faiss_module  # its types lack what its Python wrappers add
 
 QUERIES_PER_CALL = 1024
 SPARE_ROWS = 32
-"""A short list is longer than k from the start: for rows that tie, rounding and removed rows."""
+"""Extra length of a short list beyond k, for ties, rounding and removed rows."""
 NO_ID = -1
 FLOAT32_STEP, TF32_STEP = 2.0**-23, 2.0**-9
 MOST_ON_GPU = 2048
-"""Longest list that faiss makes on a GPU."""
+"""The longest list that faiss returns on a GPU."""
 QUERY_BITS = 4
-"""To which a query's values are rounded before they meet codes of one bit."""
+"""Bits that a query's values are rounded to before they are compared with one-bit codes."""
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How far an approximate index looks: `num_probes` lists of a query, `num_rescored` codes on its short list."""
+    """Search effort of an approximate index: `num_probes` lists per query, `num_rescored` codes on its short list."""
 
     num_probes: int = 1
     num_rescored: int = 0
@@ -38,9 +38,9 @@ class Effort:
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """A faiss index and the image id of each of its rows, ascending; `is_removed` (n,), if any photo is.
+    """A faiss index and the image ids of its rows, ascending; `is_removed` (n,) if any photo is removed.
 
-    `on_gpu` is a copy of a flat index that makes its short lists; distances are still computed here.
+    `on_gpu` is a copy of a flat index that produces short lists; distances are still computed on the CPU.
     """
 
     index: Any
@@ -74,11 +74,11 @@ def search(
 ) -> Found:
     """The k nearest live rows of each query (Q, G), fewer columns if there are fewer; equal distances by id.
 
-    Only rows that `is_allowed` (n,) count, if it is given. In an index of lists `effort.num_probes` of them are
-    visited, and more where they hold fewer than `at_least` such rows (default k); a query that finds fewer than k has
-    ids -1 at its end. `visits`, where they are known, are the lists (Q, probes) that are visited first, and how far
-    their centres are: all shards of an index share them. Where codes make a short list, the answer is that list:
-    distances are approximate, and `rescore` gives the true ones.
+    If `is_allowed` (n,) is given, only those rows count. In an index of lists, `effort.num_probes` lists are visited,
+    and more while they hold fewer than `at_least` allowed rows (default k). A query that finds fewer than k rows is
+    padded with id -1. `visits`, if known, are the lists (Q, probes) to visit first and the distances of their
+    centroids: all shards of an index share them. For kinds with a short list, the result is that list, with approximate
+    distances; `rescore` gives the exact ones.
     """
     assert np.isfinite(queries).all(), "a description refuses descriptors that are no numbers"
     faiss.omp_set_num_threads(num_threads)
@@ -117,10 +117,10 @@ class _Wanted:
 def _search_block(
     shard: Shard, queries: NDArray[np.float32], wanted: _Wanted, num_probes: int, visits: Found | None = None
 ) -> Found:
-    """Short lists that grow until they surely hold the k nearest of each query, k of them allowed and live.
+    """Short lists that grow until they provably hold the k nearest allowed, live rows of each query.
 
-    faiss keeps any of the rows that tie at the end of its list, and rounds the distances of many queries by a row's
-    place in a block: so a list is long enough if its end is clearly behind its k-th.
+    faiss keeps an arbitrary row among ties at the end of its list, and its rounding depends on a row's place in a
+    block. So a list is long enough once its end is clearly farther than its k-th row.
     """
     k = wanted.k
     found = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
@@ -152,7 +152,7 @@ def _search_block(
 
 
 def _check_lists_left(shard: Shard, num_probes: int) -> None:
-    """Where all rows were seen and too few have a distance, it is no number."""
+    """All rows were seen and too few have a distance: some distance is NaN."""
     if num_probes >= getattr(shard.index, "nlist", 0):
         raise UserError(
             "distances of descriptors are too large for their number format; expected rows of about unit length"
@@ -171,7 +171,7 @@ def _short_lists(
     selector: Any,
     visits: Found | None,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]:
-    """faiss's distances and rows (Q, S), and (Q,) the most by which a distance may differ from ours."""
+    """faiss's distances and rows (Q, S), and (Q,) the largest difference that a distance may have from ours."""
     if shard.on_gpu is not None and selector is None and num_asked <= MOST_ON_GPU:
         distances, rows = shard.on_gpu.search(queries, num_asked)
         return distances, rows, _rounding(queries, distances[:, -1], TF32_STEP)
@@ -188,7 +188,7 @@ def _short_lists(
 def _settled(
     shard: Shard, queries: NDArray[np.float32], distances: NDArray[np.float32], rows: NDArray[np.int64], k: int
 ) -> Found:
-    """The k nearest of short lists of rows (Q, S), with distances that do not depend on a row's place; padded."""
+    """The k nearest rows of short lists (Q, S), padded, with distances independent of a row's position."""
     is_there = rows >= 0
     if shard.is_removed is not None:
         is_there &= ~shard.is_removed[rows]
@@ -204,7 +204,7 @@ def _settled(
 def _pair_distances(
     queries: NDArray[np.float32], query_of: NDArray[np.int64], rows: Any, chosen: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """Squared distances (m,) of queries[query_of] and the `chosen` ones of `rows` (a pointer), each by itself."""
+    """Squared distances (m,) of queries[query_of] to rows[chosen], each computed on its own; `rows` is a pointer."""
     queries = np.ascontiguousarray(queries, np.float32)
     query_of, chosen = np.ascontiguousarray(query_of), np.ascontiguousarray(chosen)
     distances = np.empty(len(chosen), np.float32)
@@ -222,7 +222,7 @@ def _pair_distances(
 
 
 def _search_lists(index: Any, queries: NDArray[np.float32], num_asked: int, visits: Found, parameters: Any) -> Found:
-    """`search` in lists that are known; faiss's Python method for it takes no parameters."""
+    """Search in given lists; faiss's own Python method takes no parameters."""
     found = np.empty((len(queries), num_asked), np.float32), np.empty((len(queries), num_asked), np.int64)
     centres_away, lists = (np.ascontiguousarray(array) for array in visits)
     parameters.nprobe = lists.shape[1]
@@ -234,8 +234,8 @@ def _search_lists(index: Any, queries: NDArray[np.float32], num_asked: int, visi
 def _rounding(queries: NDArray[np.float32], distances: NDArray[np.float32], step: float) -> NDArray[np.float32]:
     """(Q,) rounding of |q|^2 + |x|^2 - 2qx, each a sum of G products, at rows x of these distances (Q,).
 
-    In float32 each sum is wrong by at most G steps of the products' size; on a GPU that may round each product to the
-    10 bits of TF32 first, by one such step and a little. |x| is at most |q| + sqrt(distance).
+    In float32 each sum errs by at most G rounding steps of the products' size; a GPU may first round each product to
+    TF32's 10 bits, which adds a little more than one such step. |x| is at most |q| + sqrt(distance).
     """
     length = np.linalg.norm(queries, axis=1)
     largest = (2 * length + np.sqrt(np.maximum(distances, 0))) ** 2
@@ -263,7 +263,7 @@ def rescore(
     *,
     num_threads: int,
 ) -> NDArray[np.float32]:
-    """True squared distances (Q, S) of those of `short_lists` (Q, S) that are among `ids` (n,); infinite elsewhere.
+    """Exact squared distances (Q, S) of the entries of `short_lists` (Q, S) found in `ids` (n,); infinite elsewhere.
 
     `descriptors` (n, G) may be mapped: only the rows that are needed are read.
     """

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: one function, by the fastest engine that the machine has.
+"""Scaled dot-product attention: one function, run by the fastest engine on this machine.
 
 B batch, L query tokens, M key tokens, H heads, E head width.
 """
@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MANY_WEIGHTS = 100_000
-"""L x M x H from which on `_by_products` gains, measured on two cores: 1.0 to 1.3 times there, 1.4 to 1.6 above."""
+"""`_by_products` is faster from this L x M x H on. Measured on two cores: 1.0 to 1.3 times here, 1.4 to 1.6 above."""
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(query key^T / sqrt(E)) value, for every head.
 
-    query (B, L, H, E), key and value (B, M, H, E), one floating type -> (B, L, H, E). xformers' memory-efficient
-    operator runs where it has one for this device, type and head width; torch's own attention elsewhere, but for bf16
-    on some CPUs and large images (`_by_products`).
+    query (B, L, H, E), key and value (B, M, H, E), one floating dtype -> (B, L, H, E). Uses xformers' memory-efficient
+    operator where it supports this device, dtype and head width, `_by_products` for large bf16 images on some CPUs, and
+    torch's own attention otherwise.
     """
     if query.device.type == "cpu":
         num_weights = query.shape[1] * query.shape[2] * key.shape[1]
@@ -37,10 +37,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """`attention`, by three plain steps for each of the batch: products, softmax, products.
+    """`attention` as three plain steps for each image of the batch: matrix product, softmax, matrix product.
 
-    What the softmax is taken of is rounded to 16 bits, about as much as queries and keys were before, and what it gives
-    is, too; in between it is computed in 32. (oneDNN could divide by sqrt(E), but takes longer then.)
+    Softmax input and output are bf16; the softmax itself runs in fp32. Queries are scaled first, because oneDNN is
+    slower when it divides by sqrt(E) itself.
     """
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     attended = query.new_empty(query.shape)
@@ -56,9 +56,10 @@ def _by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 @cache
 def _products_are_faster() -> bool:
-    """With AVX512-BF16 oneDNN's products in bf16 take half the time of those in fp32, torch's attention takes the same.
+    """Whether bf16 products are faster here than torch's attention: on CPUs with AVX512-BF16 but without AMX.
 
-    With AMX torch's attention uses that; it has not been measured here.
+    There oneDNN's bf16 products take half the time of fp32 ones, while torch's bf16 attention gains nothing. With AMX
+    torch's attention uses AMX; that has not been measured.
     """
     return (
         torch.backends.mkldnn.is_available()
@@ -69,9 +70,9 @@ def _products_are_faster() -> bool:
 
 @cache
 def _xformers_operator(device: str, dtype: torch.dtype, head_width: int) -> Any:
-    """xformers' operator, or None. xformers installs without a GPU and then has none, so it is tried, once.
+    """xformers' operator, or None. xformers also installs without a GPU and then has no kernel, so it is tried once.
 
-    It is tried forwards and backwards, also when the first call comes from inference mode, which has no gradients.
+    The trial runs forward and backward, even if the first call comes from inference mode.
     """
     try:
         from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]

@@ -1,4 +1,4 @@
-"""Linear layers, by the fastest product that the machine has.
+"""Linear layers, run by the fastest matrix product on this machine.
 
 N rows, C input width, D output width.
 """
@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 USUAL_ROWS = 4 * 529
-"""Some pairs at 322 px. oneDNN's layout for so many rows serves other numbers, too."""
+"""A few pairs at 322 px. oneDNN's layout for this number of rows also serves other numbers."""
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, whose weights may be kept in 16 bits for inference (`to_sixteen_bits`)."""
+    """`nn.Linear` whose weights may be kept in 16 bits for inference (`to_sixteen_bits`)."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., C) -> (..., D)."""
@@ -26,11 +26,11 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, *, with_gelu: bool = False) -> Tensor:
-    """x weight^T + bias, (..., C) -> (..., D), and the exact GELU of that, if wanted. `weight` is (D, C).
+    """x weight^T + bias, (..., C) -> (..., D), optionally followed by the exact GELU. `weight` is (D, C).
 
-    On a CPU, where no gradient is asked for, oneDNN makes it: torch leaves fp32 to MKL, which takes a fifth longer on
-    an AMD processor, and GELU to another pass over memory. Under autocast it is a product of 16 bits, as torch's is.
-    Weights that `to_sixteen_bits` has laid out know no gradients.
+    On a CPU, and without gradients, oneDNN computes it: torch uses MKL for fp32, which is a fifth slower on an AMD
+    processor, and applies GELU in another pass over memory. Under autocast the product is 16-bit, as torch's is.
+    Packed weights (`to_sixteen_bits`) do not support autograd.
     """
     if x.device.type == "cpu" and (weight.is_mkldnn or not torch.is_grad_enabled()):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
@@ -43,10 +43,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, *, with_gelu: bool = False) 
 
 
 def to_sixteen_bits(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the weights of every `Linear` in this type, as autocast would round them at each call. In place.
+    """Convert the weights of every `Linear` to this dtype, in place. Autocast would otherwise round them at each call.
 
-    On a CPU where oneDNN makes the products they are laid out as it reads them, too, which it would do at each call:
-    such a network stays on the CPU, and is neither trained nor saved.
+    Where oneDNN computes the products, the weights are also packed into its layout, which it would otherwise do at each
+    call. A packed network stays on the CPU and can be neither trained nor saved.
     """
     for module in model.modules():
         if isinstance(module, Linear):
@@ -57,13 +57,13 @@ def to_sixteen_bits(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def plain(weight: Tensor) -> Tensor:
-    """A `Linear`'s weight (D, C), however it is laid out, as a tensor whose rows can be taken."""
+    """A `Linear`'s weight (D, C) as a plain tensor, whatever its layout."""
     return weight.to_dense() if weight.is_mkldnn else weight
 
 
 @cache
 def _onednn_operator(dtype: torch.dtype) -> Any:
-    """oneDNN's linear layer, or None where this build of torch or this machine has none for the type, or a slow one."""
+    """oneDNN's linear layer, or None where torch or this CPU lacks it for the dtype, or runs it slowly."""
     if dtype not in (torch.float32, torch.bfloat16):
         return None
     if dtype is torch.bfloat16 and platform.machine() not in ("x86_64", "AMD64"):

@@ -1,4 +1,4 @@
-"""The pair decoder's block: the first sequence looks at itself, then at the second, which never changes.
+"""The pair decoder's block: the first sequence attends to itself, then to the second, which never changes.
 
 B pairs, L tokens of the first sequence, M of the second (the memory), D width, H heads, E head width.
 """
@@ -32,7 +32,7 @@ class CrossAttention(nn.Module):
         return self.attend(x, self.keys_values(memory))
 
     def keys_values(self, memory: Tensor) -> KeysValues:
-        """(B, M, D) -> what every first sequence asks of a memory: keys and values (B, M, H, E) each."""
+        """Memory (B, M, D) -> its keys and values, (B, M, H, E) each."""
         key, value = (projection(memory).unflatten(-1, (self.num_heads, -1)) for projection in (self.projk, self.projv))
         return key, value
 
@@ -60,16 +60,16 @@ class DecoderBlock(nn.Module):
         return self.attend_memory(self.attend_itself(x), self.keys_values(memory))
 
     def attend_itself(self, x: Tensor, *, first_row_only: bool = False) -> Tensor:
-        """The self-attention's part: x (B, L, D) -> (B, L, D), or (B, 1, D) for its first row alone."""
+        """The self-attention: x (B, L, D) -> (B, L, D), or (B, 1, D) for the first row alone."""
         if first_row_only:
             return x[:, :1] + self.attn.first_row(self.norm1(x))
         return x + self.attn(self.norm1(x))
 
     def keys_values(self, memory: Tensor) -> KeysValues:
-        """What this block reads of a memory (B, M, D): keys and values (B, M, H, E)."""
+        """Memory (B, M, D) -> the keys and values that this block reads, (B, M, H, E) each."""
         return self.cross_attn.keys_values(self.norm_y(memory))
 
     def attend_memory(self, x: Tensor, keys_values: KeysValues) -> Tensor:
-        """The rest of the block: x (B, L, D), keys and values (B, M, H, E) -> (B, L, D). Each row of x by itself."""
+        """The rest of the block: x (B, L, D), keys and values (B, M, H, E) -> (B, L, D). Rows of x are independent."""
         x = x + self.cross_attn.attend(self.norm2(x), keys_values)
         return x + self.mlp(self.norm3(x))

@@ -1,4 +1,4 @@
-"""Pair logits with less work: what depends on one image alone is computed once for it, not once for every pair.
+"""Pair logits with less work: whatever depends on one image alone is computed once per image, not once per pair.
 
 B pairs, n images, L patches, D decoder width, H heads, E head width.
 """
@@ -16,14 +16,14 @@ from pairvpr.models.pair_vpr import PairVPR
 
 @dataclass(frozen=True, kw_only=True)
 class Reuse:
-    """What is computed once for an image. Each leaves the scores as they are, but for rounding (docs/reranking.md)."""
+    """What is computed once per image. Each option changes scores by rounding only (docs/reranking.md)."""
 
     memory: bool = True
-    """A memory's keys and values in every block; else they are computed again for every pair."""
+    """A memory's keys and values in every block; otherwise they are recomputed for every pair."""
     first_attention: bool = True
-    """The first block's self-attention, which sees the first image alone."""
+    """The first block's self-attention, which depends on the first image alone."""
     last_row: bool = True
-    """In the last block only the class token's row, which is all that the pair classifier reads."""
+    """In the last block, compute only the class token's row: the pair classifier reads nothing else."""
 
 
 ALL_REUSE = Reuse()
@@ -31,16 +31,16 @@ ALL_REUSE = Reuse()
 
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """Second images of pairs: tokens (n, L, D), and where they are known already, each block's keys and values."""
+    """Second images of pairs: tokens (n, L, D) and, if precomputed, each block's keys and values."""
 
     tokens: Tensor
     keys_values: Sequence[KeysValues] | None = None
 
 
 class PairScorer:
-    """Scores pairs of images that went through `PairVPR.embed`, with the given reuse of what one image decides.
+    """Scores pairs of images that went through `PairVPR.embed`, reusing per-image work as `Reuse` says.
 
-    An image takes part as the first of a pair (`as_first`), or as its memory (`as_memory`).
+    An image is either the first of a pair (`as_first`) or its memory (`as_memory`).
     """
 
     def __init__(self, model: PairVPR, reuse: Reuse = ALL_REUSE) -> None:
@@ -49,7 +49,7 @@ class PairScorer:
         self._blocks: list[DecoderBlock] = list(model.dec_blocks)  # type: ignore[arg-type]
 
     def as_first(self, embedded: Tensor) -> Tensor:
-        """(n, L, D) -> the sequence (n, 1 + L, D) that the decoder starts from, its class token in front."""
+        """(n, L, D) -> the sequence (n, 1 + L, D) that the decoder starts from: class token first."""
         with self.model.autocast(embedded.device):
             x = self.model.first_sequence(embedded)
             return self._blocks[0].attend_itself(x) if self._has_first_attention else x
@@ -75,7 +75,7 @@ class PairScorer:
 
     @property
     def _has_first_attention(self) -> bool:
-        """Not worth it with one block, which needs the class token's row alone."""
+        """Not worth it with a single block, which needs only the class token's row."""
         return self.reuse.first_attention and not (self.reuse.last_row and len(self._blocks) == 1)
 
     def _keys_values(self, number: int, memory: Memory, memory_of: Tensor) -> KeysValues:
@@ -90,7 +90,7 @@ class PairScorer:
 
 
 def _taken(images: Tensor, chosen: Tensor) -> Tensor:
-    """images[chosen], without a copy where that is one image for all, or each in its place."""
+    """images[chosen], without a copy where all rows are one image, or each is in its place."""
     if len(images) == 1:
         return images.expand(len(chosen), *images.shape[1:])
     return images[chosen]

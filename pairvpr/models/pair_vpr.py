@@ -84,7 +84,7 @@ class PairVPR(nn.Module):
 
     @property
     def checkpoint_activations(self) -> bool:
-        """Whether training keeps no activations of encoder and decoder blocks and computes them again."""
+        """Whether training recomputes the activations of encoder and decoder blocks instead of keeping them."""
         return self.encoder.model.checkpoint_activations
 
     @checkpoint_activations.setter
@@ -115,12 +115,12 @@ class PairVPR(nn.Module):
             return self.classify(x[:, 0])
 
     def first_sequence(self, embedded: Tensor) -> Tensor:
-        """(B, L, D) -> (B, 1 + L, D): what the decoder makes of a pair's first image, class token and positions."""
+        """(B, L, D) -> (B, 1 + L, D): a pair's first image as the decoder reads it, with class token and positions."""
         class_token = self.decoder_clstoken.expand(len(embedded), -1, -1).to(embedded.dtype)
         return torch.cat([class_token, embedded], dim=1) + self.dec_pos_embed_cls
 
     def second_sequence(self, embedded: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D): the memory that a pair's second image is, with positions."""
+        """(B, L, D) -> (B, L, D): a pair's second image as the decoder's memory, with positions."""
         return embedded + self.dec_pos_embed
 
     def classify(self, class_tokens: Tensor) -> Tensor:
@@ -152,5 +152,5 @@ class PairVPR(nn.Module):
         return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
     def _full_precision(self, device: torch.device) -> AbstractContextManager[object]:
-        """For the few products that make what is sorted: 16 bits there would make ties."""
+        """For the few products whose results are sorted: in 16 bits they would tie."""
         return nullcontext() if self.config.precision is Precision.fp32 else torch.autocast(device.type, enabled=False)

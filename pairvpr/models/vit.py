@@ -33,7 +33,7 @@ class SelfAttention(nn.Module):
         return self.proj(attention(query, key, value).flatten(2))
 
     def first_row(self, x: Tensor) -> Tensor:
-        """(B, L, C) -> (B, 1, C): what `forward` gives for the first token, which looks at all of them."""
+        """(B, L, C) -> (B, 1, C): the first row of `forward`: the first token, which attends to all."""
         dim = x.shape[-1]
         weight, bias = plain(self.qkv.weight), self.qkv.bias
         query = linear(x[:, :1], weight[:dim], bias[:dim])
@@ -102,7 +102,7 @@ class Block(nn.Module):
 
 
 def run_block(block: nn.Module, *inputs: Tensor, recompute: bool) -> Tensor:
-    """`block(*inputs)`; with `recompute` its activations are not kept but computed again in the backward pass."""
+    """`block(*inputs)`; with `recompute` its activations are recomputed in the backward pass instead of kept."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
     return block(*inputs)
@@ -127,7 +127,7 @@ class PatchEmbed(nn.Module):
 class VisionTransformer(nn.Module):
     """DINOv2 ViT. Everything before the last `num_trainable_blocks` blocks is frozen.
 
-    `checkpoint_activations`: training keeps no activations of the blocks and computes them again.
+    `checkpoint_activations`: training recomputes the activations of the blocks instead of keeping them.
     """
 
     checkpoint_activations = False
