@@ -132,7 +132,7 @@ def candidate_units(benchmark: Benchmark, config: EvaluateConfig) -> list[WorkUn
     """The candidates that re-ranking gets, by the network in fp32."""
     describer = Describer(build_model(config.model, load_weights(config.model), torch.device("cpu")))
     database, queries = (
-        pipeline.describe(photos, describer, config) for photos in (benchmark.database, benchmark.queries)
+        pipeline.describe(photos, describer, config.describe) for photos in (benchmark.database, benchmark.queries)
     )
     shard, number = Shard(flat_index(database.descriptors), database.ids), config.rerank.num_candidates
     _, found = search(shard, queries.descriptors, number, num_threads=config.index.num_threads_per_actor)

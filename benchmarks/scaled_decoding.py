@@ -150,8 +150,8 @@ def recall_rows(folder: Path, num_places: int, describer: Describer) -> list[lis
         ("all scaled", scaled, scaled),
         ("queries scaled, database whole", whole, scaled),
     ):
-        database = pipeline.describe(benchmark.database, describer, of_database)
-        queries = pipeline.describe(benchmark.queries, describer, of_queries)
+        database = pipeline.describe(benchmark.database, describer, of_database.describe)
+        queries = pipeline.describe(benchmark.queries, describer, of_queries.describe)
         shard = Shard(flat_index(database.descriptors), database.ids)
         answers = search(shard, queries.descriptors, 1, num_threads=NUM_THREADS)[1][:, 0]
         first = answers if first is None else first

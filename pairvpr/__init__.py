@@ -1,3 +1,51 @@
-"""Pair-VPR at city scale: describe photos, retrieve candidates, re-rank them pair by pair."""
+"""Pair-VPR at city scale: describe photos, retrieve candidates, re-rank them pair by pair.
+
+    from pairvpr import Localizer
+
+What is named here is loaded when it is first asked for, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pairvpr.config.schema import DescribeConfig, ModelConfig, RerankConfig, SearchConfig
+    from pairvpr.errors import PhotoError, UserError
+    from pairvpr.localizer import Localizer, Match
+    from pairvpr.photo import Photo
+    from pairvpr.where import Position, Utm
 
 __version__ = "0.1.0"
+__all__ = [
+    "DescribeConfig",
+    "Localizer",
+    "Match",
+    "ModelConfig",
+    "Photo",
+    "PhotoError",
+    "Position",
+    "RerankConfig",
+    "SearchConfig",
+    "UserError",
+    "Utm",
+]
+
+_MODULES = {
+    **dict.fromkeys(("DescribeConfig", "ModelConfig", "RerankConfig", "SearchConfig"), "pairvpr.config.schema"),
+    **dict.fromkeys(("PhotoError", "UserError"), "pairvpr.errors"),
+    **dict.fromkeys(("Localizer", "Match"), "pairvpr.localizer"),
+    "Photo": "pairvpr.photo",
+    **dict.fromkeys(("Position", "Utm"), "pairvpr.where"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'pairvpr' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,5 +1,7 @@
 """The one exception that is meant for the person at the keyboard."""
 
+from __future__ import annotations
+
 
 class UserError(ValueError):
     """Something a user gave is wrong: one line that says what, what was expected, and the valid choices.
@@ -7,6 +9,18 @@ class UserError(ValueError):
     The jobs print its message without a traceback and exit with code 2. Whatever is not a `UserError` is a
     defect of the program and keeps its traceback.
     """
+
+
+class PhotoError(UserError):
+    """A photo that was asked about can't be read: `photo` names it, `reason` says why."""
+
+    def __init__(self, photo: str, reason: str) -> None:
+        super().__init__(f"{photo}: {reason}")
+        self.photo = photo
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[PhotoError], tuple[str, str]]:
+        return type(self), (self.photo, self.reason)
 
 
 class IncompleteRunError(RuntimeError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Sequence
 
@@ -13,12 +12,13 @@ from pairvpr.config.compose import load
 from pairvpr.config.schema import BuildIndexConfig
 from pairvpr.data import storage
 from pairvpr.data.claim import check_claim, check_writable, claim
+from pairvpr.data.located import located
 from pairvpr.data.manifest import folder_manifest
 from pairvpr.distributed.runtime import ModelSource, ray_session
 from pairvpr.index import choose
+from pairvpr.index.settings import index_settings, position_settings
 from pairvpr.models.weights import announce, find_weights, load_weights
 from pairvpr.terminal import say
-from ray_jobs.run import index_settings, located
 from ray_jobs.steps import about_generation, ensure_index
 
 
@@ -34,10 +34,9 @@ def build_index(config: BuildIndexConfig) -> str:
     check_writable(directory, "output")
     num_shards = config.index.num_shards or choose.default_num_shards(len(database))
     source = find_weights(config.model)
-    settings = index_settings(database, num_shards, config.model, source, config.describe)
+    settings = index_settings(database, num_shards, config.model, source.sha256, config.describe)
     if config.positions is not None:
-        places = database.utm_m.tobytes() + database.heading_deg.tobytes()
-        settings["positions_sha256"] = hashlib.sha256(places).hexdigest()
+        settings |= position_settings(database)
     check_claim(directory, settings, "output")
     weights = load_weights(config.model, source)
     announce(config.model, weights)

@@ -17,6 +17,7 @@ from pairvpr.config.compose import load
 from pairvpr.config.schema import FilterConfig, PositionsConfig, QueryConfig
 from pairvpr.data import storage
 from pairvpr.data.claim import check_claim, check_writable, claim
+from pairvpr.data.located import located
 from pairvpr.data.manifest import Benchmark, Manifest, folder_manifest
 from pairvpr.distributed.runtime import ModelSource, ray_session
 from pairvpr.errors import UserError
@@ -28,7 +29,6 @@ from ray_jobs.run import (
     calibrated,
     check_calibration,
     check_dense_store,
-    located,
     open_manifest,
 )
 from ray_jobs.steps import answer

@@ -5,29 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from pairvpr.config.benchmark_schema import FoldersConfig, PositionSource
 from pairvpr.config.schema import (
     DenseFeatures,
-    DescribeConfig,
     EvaluateConfig,
-    ModelConfig,
-    PositionsConfig,
     QueryConfig,
     RerankConfig,
 )
 from pairvpr.data import storage
 from pairvpr.data.claim import FILE as SETTINGS_FILE
 from pairvpr.data.claim import check_claim, differences
-from pairvpr.data.manifest import Benchmark, Manifest
-from pairvpr.data.positions import positions_from_exif, positions_from_names, positions_from_tables
-from pairvpr.data.problems import Problems
+from pairvpr.data.manifest import Benchmark
 from pairvpr.distributed.dense import KEY as STORE_KEY
 from pairvpr.distributed.dense import WantedStore, check_store
 from pairvpr.errors import UserError
 from pairvpr.evaluation.confidence import Calibration, Judge, read_calibration
 from pairvpr.index.manifest import IndexManifest, check_model, read_images, read_manifest
+from pairvpr.index.settings import index_settings
 from pairvpr.models.weights import WeightsSource
 from pairvpr.retrieval.dense_store import Layout
 from pairvpr.retrieval.rerank import SCORING
@@ -76,7 +69,7 @@ class Run:
     def index_settings(self) -> dict[str, Any]:
         """What decides the bytes of the index."""
         return index_settings(
-            self.benchmark.database, self.num_shards, self.config.model, self.weights, self.config.describe
+            self.benchmark.database, self.num_shards, self.config.model, self.weights.sha256, self.config.describe
         )
 
     def settings(self) -> dict[str, Any]:
@@ -104,22 +97,6 @@ class Run:
             "stop_margin": self.stop_margin,
         }
         return {name: value for name, value in values.items() if value is not None}
-
-
-def index_settings(
-    database: Manifest, num_shards: int, model: ModelConfig, weights: WeightsSource, config: DescribeConfig
-) -> dict[str, Any]:
-    """What decides the descriptors of an index, in plain values; kinds of index can be built from them at any time."""
-    return {
-        "model": model.settings() | {"weights_sha256": weights.sha256},
-        "describe": {"batch_size": config.batch_size, "num_threads_per_actor": config.num_threads_per_actor},
-        "database": {
-            "root": database.root,
-            "num_images": len(database),
-            "paths_sha256": database.paths_sha256,
-        },
-        "index_num_shards": num_shards,
-    }
 
 
 def check_claims(run: Run) -> None:
@@ -204,34 +181,3 @@ def open_manifest(index: str, given: str) -> IndexManifest:
     if manifest is None:
         raise UserError(f"index.path={given}: no finished index there; expected a directory with manifest.json")
     return manifest
-
-
-def located(photos: Manifest, config: PositionsConfig, key: str) -> Manifest:
-    """The photos with positions from where `config` says they are known; those without one take no part.
-
-    Raises `UserError` for the first photo, row or file that can't be used.
-    """
-    if config.positions is None:
-        return photos
-    problems, nobody = Problems(), photos.only(np.empty(0, np.int64))
-    folders = FoldersConfig(
-        name="index",
-        database=photos.root,
-        queries="-",
-        positions=config.positions,
-        database_table=config.positions_table,
-        columns=config.columns,
-    )
-    try:
-        match config.positions:
-            case PositionSource.names:
-                placed = positions_from_names(photos, key, problems)
-            case PositionSource.table:
-                placed = positions_from_tables(folders, photos, nobody, problems)[0]
-            case PositionSource.exif:
-                placed = positions_from_exif(folders, photos, nobody, problems)[0]
-        problems.raise_if_any()
-    except UserError as error:
-        text = str(error).replace("benchmark.database_table", "positions_table").replace("benchmark.columns", "columns")
-        raise UserError(text) from error
-    return placed

@@ -27,6 +27,7 @@ from pairvpr.config.compose import load
 from pairvpr.config.schema import UpdateIndexConfig
 from pairvpr.data import storage
 from pairvpr.data.claim import check_writable
+from pairvpr.data.located import located
 from pairvpr.data.manifest import IMAGE_SUFFIXES, Manifest, folder_manifest
 from pairvpr.data.problems import Problems
 from pairvpr.data.tables import TableFile
@@ -45,11 +46,12 @@ from pairvpr.index.manifest import (
     read_manifest,
 )
 from pairvpr.index.reader import removed_ids
+from pairvpr.index.settings import index_settings
 from pairvpr.index.update import UPDATES, compacted, remove_leftovers, with_added, without
 from pairvpr.index.versions import are_there, photo_versions, write_versions
 from pairvpr.models.weights import announce, find_weights, load_weights
 from pairvpr.terminal import say
-from ray_jobs.run import index_settings, located, open_manifest
+from ray_jobs.run import open_manifest
 from ray_jobs.steps import about_generation, memory_budget_bytes
 
 pc: Any = compute  # its functions are made at run time, so their types are not known
@@ -82,7 +84,7 @@ def update_index(config: UpdateIndexConfig) -> IndexManifest:
         gone = _gone(config, images, removed, added)
     weights = find_weights(config.model)
     database = images if added is None else added
-    settings = index_settings(database, 1, config.model, weights, config.describe)
+    settings = index_settings(database, 1, config.model, weights.sha256, config.describe)
     check_model(directory, manifest, name=config.model.name, weights_sha256=weights.sha256, model=settings["model"])
     announce(config.model, weights)
     remove_leftovers(directory, manifest)

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
 from hydra import compose, initialize_config_dir
@@ -29,6 +28,7 @@ from omegaconf import BooleanNode, DictConfig, FloatNode, IntegerNode, Node, Ome
 from omegaconf.errors import OmegaConfBaseException
 
 from pairvpr.config import benchmark_schema, schema, train_schema
+from pairvpr.config.networks import config_directory
 from pairvpr.errors import UserError
 
 T = TypeVar("T")
@@ -161,7 +161,7 @@ def _register_schemas() -> None:
     for name, layout in LAYOUTS.items():
         store.store(group="benchmark", name=f"{name}_schema", node=layout)
     # `${pairvpr.configs:NAME}` is a file that lies beside the YAML files, wherever they are installed.
-    OmegaConf.register_new_resolver("pairvpr.configs", lambda name: str(_config_directory() / name), replace=True)
+    OmegaConf.register_new_resolver("pairvpr.configs", lambda name: str(config_directory() / name), replace=True)
 
 
 _LOCK = threading.RLock()
@@ -176,24 +176,17 @@ def _hydra() -> Iterator[None]:
         theirs, their_base = process.hydra, base.version_base
         process.hydra = None
         try:
-            with initialize_config_dir(str(_config_directory()), version_base="1.3", job_name="pairvpr"):
+            with initialize_config_dir(str(config_directory()), version_base="1.3", job_name="pairvpr"):
                 yield
         finally:
             GlobalHydra.set_instance(process)
             process.hydra, base.version_base = theirs, their_base
 
 
-def _config_directory() -> Path:
-    """`configs/` of a checkout, or the copy of it that a wheel carries inside the package."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "configs"
-    return installed if installed.is_dir() else package.parent / "configs"
-
-
 @cache
 def _benchmarks() -> dict[str, type[benchmark_schema.BenchmarkConfig]]:
     """Every benchmark by name, and the schema that its file names."""
-    files = sorted((_config_directory() / "benchmark").glob("*.yaml"))
+    files = sorted((config_directory() / "benchmark").glob("*.yaml"))
     schemas = {path.stem: cast(Any, OmegaConf.load(path)).defaults[0] for path in files}
     return {name: LAYOUTS[its_schema.removesuffix("_schema")] for name, its_schema in schemas.items()}
 
@@ -249,7 +242,7 @@ def _line(override: Override, node: Node) -> str:
 def _groups(job: type) -> dict[str, str]:
     """The groups of a job, as a user writes them, and the directory of each one's choices."""
     keys = {field.name for field in fields(job)}
-    plain = {path.name for path in _config_directory().iterdir() if path.is_dir() and list(path.glob("*.yaml"))}
+    plain = {path.name for path in config_directory().iterdir() if path.is_dir() and list(path.glob("*.yaml"))}
     return {name: name for name in sorted(plain & keys)} | DIRECTORIES.get(job, {})
 
 
@@ -264,7 +257,7 @@ def _for_hydra(job: type, override: Override) -> str:
 
 
 def _choices(directory: str) -> list[str]:
-    return sorted(path.stem for path in (_config_directory() / directory).glob("*.yaml"))
+    return sorted(path.stem for path in (config_directory() / directory).glob("*.yaml"))
 
 
 def _check_choice(group: str, choice: object, choices: Sequence[str]) -> None:

@@ -91,6 +91,17 @@ def load(url: str, image_size_px: int, *, scaled_decoding: bool = False) -> NDAr
     return decode(_read(url), image_size_px, scaled_decoding=scaled_decoding)
 
 
+def from_image(image: Image.Image, image_size_px: int) -> NDArray[np.uint8]:
+    """`decode` of a photo that is opened already; it is left as it is, and never decoded at a scale.
+
+    Raises `BrokenImageError` as `decode_upright`.
+    """
+    try:
+        return np.array(_resized(_upright(image), image_size_px))
+    except Exception as error:  # an image that Pillow opened lazily is decoded here
+        raise BrokenImageError(f"{type(error).__name__}: {error}") from error
+
+
 def load_upright(url: str) -> Image.Image:
     """`decode_upright` of a file. Raises `BrokenImageError`, also where the file is gone or a local one is forbidden.
 

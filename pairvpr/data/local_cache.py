@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +18,11 @@ from pairvpr.data import storage
 from pairvpr.errors import UserError
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def cache_directory(given: str | None) -> Path:
+    """Where copies are kept on this machine, unless a directory is given."""
+    return Path(given) if given else Path(tempfile.gettempdir()) / "pairvpr-cache"
 
 
 class LocalCache:

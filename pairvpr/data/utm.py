@@ -36,6 +36,19 @@ _ALPHA = tuple(
         (6, (212378941 / 319334400,)),
     )
 )
+_BETA = tuple(
+    _N**order * float(np.polynomial.Polynomial(coefficients)(_N))
+    for order, coefficients in (
+        (1, (1 / 2, -2 / 3, 37 / 96, -1 / 360, -81 / 512, 96199 / 604800)),
+        (2, (1 / 48, 1 / 15, -437 / 1440, 46 / 105, -1118711 / 3870720)),
+        (3, (17 / 480, -37 / 840, -209 / 4480, 5569 / 90720)),
+        (4, (4397 / 161280, -11 / 504, -830251 / 7257600)),
+        (5, (4583 / 161280, -108847 / 3991680)),
+        (6, (20648693 / 638668800,)),
+    )
+)
+_NEWTON_STEPS = 5
+"""From the conformal latitude to the geographic one; two reach the rounding of double precision."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +94,29 @@ def to_utm(latitude_deg: NDArray[np.float64], longitude_deg: NDArray[np.float64]
         east = eta + sum(alpha * np.cos(k * xi) * np.sinh(k * eta) for k, alpha in terms)
         scale_m = _SCALE * _RECTIFYING_RADIUS_M
         return np.stack([_FALSE_EAST_M + scale_m * east, _FALSE_NORTH_M * zone.south + scale_m * north], axis=1)
+
+
+def to_degrees(utm_m: NDArray[np.float64], zone: UtmZone) -> NDArray[np.float64]:
+    """(n, 2) latitude and longitude in degrees of WGS84 for metres (n, 2) of `zone`: what `to_utm` takes.
+
+    NaN where a position is not known.
+    """
+    scale_m = _SCALE * _RECTIFYING_RADIUS_M
+    xi = (utm_m[:, 1] - _FALSE_NORTH_M * zone.south) / scale_m
+    eta = (utm_m[:, 0] - _FALSE_EAST_M) / scale_m
+    terms = [(2 * order, beta) for order, beta in enumerate(_BETA, start=1)]
+    north = xi - sum(beta * np.sin(k * xi) * np.cosh(k * eta) for k, beta in terms)
+    east = eta - sum(beta * np.cos(k * xi) * np.sinh(k * eta) for k, beta in terms)
+    conformal = np.sin(north) / np.hypot(np.sinh(east), np.cos(north))
+    tangent = conformal.copy()
+    for _ in range(_NEWTON_STEPS):  # Karney, equations 19 to 21
+        sigma = np.sinh(_ECCENTRICITY * np.arctanh(_ECCENTRICITY * tangent / np.hypot(1.0, tangent)))
+        found = tangent * np.hypot(1.0, sigma) - sigma * np.hypot(1.0, tangent)
+        flat = 1 - _ECCENTRICITY**2
+        slope = (1 + flat * tangent**2) / (flat * np.hypot(1.0, found) * np.hypot(1.0, tangent))
+        tangent += (conformal - found) * slope
+    longitude_deg = zone.central_meridian_deg + np.degrees(np.arctan2(np.sinh(east), np.cos(north)))
+    return np.stack([np.degrees(np.arctan(tangent)), _wrapped(longitude_deg)], axis=1)
 
 
 def is_near(utm_m: NDArray[np.float64]) -> NDArray[np.bool_]:

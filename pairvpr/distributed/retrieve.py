@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import io
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,7 @@ from numpy.typing import NDArray
 
 from pairvpr.config.schema import IndexKind, SearchConfig
 from pairvpr.data import storage
-from pairvpr.data.local_cache import LocalCache
+from pairvpr.data.local_cache import LocalCache, cache_directory
 from pairvpr.distributed.pool import PoolActor, SupervisedPool
 from pairvpr.distributed.progress import Progress
 from pairvpr.distributed.runtime import cpus_of_a_shard, own_device
@@ -88,7 +86,7 @@ def retrieve(
     query_ids, descriptors = store.read_descriptors(queries)
     request = SearchRequest(index, manifest, descriptors, k)
     if filters is not None:
-        request = SearchRequest(index, manifest, descriptors, k, Filters(filters[0].conditions[query_ids]), filters[1])
+        request = SearchRequest(index, manifest, descriptors, k, filters[0].of_queries(query_ids), filters[1])
     found, seconds = search_shards(request, config)
     candidates = Candidates(query_ids, *found, seconds, manifest.generation)
     _write_candidates(url, candidates)
@@ -180,7 +178,7 @@ class _ShardActor(PoolActor):
         self.request = request
         self.effort = effort
         self.num_threads = config.num_threads_per_actor
-        cache = LocalCache(cache_directory(config), int(config.cache_gib * 2**30))
+        cache = LocalCache(cache_directory(config.cache_dir), int(config.cache_gib * 2**30))
         has_gpu = own_device().type == "cuda"
         self.opened = OpenIndex(request.index, request.manifest, cache, memory_map=config.memory_map, has_gpu=has_gpu)
         self.visits = self.opened.visits(request.queries, effort, self.num_threads)
@@ -224,11 +222,6 @@ class _ShardActor(PoolActor):
             ray.get(unit.short_lists),
             num_threads=self.num_threads,
         )
-
-
-def cache_directory(config: SearchConfig) -> Path:
-    """Where shards of an index that lies elsewhere are kept on this machine."""
-    return Path(config.cache_dir) if config.cache_dir else Path(tempfile.gettempdir()) / "pairvpr-cache"
 
 
 def _write_candidates(url: str, candidates: Candidates) -> None:

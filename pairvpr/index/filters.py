@@ -52,6 +52,10 @@ class Filters:
             conditions[:, 7], conditions[:, 8] = heading_deg, within_deg
         return cls(conditions)
 
+    def of_queries(self, queries: NDArray[np.int64]) -> Filters:
+        """The lines of some of the queries."""
+        return Filters(self.conditions[queries])
+
     def groups(self) -> Iterator[tuple[NDArray[np.float64], NDArray[np.int64]]]:
         """Each distinct row of conditions, and the queries that have it."""
         no_condition = np.nan_to_num(self.conditions, nan=np.inf)  # NaN is not equal to itself

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pairvpr.data import storage
 from pairvpr.data.local_cache import LocalCache
 from pairvpr.errors import UserError
 from pairvpr.index import build, choose, store
+from pairvpr.index.filters import Filters, Places, search_filtered
 from pairvpr.index.manifest import IndexManifest, ShardEntry, StoredFile
 from pairvpr.index.merge import Found, merge_top_k
 from pairvpr.index.search import Effort, Shard, rescore, search
@@ -72,7 +74,7 @@ class OpenIndex:
             on_gpu = faiss.index_cpu_to_gpu(self._gpu, 0, index)  # pyright: ignore[reportAttributeAccessIssue]
         return Shard(index, self.ids(number), is_removed, on_gpu)
 
-    def joined(self, numbers: Sequence[int]) -> Shard:
+    def joined(self, numbers: range) -> Shard:
         """A group of `groups_of_shards`: several shards are copied into one index in memory, also with `memory_map`.
 
         Raises `UserError` as `shard` does.
@@ -116,10 +118,13 @@ class OpenIndex:
         self._check(file, "values a row", index.d, self.manifest.descriptor_dim)
         self._check(file, "rows", index.ntotal, entry.num_rows)
         if self._trained is not None and self.spec.num_lists:
-            index.own_fields = False
-            index.quantizer = self._trained.quantizer
-            index.referenced_objects = [self._trained]
+            self._share_centres(index)
         return index
+
+    def _share_centres(self, index: Any) -> None:
+        index.own_fields = False
+        index.quantizer = self._trained.quantizer
+        index.referenced_objects = [self._trained]
 
     def _path(self, file: StoredFile) -> Path:
         url = storage.join(self.directory, file.path)
@@ -136,16 +141,118 @@ class OpenIndex:
             )
 
 
+class WarmIndex(OpenIndex):
+    """An open index that keeps its shards, so that a search reads nothing again; it answers as `OpenIndex` does.
+
+    It keeps as many groups of shards, in order, as `budget_bytes` hold by the plan's count (`choose.bytes_per_row`);
+    each of the others is opened for every search and let go after it. Shards that `before`, an earlier generation of
+    the same index, has kept are taken over. Threads may share it.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        manifest: IndexManifest,
+        cache: LocalCache,
+        *,
+        budget_bytes: float,
+        memory_map: bool = False,
+        has_gpu: bool = False,
+        before: WarmIndex | None = None,
+    ) -> None:
+        super().__init__(directory, manifest, cache, memory_map=memory_map, has_gpu=has_gpu)
+        self._shards: dict[range, Shard] = {}
+        self._ids: dict[int, NDArray[np.int64]] = {}
+        self._descriptors: dict[int, NDArray[np.float32]] = {}
+        row_bytes = choose.bytes_per_row(self.spec.kind, manifest.descriptor_dim)
+        left_bytes = budget_bytes
+        for group in groups_of_shards(manifest):
+            left_bytes -= row_bytes * sum(manifest.shards[number].num_rows for number in group)
+            if left_bytes < 0:
+                break
+            self._keep(group, before)
+
+    @property
+    def num_shards_kept(self) -> int:
+        """Shards that stay in memory."""
+        return len(self._ids)
+
+    def joined(self, numbers: range) -> Shard:
+        """As `OpenIndex.joined`."""
+        return self._shards[numbers] if numbers in self._shards else super().joined(numbers)
+
+    def ids(self, number: int) -> NDArray[np.int64]:
+        """As `OpenIndex.ids`."""
+        return self._ids[number] if number in self._ids else super().ids(number)
+
+    def descriptors(self, number: int) -> NDArray[np.float32]:
+        """As `OpenIndex.descriptors`; the file stays mapped."""
+        if number not in self._descriptors:
+            self._descriptors[number] = super().descriptors(number)
+        return self._descriptors[number]
+
+    def _keep(self, group: range, before: WarmIndex | None) -> None:
+        shard = None if before is None else before._kept_of(self._files(group))
+        if shard is None:
+            shard = super().joined(group)
+            if len(group) > 1:
+                shard = replace(shard, index=self._without_spare_room(shard.index))
+        stop = 0
+        for number in group:
+            first, stop = stop, stop + self.manifest.shards[number].num_rows
+            self._ids[number] = shard.ids[first:stop]
+        is_removed = None
+        if any(self.manifest.shards[number].num_removed for number in group):
+            is_removed = np.concatenate([self.is_removed(number) for number in group])
+        self._shards[group] = replace(shard, is_removed=is_removed)
+
+    def _without_spare_room(self, joined: Any) -> Any:
+        """A copy: lists that grew as shards were joined hold up to twice what is in them."""
+        no_centres = faiss.IndexFlatL2(joined.d)  # copied instead of the centres, which all shards share
+        joined.quantizer = no_centres
+        index: Any = faiss.clone_index(joined)
+        self._share_centres(index)
+        return index
+
+    def _files(self, group: range) -> list[str]:
+        """Digests of what a group is made of."""
+        index_file, trained = self.spec.index_file(self.manifest.trained), self.manifest.trained
+        entries = [self.manifest.shards[number] for number in group]
+        files = [entry.files[name] for entry in entries for name in (index_file, "ids.npy")]
+        return [file.sha256 for file in ([trained] if trained else []) + files]
+
+    def _kept_of(self, files: list[str]) -> Shard | None:
+        """The kept group that is made of these files."""
+        return next((shard for group, shard in self._shards.items() if self._files(group) == files), None)
+
+
 def search_index(
-    opened: OpenIndex, queries: NDArray[np.float32], k: int, *, num_threads: int, effort: Effort | None = None
+    opened: OpenIndex,
+    queries: NDArray[np.float32],
+    k: int,
+    *,
+    num_threads: int,
+    effort: Effort | None = None,
+    filters: tuple[Filters, Places] | None = None,
 ) -> Found:
-    """The k nearest photos of each query (Q, G), shard after shard on this machine: (Q, k), or as many as there are."""
+    """The k nearest photos of each query (Q, G), shard after shard on this machine: (Q, k), or as many as there are.
+
+    `filters` says which photos each query may find; where they are fewer than k, ids end with -1.
+    """
     effort = effort or opened.effort
     length = short_list_length(opened.manifest, effort, k)
     options: dict[str, Any] = {"num_threads": num_threads, "effort": effort, "at_least": k}
     options["visits"] = opened.visits(queries, effort, num_threads)
-    groups = groups_of_shards(opened.manifest)
-    found = merge_top_k([search(opened.joined(group), queries, length, **options) for group in groups], length)
+    found: Found | None = None
+    for group in groups_of_shards(opened.manifest):
+        shard = opened.joined(group)
+        part = (
+            search(shard, queries, length, **options)
+            if filters is None
+            else search_filtered(shard, queries, length, *filters, **options)
+        )
+        found = merge_top_k([part] if found is None else [found, part], length)
+    assert found is not None, "an index has a shard"
     if not choose.KINDS[opened.spec.kind].is_rescored:
         return found
     distances = [

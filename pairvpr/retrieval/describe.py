@@ -25,14 +25,24 @@ class Describer:
     @torch.inference_mode()
     def descriptors(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """(B, S, S, 3) uint8 -> (B, G) float32, unit length. Raises `UserError` where they are not finite."""
+        return self._described(pixels)[0]
+
+    @torch.inference_mode()
+    def both(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], Tensor]:
+        """One photo (S, S, 3) uint8 -> its `descriptors` (1, G) and what it is `embedded` as (L, D), in one pass."""
+        descriptors, dense = self._described(pixels[None])
+        return descriptors, self.model.embed(dense)[0]
+
+    def _described(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], Tensor]:
+        """(B, S, S, 3) uint8 -> descriptors (B, G), dense features (B, L, C) on the device."""
         self._set_threads()
-        descriptors, _ = self.model.describe(normalise(torch.from_numpy(pixels).to(self.device)))
+        descriptors, dense = self.model.describe(normalise(torch.from_numpy(pixels).to(self.device)))
         if not descriptors.isfinite().all():
             raise UserError(
                 f"the descriptors of model {self.model.config.name} are not finite at "
                 f"model.precision={self.model.config.precision}; expected sound weights (fp32 and bf16 can't overflow)"
             )
-        return descriptors.cpu().numpy()
+        return descriptors.cpu().numpy(), dense
 
     @torch.inference_mode()
     def embedded(self, pixels: NDArray[np.uint8]) -> Tensor:

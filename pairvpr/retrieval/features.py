@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
 from typing import Generic, TypeVar
 
 import torch
@@ -23,7 +24,7 @@ class FeatureCache:
     """Features by key, the least recently used dropped beyond `capacity_bytes`, or handed to the cache `behind`.
 
     That one is larger and slower: a GPU's features go to the machine's memory, and are copied back when they are asked
-    for. They stay there: what many units ask for is in either place.
+    for. They stay there: what many units ask for is in either place. Threads may share a cache.
     """
 
     def __init__(self, capacity_bytes: int, behind: FeatureCache | None = None) -> None:
@@ -31,30 +32,35 @@ class FeatureCache:
         self.used_bytes = 0
         self.behind = behind
         self._features: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._lock = Lock()
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._features or (self.behind is not None and key in self.behind)
 
     def get(self, key: Hashable, device: torch.device) -> Tensor | None:
         """The features kept for `key`, if any, on the device."""
-        if key in self._features:
-            self._features.move_to_end(key)
-            return self._features[key].to(device, non_blocking=True)
+        with self._lock:
+            found = self._features.get(key)
+            if found is not None:
+                self._features.move_to_end(key)
+        if found is not None:
+            return found.to(device, non_blocking=True)
         return None if self.behind is None else self.behind.get(key, device)
 
     def put(self, key: Hashable, features: Tensor) -> None:
         """Keep features; those of one key never change. Too large ones are not kept."""
-        if key in self._features:
-            return
-        if features.nbytes > self.capacity_bytes:
-            self._hand_on(key, features)
-            return
-        self._features[key] = features
-        self.used_bytes += features.nbytes
-        while self.used_bytes > self.capacity_bytes:
-            dropped_key, dropped = self._features.popitem(last=False)
-            self.used_bytes -= dropped.nbytes
-            self._hand_on(dropped_key, dropped)
+        with self._lock:
+            if key in self._features:
+                return
+            if features.nbytes > self.capacity_bytes:
+                self._hand_on(key, features)
+                return
+            self._features[key] = features
+            self.used_bytes += features.nbytes
+            while self.used_bytes > self.capacity_bytes:
+                dropped_key, dropped = self._features.popitem(last=False)
+                self.used_bytes -= dropped.nbytes
+                self._hand_on(dropped_key, dropped)
 
     def _hand_on(self, key: Hashable, features: Tensor) -> None:
         if self.behind is not None and key not in self.behind and features.nbytes <= self.behind.capacity_bytes:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pairvpr.config.schema import DenseFeatures, EvaluateConfig, ModelConfig, RerankConfig
+from pairvpr.config.schema import DenseFeatures, DescribeConfig, EvaluateConfig, ModelConfig, RerankConfig
 from pairvpr.data import images
 from pairvpr.data.manifest import Benchmark, Manifest
 from pairvpr.data.photo_batches import load_batch, num_batches
@@ -53,8 +53,8 @@ def run(benchmark: Benchmark, model: PairVPR, config: EvaluateConfig, stop_margi
     """Describe, retrieve and re-rank every query of the benchmark, in query order; early at `stop_margin`, if any."""
     torch.set_num_threads(config.describe.num_threads_per_actor)
     describer = Describer(model)
-    database = describe(benchmark.database, describer, config)
-    queries = describe(benchmark.queries, describer, config)
+    database = describe(benchmark.database, describer, config.describe)
+    queries = describe(benchmark.queries, describer, config.describe)
 
     num_kept = config.index.num_kept(config.rerank.num_candidates)
     shard = Shard(flat_index(database.descriptors), database.ids)
@@ -72,12 +72,18 @@ def run(benchmark: Benchmark, model: PairVPR, config: EvaluateConfig, stop_margi
     return answers(len(benchmark.queries), found, reranked)
 
 
-def describe(manifest: Manifest, describer: Describer, config: EvaluateConfig) -> Described:
+def describe(manifest: Manifest, describer: Describer, config: DescribeConfig) -> Described:
     """Global descriptors of all photos of a manifest, batch by batch."""
     ids, rows, rejected = [], [], {}
-    batch_size, size_px, scaled = config.describe.batch_size, config.model.image_size_px, config.model.scaled_decoding
-    for number in range(num_batches(len(manifest), batch_size)):
-        batch = load_batch(manifest, number, batch_size, size_px, scaled_decoding=scaled)
+    network = describer.model.config
+    for number in range(num_batches(len(manifest), config.batch_size)):
+        batch = load_batch(
+            manifest,
+            number,
+            config.batch_size,
+            network.image_size_px,
+            scaled_decoding=network.scaled_decoding,
+        )
         batch_ids, batch_rows = batch.kept(describer.descriptors(batch.pixels))
         ids.append(batch_ids)
         rows.append(batch_rows)
@@ -115,7 +121,7 @@ def photo_reranker(
         describer.model,
         batch_size=settings.batch_size,
         query_features=described(benchmark.queries),
-        database_features=described(benchmark.database, _cache(settings, device))
+        database_features=described(benchmark.database, feature_cache(settings, device))
         if stored is None
         else PhotoFeatures(stored, to_device, device=device, num_threads=num_threads),
         second_direction=settings.second_direction,
@@ -132,8 +138,8 @@ def load_pixels(photos: Manifest, model: ModelConfig, image_id: int) -> NDArray[
         raise images.BrokenImageError(f"{url}: {error}") from error
 
 
-def _cache(settings: RerankConfig, device: torch.device) -> FeatureCache | None:
-    """What an actor keeps from unit to unit; on a GPU first there, then in the machine's memory."""
+def feature_cache(settings: RerankConfig, device: torch.device) -> FeatureCache | None:
+    """What a process keeps from unit to unit; on a GPU first there, then in the machine's memory."""
     if settings.dense_features is not DenseFeatures.cache:
         return None
     in_memory = FeatureCache(int(settings.cache_gib * 2**30))

@@ -76,7 +76,7 @@ def test_scaled_decoding_is_what_the_network_sees(tmp_path: Path, city: Benchmar
         pixels[is_on] = np.stack(rows)
         weights = load_weights(settings.model)
         describer = Describer(build_model(settings.model, weights, torch.device("cpu")))
-        found = pipeline.describe(photos, describer, settings)
+        found = pipeline.describe(photos, describer, settings.describe)
         np.testing.assert_array_equal(found.descriptors, describer.descriptors(pixels[is_on]))
         reranker = pipeline.photo_reranker(replace(city, database=photos), describer, settings.rerank)
         for features, its in zip(reranker._database_features(range(3)), pixels[is_on], strict=True):
@@ -88,8 +88,8 @@ def test_candidates_equal_brute_force(city: Benchmark, model: PairVPR) -> None:
     config = small_evaluate_config("unused", num_candidates=5, num_retrieved=10)
     answers = pipeline.run(city, model, config)
     describer = Describer(model)
-    database = pipeline.describe(city.database, describer, config)
-    queries = pipeline.describe(city.queries, describer, config)
+    database = pipeline.describe(city.database, describer, config.describe)
+    queries = pipeline.describe(city.queries, describer, config.describe)
     assert [answer.query_id for answer in answers] == list(range(len(city.queries)))
     for query_id, descriptor in zip(queries.ids, queries.descriptors, strict=True):
         answer = answers[query_id]
@@ -125,7 +125,7 @@ def test_broken_photos_are_no_photos(city: Benchmark, model: PairVPR) -> None:
         expected = [] if answer.query_id == BROKEN_QUERY else readable
         assert sorted(answer.candidates.tolist()) == sorted(answer.reranked.tolist()) == expected
         assert len(answer.squared_distances) == len(answer.pair_scores) == len(expected)
-    database = pipeline.describe(city.database, Describer(model), config)
+    database = pipeline.describe(city.database, Describer(model), config.describe)
     assert database.ids.tolist() == readable
     assert sorted(database.rejected) == list(BROKEN_PHOTOS)
     assert "FileNotFoundError" in database.rejected[7]
@@ -133,11 +133,11 @@ def test_broken_photos_are_no_photos(city: Benchmark, model: PairVPR) -> None:
 
 def test_a_broken_photo_changes_no_neighbour(city: Benchmark, model: PairVPR) -> None:
     config = small_evaluate_config("unused")
-    before = pipeline.describe(city.queries, Describer(model), config)
+    before = pipeline.describe(city.queries, Describer(model), config.describe)
     whole = Path(city.queries.url(BROKEN_QUERY + 1)).read_bytes()
     path = Path(city.queries.url(BROKEN_QUERY))
     path.write_bytes(whole)
-    after = pipeline.describe(city.queries, Describer(model), config)
+    after = pipeline.describe(city.queries, Describer(model), config.describe)
     path.write_text("not a photo")
     assert after.ids.tolist() == list(range(len(city.queries)))
     np.testing.assert_array_equal(np.delete(after.descriptors, BROKEN_QUERY, axis=0), before.descriptors)

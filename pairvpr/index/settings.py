@@ -1,0 +1,31 @@
+"""What decides the bytes of an index: the content of its settings.json."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from pairvpr.config.schema import DescribeConfig, ModelConfig
+from pairvpr.data.manifest import Manifest
+
+
+def index_settings(
+    database: Manifest, num_shards: int, model: ModelConfig, weights_sha256: str, config: DescribeConfig
+) -> dict[str, Any]:
+    """What decides the descriptors of an index, in plain values; kinds of index can be built from them at any time."""
+    return {
+        "model": model.settings() | {"weights_sha256": weights_sha256},
+        "describe": {"batch_size": config.batch_size, "num_threads_per_actor": config.num_threads_per_actor},
+        "database": {
+            "root": database.root,
+            "num_images": len(database),
+            "paths_sha256": database.paths_sha256,
+        },
+        "index_num_shards": num_shards,
+    }
+
+
+def position_settings(database: Manifest) -> dict[str, Any]:
+    """The same of where the photos of an index were taken, for one that is built with positions."""
+    places = database.utm_m.tobytes() + database.heading_deg.tobytes()
+    return {"positions_sha256": hashlib.sha256(places).hexdigest()}

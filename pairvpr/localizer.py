@@ -1,0 +1,621 @@
+"""One photo, one answer, in this process: an index is opened once, then asked. Needs neither Ray nor Hydra.
+
+The answers are those of the job `query` for a folder of the same photos, byte for byte (docs/localizer.md).
+
+n photos, G descriptor width, L patches, D decoder width.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from threading import Lock
+from typing import Any, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pairvpr.config.benchmark_schema import PositionSource
+from pairvpr.config.networks import named_network, network_names, network_of_settings
+from pairvpr.config.schema import (
+    BuildConfig,
+    DenseFeatures,
+    DescribeConfig,
+    IndexKind,
+    ModelConfig,
+    PositionsConfig,
+    Precision,
+    RerankConfig,
+    SearchConfig,
+)
+from pairvpr.data import claim, storage
+from pairvpr.data.images import BrokenImageError
+from pairvpr.data.local_cache import LocalCache, cache_directory
+from pairvpr.data.manifest import Manifest
+from pairvpr.data.photo_batches import PhotoBatch
+from pairvpr.errors import PhotoError, UserError
+from pairvpr.evaluation.confidence import Calibration, Judge, read_calibration
+from pairvpr.index.manifest import IndexManifest, check_model, read_generation, read_images, read_manifest
+from pairvpr.index.merge import Found
+from pairvpr.index.reader import WarmIndex, search_index
+from pairvpr.index.search import NO_ID, Effort
+from pairvpr.models.weights import build_model, find_weights, load_weights
+from pairvpr.photo import Asked, Photo, asked, is_many
+from pairvpr.retrieval.describe import Describer
+from pairvpr.retrieval.features import PhotoFeatures
+from pairvpr.retrieval.pipeline import feature_cache, load_pixels
+from pairvpr.retrieval.rerank import Features, Reranked, Reranker, WorkUnit, work_units
+from pairvpr.retrieval.small_index import build_small_index
+from pairvpr.where import Map, Position, Utm, Where
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A photo of the index that may show the place of the photo that was asked about."""
+
+    path: str
+    """Relative to the folder of the index's photos."""
+    url: str
+    """Path or URL that can be opened."""
+    database_id: int
+    latitude: float | None
+    """Degrees of WGS84; None where the photo's position, or the UTM zone of the index, is not known."""
+    longitude: float | None
+    utm: Utm | None
+    """Metres of the index's UTM zone; None where the photo's position is not known."""
+    heading_deg: float | None
+    """Direction of view, clockwise from north; None where it is not known."""
+    squared_distance: float
+    """Of the two global descriptors, which are of unit length."""
+    pair_score: float | None
+    """Sum of both directions' logits, higher = same place; None from `retrieve`, which scores no pairs."""
+    confidence: float | None
+    """Probability that the best match shows the place, which its pair score has after calibration; None without one.
+
+    For the matches behind it: what they would have as the best one.
+    """
+
+
+@dataclass(frozen=True)
+class _Generation:
+    """A generation of the index as it is asked."""
+
+    manifest: IndexManifest
+    photos: Manifest
+    index: WarmIndex
+    map: Map
+
+
+@dataclass(frozen=True)
+class _Described:
+    """Places (n,) among those asked about of the photos that could be read, their descriptors (n, G), the others.
+
+    `embedded` is what the pair decoder reads of a photo that was asked about alone.
+    """
+
+    places: NDArray[np.int64]
+    descriptors: NDArray[np.float32]
+    broken: Mapping[int, PhotoError]
+    embedded: Tensor | None = None
+
+
+class Localizer:
+    """An open index and the network that made it. Threads may share one.
+
+    `Localizer.open` makes one from an index that is there, `Localizer.build` from a small folder of photos.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        manifest: IndexManifest,
+        describers: tuple[Describer, Describer],
+        sections: tuple[DescribeConfig, SearchConfig, RerankConfig],
+        calibration: Calibration | None,
+        budget_bytes: float,
+        utm_epsg: int | None,
+    ) -> None:
+        self._directory = directory
+        self._describer, self._pair_describer = describers
+        self._describe, self._search, self._rerank = sections
+        self._calibration = calibration
+        self._budget_bytes = budget_bytes
+        self._utm_epsg = utm_epsg
+        self._local_files = LocalCache(cache_directory(self._search.cache_dir), int(self._search.cache_gib * 2**30))
+        self._features = feature_cache(self._rerank, self._describer.device)
+        self._refreshing = Lock()
+        self._now = self._opened(manifest)
+
+    @classmethod
+    def open(
+        cls,
+        index: str | os.PathLike[str],
+        *,
+        weights: str | os.PathLike[str] | None = None,
+        model: str | ModelConfig | None = None,
+        generation: int | None = None,
+        device: str | torch.device | None = None,
+        precision: str = "fp32",
+        calibration: str | os.PathLike[str] | None = None,
+        memory_gib: float | None = None,
+        utm_epsg: int | None = None,
+        describe: DescribeConfig | None = None,
+        search: SearchConfig | None = None,
+        rerank: RerankConfig | None = None,
+    ) -> Localizer:
+        """Open an index directory (path or URL), once for all photos that will be asked about.
+
+        By default `weights` (path or URL) are those that are published for the index's model, `model` (a name, or a
+        network) is the one that made the index, `generation` the newest, `device` a GPU where torch finds one, and all
+        shards stay in memory; with `memory_gib` as many as it holds, and the others are opened for each call.
+        `utm_epsg` is the EPSG code of the UTM zone of the index's positions, where their names do not state it.
+        `describe`, `search` and `rerank` are sections of the settings of the job `query`; by default all is as there.
+
+        Raises `UserError` for what is no index, one of other weights, and for settings that can't be.
+        """
+        sections = describe or DescribeConfig(), search or SearchConfig(), _settled(rerank, calibration)
+        if memory_gib is not None and not 0 <= memory_gib < math.inf:
+            raise UserError(f"memory_gib={memory_gib}: expected 0 or more, and finite")
+        directory, on = storage.absolute(os.fspath(index)), _device(device)
+        manifest = _manifest(directory, generation)
+        judged_by = _calibration(sections[2])
+        network = replace(_network(directory, manifest, model), precision=_precision(precision))
+        if weights is not None:
+            network = replace(network, weights=os.fspath(weights))
+        found = find_weights(network)
+        settings = network.settings() | {"weights_sha256": found.sha256}
+        check_model(directory, manifest, name=network.name, weights_sha256=found.sha256, model=settings)
+        if judged_by is not None:
+            judged_by.check(str(sections[2].calibration), settings)
+        built = build_model(network, load_weights(network, found), on)
+        return cls(
+            directory,
+            manifest,
+            (Describer(built, sections[0].num_threads_per_actor), Describer(built, sections[2].num_threads_per_actor)),
+            sections,
+            judged_by,
+            math.inf if memory_gib is None else memory_gib * 2**30,
+            utm_epsg,
+        )
+
+    @classmethod
+    def build(
+        cls,
+        photos: str | os.PathLike[str],
+        index: str | os.PathLike[str],
+        *,
+        model: str | ModelConfig,
+        weights: str | os.PathLike[str] | None = None,
+        positions: str | None = None,
+        kind: str = "auto",
+        device: str | torch.device | None = None,
+        precision: str = "fp32",
+        describe: DescribeConfig | None = None,
+    ) -> Localizer:
+        """Describe and index a small folder of photos (path or URL) in this process, and open the index.
+
+        It has the bytes of one by the job `build_index`, which is for large folders. `positions` says where photos were
+        taken: names, exif, or a table (.csv, .parquet). An index that is finished is opened as it is.
+
+        Raises `UserError` as that job does.
+        """
+        section, directory = describe or DescribeConfig(), storage.absolute(os.fspath(index))
+        network = model if isinstance(model, ModelConfig) else named_network(model)
+        network = replace(network, precision=_precision(precision))
+        if weights is not None:
+            network = replace(network, weights=os.fspath(weights))
+        found = find_weights(network)
+        built = build_model(network, load_weights(network, found), _device(device))
+        with _torch_threads_kept():
+            build_small_index(
+                os.fspath(photos),
+                directory,
+                Describer(built, section.num_threads_per_actor),
+                found.sha256,
+                section,
+                BuildConfig(kind=_kind(kind)),
+                _positions(positions),
+            )
+        return cls.open(directory, model=network, device=device, precision=precision, describe=describe)
+
+    @property
+    def generation(self) -> int:
+        """Number of the generation of the index that is asked."""
+        return self._now.manifest.generation
+
+    @property
+    def num_photos(self) -> int:
+        """Photos of the index that can be found."""
+        return self._now.manifest.num_live
+
+    def refresh(self) -> bool:
+        """Turn to the newest generation of the index; whether it is another one.
+
+        Shards that both have stay in memory. Calls that other threads have begun end with what they began with.
+        """
+        with self._refreshing:
+            manifest = _manifest(self._directory, None)
+            if manifest.generation == self._now.manifest.generation:
+                return False
+            self._now = self._opened(manifest, self._now.index)
+            return True
+
+    @overload
+    def locate(  # pyright: ignore[reportOverlappingOverload]  (a text is one photo)
+        self,
+        photos: Photo,
+        *,
+        k: int = 5,
+        near: Position | None = None,
+        radius_m: float | None = None,
+        box: tuple[Position, Position] | None = None,
+        heading_deg: float | None = None,
+        within_deg: float | None = None,
+    ) -> list[Match]: ...
+
+    @overload
+    def locate(
+        self,
+        photos: Sequence[Photo],
+        *,
+        k: int = 5,
+        near: Position | Sequence[Position] | None = None,
+        radius_m: float | None = None,
+        box: tuple[Position, Position] | None = None,
+        heading_deg: float | Sequence[float] | None = None,
+        within_deg: float | None = None,
+    ) -> list[list[Match] | PhotoError]: ...
+
+    def locate(
+        self,
+        photos: Photo | Sequence[Photo],
+        *,
+        k: int = 5,
+        near: Position | Sequence[Position] | None = None,
+        radius_m: float | None = None,
+        box: tuple[Position, Position] | None = None,
+        heading_deg: float | Sequence[float] | None = None,
+        within_deg: float | None = None,
+    ) -> list[Match] | list[list[Match] | PhotoError]:
+        """The k best matches of a photo, best first; for a sequence of photos those of each.
+
+        The `rerank.num_candidates` nearest photos of the index are re-ranked. With conditions, only photos are found
+        that were taken at most `radius_m` from `near` and inside `box` (its south-west and north-east corners; its
+        sides follow UTM's grid), and that look at most `within_deg` away from `heading_deg`. A position is (latitude,
+        longitude) or `Utm`; of several photos `near` and `heading_deg` may be one for all, or one for each.
+
+        Raises `PhotoError` for a photo that can't be read; in the answer to a sequence it stands in the photo's place.
+        """
+        if not 0 < k <= self._rerank.num_candidates:
+            raise UserError(f"k={k}: expected 1 to rerank.num_candidates={self._rerank.num_candidates}")
+        where = Where(near=near, radius_m=radius_m, box=box, heading_deg=heading_deg, within_deg=within_deg)
+        with _torch_threads_kept():
+            answers = self._located(asked(photos), k, where)
+        if is_many(photos):
+            return answers
+        if isinstance(answers[0], PhotoError):
+            raise answers[0]
+        return answers[0]
+
+    def describe(self, photos: Photo | Sequence[Photo]) -> NDArray[np.float32]:
+        """Global descriptors (n, G) of unit length; (1, G) of one photo. Raises `PhotoError` for a broken one."""
+        with _torch_threads_kept():
+            described = self._described(asked(photos))
+        if described.broken:
+            raise described.broken[min(described.broken)]
+        return described.descriptors
+
+    def retrieve(
+        self,
+        descriptors: NDArray[np.float32],
+        *,
+        k: int = 5,
+        near: Position | Sequence[Position] | None = None,
+        radius_m: float | None = None,
+        box: tuple[Position, Position] | None = None,
+        heading_deg: float | Sequence[float] | None = None,
+        within_deg: float | None = None,
+    ) -> list[list[Match]]:
+        """The k nearest photos of each descriptor (n, G), nearest first, not re-ranked; conditions as in `locate`."""
+        if k < 1:
+            raise UserError(f"k={k}: expected 1 or more")
+        now, queries = self._now, np.asarray(descriptors, np.float32)
+        width = now.manifest.descriptor_dim
+        if queries.ndim != 2 or queries.shape[1] != width or not np.isfinite(queries).all():
+            raise UserError(f"descriptors of shape {queries.shape}: expected (n, {width}), all of them finite")
+        where = Where(near=near, radius_m=radius_m, box=box, heading_deg=heading_deg, within_deg=within_deg)
+        distances, ids = self._nearest(now, queries, np.arange(len(queries)), k, where, len(queries))
+        return [self._matches(now, *_found(*row)) for row in zip(distances, ids, strict=True)]
+
+    def score(self, photo: Photo, other: Photo) -> float:
+        """Pair score of two photos: the sum of both directions' logits, higher = same place.
+
+        Raises `PhotoError` for one that can't be read.
+        """
+        pixels = [Asked(each).pixels(self._network) for each in (photo, other)]
+        with _torch_threads_kept():
+            first, second = (self._pair_describer.embedded(each) for each in pixels)
+            (scored,) = self._reranker(_given(first), _given(second)).rerank(WorkUnit(0, {0: [0]}))
+        return float(scored.pair_scores[0])
+
+    @property
+    def _network(self) -> ModelConfig:
+        return self._describer.model.config
+
+    def _opened(self, manifest: IndexManifest, before: WarmIndex | None = None) -> _Generation:
+        photos = read_images(self._directory, manifest)
+        index = WarmIndex(
+            self._directory,
+            manifest,
+            self._local_files,
+            budget_bytes=self._budget_bytes,
+            memory_map=self._search.memory_map,
+            has_gpu=self._search.num_gpus_per_actor > 0,
+            before=before,
+        )
+        return _Generation(manifest, photos, index, Map(photos, self._utm_epsg))
+
+    def _located(self, photos: Sequence[Asked], k: int, where: Where) -> list[list[Match] | PhotoError]:
+        """The steps of the job `query`, with the same photos in each forward pass."""
+        now, num_candidates = self._now, self._rerank.num_candidates
+        described = self._described(photos)
+        places = described.places.tolist()
+        num_kept = self._search.num_kept(num_candidates)
+        rows = self._nearest(now, described.descriptors, described.places, num_kept, where, len(photos))
+        nearest = {place: _found(*row) for place, *row in zip(places, *rows, strict=True)}
+        candidates = {place: ids[:num_candidates].tolist() for place, (_, ids) in nearest.items()}
+        scored = self._scored(now, photos, described.embedded, candidates)
+        answers: list[list[Match] | PhotoError] = []
+        for place in range(len(photos)):
+            if place in described.broken:
+                answers.append(described.broken[place])
+                continue
+            distances, ids = nearest[place]
+            best, scores = scored[place].ids[:k], scored[place].pair_scores[:k]
+            rank_of = {image_id: rank for rank, image_id in enumerate(ids.tolist())}
+            answers.append(self._matches(now, distances[[rank_of[one] for one in best.tolist()]], best, scores))
+        return answers
+
+    def _described(self, photos: Sequence[Asked]) -> _Described:
+        """In batches, as a folder of these photos is described. A photo alone takes one pass for all that is needed."""
+        if len(photos) == 1 and self._describe.num_threads_per_actor == self._rerank.num_threads_per_actor:
+            try:
+                descriptors, embedded = self._describer.both(photos[0].pixels(self._network))
+            except PhotoError as error:
+                return _Described(np.empty(0, np.int64), self._no_descriptors, {0: error})
+            return _Described(np.zeros(1, np.int64), descriptors, {}, embedded)
+        places, rows, broken = [np.empty(0, np.int64)], [self._no_descriptors], dict[int, PhotoError]()
+        for first in range(0, len(photos), self._describe.batch_size):
+            batch = self._batch(photos, first, broken)
+            its_places, its_rows = batch.kept(self._describer.descriptors(batch.pixels))
+            places.append(its_places)
+            rows.append(its_rows)
+        return _Described(np.concatenate(places), np.concatenate(rows), broken)
+
+    def _batch(self, photos: Sequence[Asked], first: int, broken: dict[int, PhotoError]) -> PhotoBatch:
+        """The photos of one forward pass from place `first` on; those that can't be read go to `broken`."""
+        some = photos[first : first + self._describe.batch_size]
+        side_px = self._network.image_size_px
+        pixels, errors = np.zeros((len(some), side_px, side_px, 3), np.uint8), dict[int, str]()
+        for position, photo in enumerate(some):
+            try:
+                pixels[position] = photo.pixels(self._network)
+            except PhotoError as error:
+                broken[first + position] = error
+                errors[position] = error.reason
+        return PhotoBatch(first, pixels, errors)
+
+    @property
+    def _no_descriptors(self) -> NDArray[np.float32]:
+        return np.empty((0, self._network.descriptor_dim), np.float32)
+
+    def _nearest(
+        self,
+        now: _Generation,
+        descriptors: NDArray[np.float32],
+        places: NDArray[np.int64],
+        k: int,
+        where: Where,
+        num_asked: int,
+    ) -> Found:
+        """The k nearest of each descriptor (n, G); `places` (n,) are those of its photo among all asked about."""
+        filters = now.map.filters(where, num_asked)
+        if filters is not None:
+            filters = filters[0].of_queries(places), filters[1]
+        effort = now.index.effort
+        if self._search.num_probes is not None:
+            effort = Effort(self._search.num_probes, effort.num_rescored)
+        num_threads = self._search.num_threads_per_actor
+        return search_index(now.index, descriptors, k, num_threads=num_threads, effort=effort, filters=filters)
+
+    def _scored(
+        self,
+        now: _Generation,
+        photos: Sequence[Asked],
+        embedded: Tensor | None,
+        candidates: Mapping[int, Sequence[int]],
+    ) -> dict[int, Reranked]:
+        """Every photo's candidates by its place; `embedded` is the features of the only photo, where they are known."""
+        describer, num_loading = self._pair_describer, self._rerank.num_loading_threads
+
+        def read_again(place: int) -> NDArray[np.uint8]:
+            return photos[place].pixels(self._network)
+
+        of_queries: Features = PhotoFeatures(
+            read_again, describer.embedded, device=describer.device, num_threads=num_loading
+        )
+        of_database: Features = PhotoFeatures(
+            partial(load_pixels, now.photos, self._network),
+            describer.embedded,
+            device=describer.device,
+            num_threads=num_loading,
+            cache=self._features,
+        )
+        reranker = self._reranker(of_queries if embedded is None else _given(embedded), of_database)
+        units = work_units(candidates, self._rerank.queries_per_unit)
+        try:
+            return {answer.query_id: answer for unit in units for answer in reranker.rerank(unit)}
+        except BrokenImageError as error:
+            raise UserError(
+                f"{error}: a photo of the index can't be read any more; expected it where the index was built, or an "
+                "index without it (update_index remove=...)"
+            ) from error
+
+    def _reranker(self, queries: Features, database: Features) -> Reranker:
+        stops = self._calibration is not None and self._rerank.adaptive
+        return Reranker(
+            self._pair_describer.model,
+            batch_size=self._rerank.batch_size,
+            query_features=queries,
+            database_features=database,
+            second_direction=self._rerank.second_direction,
+            stop_margin=self._calibration.stop_margin if self._calibration is not None and stops else None,
+        )
+
+    def _matches(
+        self,
+        now: _Generation,
+        squared_distances: NDArray[np.float32],
+        ids: NDArray[np.int64],
+        scores: NDArray[np.float32] | None = None,
+    ) -> list[Match]:
+        degrees, places = now.map.degrees(ids), now.map.places
+        confidence = None
+        if scores is not None and self._calibration is not None:
+            confidence = Judge(self._calibration.temperature, self._calibration.midpoint).confidence(scores)
+        return [
+            Match(
+                path=now.photos.path(image_id),
+                url=now.photos.url(image_id),
+                database_id=image_id,
+                latitude=_known(degrees[row, 0]),
+                longitude=_known(degrees[row, 1]),
+                utm=_utm(places.utm_m[image_id]),
+                heading_deg=_known(places.heading_deg[image_id]),
+                squared_distance=float(squared_distances[row]),
+                pair_score=None if scores is None else float(scores[row]),
+                confidence=None if confidence is None else float(confidence[row]),
+            )
+            for row, image_id in enumerate(ids.tolist())
+        ]
+
+
+@contextmanager
+def _torch_threads_kept() -> Iterator[None]:
+    """The caller's thread has as many threads of torch after the block as before."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _given(embedded: Tensor) -> Features:
+    """Features of a photo that are known, whatever its id."""
+    return lambda _: iter([embedded])
+
+
+def _found(squared_distances: NDArray[np.float32], ids: NDArray[np.int64]) -> Found:
+    """A row of an answer without its empty places."""
+    is_there = ids != NO_ID
+    return squared_distances[is_there], ids[is_there]
+
+
+def _known(value: Any) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _utm(position: NDArray[np.float64]) -> Utm | None:
+    return None if np.isnan(position).any() else Utm(*position.tolist())
+
+
+def _settled(rerank: RerankConfig | None, calibration: str | os.PathLike[str] | None) -> RerankConfig:
+    settings = rerank or RerankConfig()
+    if settings.dense_features is DenseFeatures.store:
+        raise UserError("rerank.dense_features=store: a Localizer has no store; expected cache or recompute")
+    return settings if calibration is None else replace(settings, calibration=os.fspath(calibration))
+
+
+def _calibration(settings: RerankConfig) -> Calibration | None:
+    if settings.calibration is None:
+        return None
+    found = read_calibration(settings.calibration)
+    if settings.adaptive:
+        found.check_rounds(settings.calibration, settings.batch_size)
+    return found
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={device}: {storage.reason(error)}; expected cpu, cuda or cuda:N") from error
+    return chosen
+
+
+def _kind(kind: str) -> IndexKind:
+    if kind not in list(IndexKind):
+        raise UserError(f"kind={kind}: expected one of {', '.join(IndexKind)}")
+    return IndexKind(kind)
+
+
+def _positions(positions: str | None) -> PositionsConfig:
+    if positions is None or positions in (PositionSource.names, PositionSource.exif):
+        return PositionsConfig(positions=None if positions is None else PositionSource(positions))
+    if not positions.lower().endswith((".csv", ".parquet")):
+        raise UserError(f"positions={positions}: expected names, exif, or a table (.csv or .parquet)")
+    return PositionsConfig(positions=PositionSource.table, positions_table=positions)
+
+
+def _precision(precision: str) -> Precision:
+    if precision not in list(Precision):
+        raise UserError(f"precision={precision}: expected one of {', '.join(Precision)}")
+    return Precision(precision)
+
+
+def _manifest(directory: str, generation: int | None) -> IndexManifest:
+    newest = read_manifest(directory)
+    if newest is None:
+        raise UserError(f"index {directory}: no finished index there; expected a directory with manifest.json")
+    manifest = newest if generation is None else read_generation(directory, generation)
+    if manifest is None:
+        raise UserError(
+            f"generation={generation}: index {directory} has no such one; expected 1 to {newest.generation}"
+        )
+    if not storage.exists(manifest.images_root):
+        raise UserError(
+            f"index {directory}: its photos were in {manifest.images_root}, which is not there; expected them where "
+            "they were when it was built, because re-ranking reads them again"
+        )
+    return manifest
+
+
+def _network(directory: str, manifest: IndexManifest, model: str | ModelConfig | None) -> ModelConfig:
+    """What `model` is, or the network that the index's settings describe, with the weights published for its name."""
+    if isinstance(model, ModelConfig):
+        return model
+    if model is not None:
+        return named_network(model)
+    name = manifest.model["name"]
+    known = named_network(name) if name in network_names() else None
+    try:
+        section = storage.read_json(storage.join(directory, claim.FILE))["model"]
+        return replace(network_of_settings(section), weights=None if known is None else known.weights)
+    except FileNotFoundError as error:
+        if known is not None:
+            return known
+        raise UserError(
+            f"index {directory}: its {claim.FILE} is gone, which says what network {name} is; expected model=... "
+            f"(one of {', '.join(network_names())}, or a ModelConfig)"
+        ) from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"index {directory}: its {claim.FILE} is not readable: {storage.reason(error)}") from error

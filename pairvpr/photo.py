@@ -1,0 +1,78 @@
+"""What people hand over as a photo, and its way to the network's pixels. S image side in pixels."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias, TypeGuard
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pairvpr.config.schema import ModelConfig
+from pairvpr.data import images
+from pairvpr.errors import PhotoError, UserError
+
+Photo: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]"
+"""A path or URL, the bytes of an image file, an image that Pillow opened, or upright RGB pixels (H, W, 3) uint8."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A photo that somebody asks about; `place` says where it stood among several."""
+
+    photo: Photo
+    place: str = ""
+
+    def pixels(self, network: ModelConfig) -> NDArray[np.uint8]:
+        """(S, S, 3) uint8 as the network sees it. Raises `PhotoError`, which names the photo.
+
+        An image or an array is decoded already, so `scaled_decoding` has no say in it.
+        """
+        try:
+            return self._pixels(network.image_size_px, network.scaled_decoding)
+        except (images.BrokenImageError, ValueError) as error:  # a path with NUL is a `ValueError`
+            raise PhotoError(self._name, str(error)) from error
+
+    def _pixels(self, side_px: int, scaled: bool) -> NDArray[np.uint8]:
+        match self.photo:
+            case bytes() as data:
+                return images.decode(data, side_px, scaled_decoding=scaled)
+            case Image.Image() as image:
+                return images.from_image(image, side_px)
+            case np.ndarray() as array:
+                if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
+                    raise UserError("expected RGB pixels (H, W, 3) uint8")
+                return images.from_image(Image.fromarray(array), side_px)
+            case str() | os.PathLike():
+                return images.load(os.fspath(self.photo), side_px, scaled_decoding=scaled)
+        raise UserError("expected a path, URL, bytes, PIL.Image or an array (H, W, 3) uint8")
+
+    @property
+    def _name(self) -> str:
+        match self.photo:
+            case bytes() as data:
+                name = f"{len(data):,} bytes"
+            case Image.Image() as image:
+                name = getattr(image, "filename", "") or f"PIL.Image {image.width} x {image.height}"
+            case np.ndarray() as array:
+                name = f"array {array.shape} {array.dtype}"
+            case str() | os.PathLike():
+                name = os.fspath(self.photo)
+            case other:
+                name = type(other).__name__
+        return f"{self.place}{name}"
+
+
+def is_many(photos: Photo | Sequence[Photo]) -> TypeGuard[Sequence[Photo]]:
+    """Whether these are several photos; a text and bytes are sequences, too, but of no photos."""
+    return isinstance(photos, Sequence) and not isinstance(photos, str | bytes)
+
+
+def asked(photos: Photo | Sequence[Photo]) -> list[Asked]:
+    """Each of them, or the one."""
+    if is_many(photos):
+        return [Asked(photo, f"photos[{number}]: ") for number, photo in enumerate(photos)]
+    return [Asked(photos)]  # pyright: ignore[reportArgumentType]  (not many)

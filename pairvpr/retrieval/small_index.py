@@ -1,0 +1,93 @@
+"""An index of a small folder of photos, described and built in this process: the bytes of the job build_index.
+
+All descriptors are in memory at once, and what was described is lost when the process dies.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import psutil
+
+from pairvpr.config.schema import BuildConfig, DescribeConfig, PositionsConfig
+from pairvpr.data import storage
+from pairvpr.data.claim import check_claim, check_writable, claim
+from pairvpr.data.located import located
+from pairvpr.data.manifest import Manifest, folder_manifest
+from pairvpr.errors import UserError
+from pairvpr.index import choose, make, store
+from pairvpr.index.manifest import IndexManifest, commit, read_manifest
+from pairvpr.index.settings import index_settings, position_settings
+from pairvpr.retrieval.describe import Describer
+from pairvpr.retrieval.pipeline import describe
+
+SHARE_OF_MEMORY = 0.5
+"""Of this machine, for an index that is given no budget."""
+
+
+def build_small_index(
+    photos: str,
+    directory: str,
+    describer: Describer,
+    weights_sha256: str,
+    config: DescribeConfig,
+    index: BuildConfig,
+    positions: PositionsConfig,
+) -> IndexManifest:
+    """The index of a folder of photos (path or URL); one that is finished is kept.
+
+    Raises `UserError` for a folder without photos that can be read, and where other settings made `directory`.
+    """
+    database = located(folder_manifest(photos, "photos"), positions, "photos")
+    check_writable(directory, "index")
+    num_shards = index.num_shards or choose.default_num_shards(len(database))
+    settings = index_settings(database, num_shards, describer.model.config, weights_sha256, config)
+    if positions.positions is not None:
+        settings |= position_settings(database)
+    check_claim(directory, settings, "index")
+    finished = read_manifest(directory)
+    if finished is not None:
+        if not make.is_wanted(finished, index):
+            raise UserError(
+                f"index={directory}: the finished index there is {finished.kind}; expected another directory"
+            )
+        return finished
+    claim(directory, settings, "index")
+    _describe(database, directory, num_shards, describer, config)
+    model = {"name": describer.model.config.name, "weights_sha256": weights_sha256}
+    draft = make.first_generation(directory, database, num_shards, model, describer.model.config.descriptor_dim)
+    budget_bytes = SHARE_OF_MEMORY * psutil.virtual_memory().total
+    if index.memory_budget_gib is not None:
+        budget_bytes = index.memory_budget_gib * choose.GIB
+    manifest = make.next_generation(directory, draft, index, budget_bytes, make.LocalRunner())
+    commit(directory, manifest)
+    return manifest
+
+
+def _describe(
+    database: Manifest, directory: str, num_shards: int, describer: Describer, config: DescribeConfig
+) -> None:
+    database.write(storage.join(directory, "images.parquet"))
+    started_s = time.perf_counter()
+    described = describe(database, describer, config)
+    if not len(described.ids):
+        why = described.rejected[0]
+        raise UserError(f"photos={database.root}: none of the {len(database)} photos can be read, the first: {why}")
+    seconds = (time.perf_counter() - started_s) / num_shards
+    shards = []
+    for shard in store.shard_ranges(len(database), num_shards):
+        first, stop = np.searchsorted(described.ids, [shard.first_id, shard.stop_id])
+        shards.append(
+            store.write_shard_description(
+                directory,
+                shard.shard,
+                described.ids[first:stop],
+                described.descriptors[first:stop],
+                first_id=shard.first_id,
+                count=shard.count,
+                rejected={one: why for one, why in described.rejected.items() if shard.first_id <= one < shard.stop_id},
+                seconds=seconds,
+            )
+        )
+    store.finish_description(directory, database, shards)

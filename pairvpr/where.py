@@ -1,0 +1,209 @@
+"""Where photos of an index were taken, and which of them a photo may be found among. Q photos asked, n of an index."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from numbers import Real
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from pyarrow import compute
+
+from pairvpr.data import utm
+from pairvpr.data.manifest import Manifest
+from pairvpr.data.utm import UtmZone
+from pairvpr.errors import UserError
+from pairvpr.index.filters import Filters, Places
+
+pc: Any = compute  # its functions are made at run time, so their types are not known
+
+_EPSG_NORTH, _EPSG_SOUTH, _NUM_ZONES = 32600, 32700, 60
+_DEGREES = r"-?\d+(?:\.\d+)?"
+_NAME = rf"(?s)^(?:.*/)?@[^/@]*@[^/@]*@(?P<zone>\d+)@[^/@]*@(?P<latitude>{_DEGREES})@(?P<longitude>{_DEGREES})@[^/]*$"
+_NAMES_AGREE_M = 50.0
+"""How far a name's degrees may lie from its metres, both of which are rounded."""
+_MOST_LATITUDE_DEG, _MOST_LONGITUDE_DEG = 90.0, 180.0
+
+
+class Utm(NamedTuple):
+    """A position in metres of the index's UTM zone. A plain pair of numbers is latitude and longitude instead."""
+
+    east_m: float
+    north_m: float
+
+
+Position: TypeAlias = "tuple[float, float] | Utm"
+"""(latitude, longitude) in degrees of WGS84, or `Utm`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """Conditions on the photos that may be found, all of which hold together; None = no condition.
+
+    `near` and `heading_deg` are those of all photos that are asked about, or a sequence with one for each.
+    """
+
+    near: Position | Sequence[Position] | None = None
+    radius_m: float | None = None
+    box: tuple[Position, Position] | None = None
+    heading_deg: float | Sequence[float] | None = None
+    within_deg: float | None = None
+
+    def __post_init__(self) -> None:
+        for one, value, other, its in (
+            ("near", self.near, "radius_m", self.radius_m),
+            ("heading_deg", self.heading_deg, "within_deg", self.within_deg),
+        ):
+            if (value is None) != (its is None):
+                raise UserError(f"{one}={value}, {other}={its}: expected both of them, or neither")
+        for name in ("radius_m", "within_deg"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and 0 < value < math.inf):
+                raise UserError(f"{name}={value}: expected a number above 0, and finite")
+
+    @property
+    def is_anywhere(self) -> bool:
+        """Whether there is no condition."""
+        return self.near is None and self.box is None and self.heading_deg is None
+
+
+class Map:
+    """Where the photos of an index were taken. `epsg` names the UTM zone of its metres, if that is known."""
+
+    def __init__(self, images: Manifest, epsg: int | None) -> None:
+        self.places = Places(images.utm_m, images.heading_deg)
+        self._images = images
+        self._epsg = epsg
+        if epsg is not None:
+            _zone_of_epsg(epsg)
+
+    @cached_property
+    def zone(self) -> UtmZone | None:
+        """The UTM zone of the index's metres: as it was given, or as all names of its photos state it."""
+        if self._epsg is not None:
+            return _zone_of_epsg(self._epsg)
+        return _zone_of_names(self._images)
+
+    def degrees(self, image_ids: NDArray[np.int64]) -> NDArray[np.float64]:
+        """(n, 2) latitude and longitude of photos; NaN where they are not known."""
+        if self.zone is None:
+            return np.full((len(image_ids), 2), np.nan)
+        return utm.to_degrees(self.places.utm_m[image_ids], self.zone)
+
+    def filters(self, where: Where, num_asked: int) -> tuple[Filters, Places] | None:
+        """A line of conditions for each photo that is asked about; None without any.
+
+        Raises `UserError` where no photo of the index can meet a condition, and for what is no position or heading.
+        """
+        if where.is_anywhere:
+            return None
+        for is_needed, known, what in (
+            (where.near is not None or where.box is not None, self.places.utm_m[:, 0], "position"),
+            (where.heading_deg is not None, self.places.heading_deg, "heading"),
+        ):
+            if is_needed and np.isnan(known).all():
+                raise UserError(
+                    f"the index knows no photo's {what}, which near, box or heading_deg need; expected one built with "
+                    "positions=names, table or exif"
+                )
+        filters = Filters.of(
+            num_asked,
+            near=None if where.near is None else self._near(where.near, num_asked),
+            radius_m=where.radius_m,
+            box=None if where.box is None else self._box(where.box),
+            heading_deg=None if where.heading_deg is None else _headings(where.heading_deg, num_asked),
+            within_deg=where.within_deg,
+        )
+        return filters, self.places
+
+    def _near(self, near: Position | Sequence[Position], num_asked: int) -> NDArray[np.float64]:
+        """(2,) for all, or (Q, 2)."""
+        if _is_pair(near):
+            return self._metres(cast(Position, near), "near")
+        each = list(cast("Sequence[Position]", near))
+        if len(each) != num_asked:
+            raise UserError(f"near: {len(each)} positions for {num_asked} photos; expected one, or one for each")
+        return np.array([self._metres(position, f"near[{number}]") for number, position in enumerate(each)])
+
+    def _box(self, box: tuple[Position, Position]) -> NDArray[np.float64]:
+        """(4,) west, south, east, north."""
+        if len(box) != 2 or not all(_is_pair(corner) for corner in box):
+            raise UserError(f"box={box}: expected two positions, its south-west and its north-east corner")
+        south_west, north_east = (self._metres(corner, "box") for corner in box)
+        if (south_west > north_east).any():
+            raise UserError(f"box={box}: expected its south-west corner first, then its north-east one")
+        return np.concatenate([south_west, north_east])
+
+    def _metres(self, position: Position, key: str) -> NDArray[np.float64]:
+        """(2,) east and north in the zone of the index."""
+        if not _is_pair(position):
+            raise UserError(f"{key}={position}: expected (latitude, longitude) in degrees, or pairvpr.Utm in metres")
+        values = np.array(position, np.float64)
+        if not np.isfinite(values).all():
+            raise UserError(f"{key}={position}: expected finite numbers")
+        if isinstance(position, Utm):
+            return values
+        if (np.abs(values) > (_MOST_LATITUDE_DEG, _MOST_LONGITUDE_DEG)).any():
+            raise UserError(
+                f"{key}={position}: expected latitude and longitude in degrees (at most 90 and 180), or "
+                "pairvpr.Utm(east_m, north_m) for metres"
+            )
+        if self.zone is None:
+            raise UserError(
+                f"{key}={position}: the index knows metres, but not of which UTM zone; expected utm_epsg=..., the "
+                "zone's EPSG code (32610 is zone 10 north), when it is opened, or pairvpr.Utm(east_m, north_m)"
+            )
+        metres = utm.to_utm(values[:1], values[1:], self.zone)
+        if not utm.is_near(metres)[0]:
+            raise UserError(f"{key}={position}: too far from UTM zone {self.zone.number}, where the index lies")
+        return metres[0]
+
+
+def _headings(heading_deg: float | Sequence[float], num_asked: int) -> NDArray[np.float64]:
+    """() for all, or (Q,)."""
+    values = np.asarray(heading_deg, np.float64)
+    if values.shape not in ((), (num_asked,)) or not np.isfinite(values).all():
+        raise UserError(f"heading_deg={heading_deg}: expected a number of degrees, or one for each of {num_asked}")
+    return values
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, Sequence) and len(value) == 2 and all(_is_number(number) for number in value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _zone_of_epsg(epsg: int) -> UtmZone:
+    for first, south in ((_EPSG_NORTH, False), (_EPSG_SOUTH, True)):
+        if first < epsg <= first + _NUM_ZONES:
+            return UtmZone(epsg - first, south)
+    raise UserError(
+        f"utm_epsg={epsg}: expected a UTM zone of WGS84: {_EPSG_NORTH} + its number in the north, {_EPSG_SOUTH} + its "
+        "number in the south"
+    )
+
+
+def _zone_of_names(images: Manifest) -> UtmZone | None:
+    """The zone that the names `@east@north@zone@band@latitude@longitude@...` of all located photos state.
+
+    None where a name states none, where they differ, and where a name's degrees are another place than its metres.
+    """
+    located = np.flatnonzero(~np.isnan(images.utm_m[:, 0]))
+    names = pc.extract_regex(images.path_column.take(located), _NAME)
+    if not len(located) or names.null_count:
+        return None
+    zones, latitude, longitude = (
+        pc.struct_field(names, field).cast("float64").to_numpy() for field in ("zone", "latitude", "longitude")
+    )
+    is_south = latitude < 0
+    if (zones != zones[0]).any() or not 1 <= zones[0] <= _NUM_ZONES or (is_south != is_south[0]).any():
+        return None
+    zone = UtmZone(int(zones[0]), bool(is_south[0]))
+    apart_m = np.abs(utm.to_utm(latitude, longitude, zone) - images.utm_m[located]).max()
+    return zone if apart_m <= _NAMES_AGREE_M else None
