@@ -28,7 +28,8 @@ from pairvpr.config.schema import UpdateIndexConfig
 from pairvpr.data import storage
 from pairvpr.data.claim import check_writable
 from pairvpr.data.located import located
-from pairvpr.data.manifest import IMAGE_SUFFIXES, Manifest, folder_manifest
+from pairvpr.data.manifest import Manifest, folder_manifest
+from pairvpr.data.photo_files import IMAGE_SUFFIXES
 from pairvpr.data.problems import Problems
 from pairvpr.data.tables import TableFile
 from pairvpr.distributed.describe import Description, describe

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from pairvpr.data.images import FORMATS
 
 NUM_HEAD_BYTES = 1 << 17
 """A JPEG's EXIF block, of at most 64 KiB, stands at its beginning: this much of a file is enough for nearly all."""
+
+_WGS84 = ("", "WGS84", "WGS1984", "EPSG:4326")
 
 
 class GpsError(Exception):
@@ -46,37 +49,59 @@ def gps_position(data: bytes) -> GpsPosition:
     if missing:
         why = "its EXIF block is cut short or damaged" if complaints else "no GPS position in its EXIF"
         raise GpsError(f"{why}: expected {', '.join(missing)}")
-    return GpsPosition(
-        _degrees(entries, GPS.GPSLatitude, GPS.GPSLatitudeRef, "NS"),
-        _degrees(entries, GPS.GPSLongitude, GPS.GPSLongitudeRef, "EW"),
-        _heading_deg(entries),
-    )
+    _check_datum(entries)
+    latitude_deg = _degrees(entries, GPS.GPSLatitude, GPS.GPSLatitudeRef, "NS")
+    longitude_deg = _degrees(entries, GPS.GPSLongitude, GPS.GPSLongitudeRef, "EW")
+    if latitude_deg == longitude_deg == 0.0:
+        raise GpsError("GPSLatitude and GPSLongitude are both 0, as of a camera without a fix; expected a position")
+    return GpsPosition(latitude_deg, longitude_deg, _heading_deg(entries))
+
+
+def _check_datum(entries: dict[int, Any]) -> None:
+    """Degrees of another datum lie up to some hundred metres beside those of WGS 84."""
+    datum = entries.get(GPS.GPSMapDatum, "")
+    text = _text(datum)
+    if text is None or re.sub(r"[ _-]", "", text.upper()) not in _WGS84:
+        raise GpsError(f"GPSMapDatum is {_quoted(datum)}; expected WGS-84 or nothing")
 
 
 def _degrees(entries: dict[int, Any], tag: GPS, reference_tag: GPS, sides: str) -> float:
     """Degrees, minutes and seconds as one number, positive towards the first of `sides`."""
-    value, reference = entries[tag], _letter(entries[reference_tag])
+    value, reference = entries[tag], _text(entries[reference_tag])
     parts = [_number(part) for part in value] if isinstance(value, tuple) and len(value) == 3 else []
     if not parts or not all(math.isfinite(part) for part in parts):
         raise GpsError(f"{tag.name} is {_quoted(value)}; expected degrees, minutes and seconds")
-    if reference not in sides:
-        raise GpsError(f"{reference_tag.name} is {reference!r}; expected {sides[0]} or {sides[1]}")
+    if min(parts) < 0.0:
+        raise GpsError(f"{tag.name} is {_quoted(value)}; expected no sign, {reference_tag.name} says the side")
+    if max(parts[1:]) > 60.0:  # 60 itself is what rounding makes of 59.9999
+        raise GpsError(f"{tag.name} is {_quoted(value)}; expected at most 60 minutes and 60 seconds")
+    if any(part % 1.0 and any(parts[i + 1 :]) for i, part in enumerate(parts)):
+        raise GpsError(f"{tag.name} is {_quoted(value)}; expected a fraction in the last part alone")
+    if reference is None or reference.upper() not in tuple(sides):
+        raise GpsError(f"{reference_tag.name} is {_quoted(entries[reference_tag])}; expected {sides[0]} or {sides[1]}")
     degrees = parts[0] + parts[1] / 60 + parts[2] / 3600
-    return degrees if reference == sides[0] else -degrees
+    return degrees if reference.upper() == sides[0] else -degrees
 
 
 def _heading_deg(entries: dict[int, Any]) -> float:
-    """From 0 to below 360; NaN where it is missing, or counted from magnetic north."""
-    is_true_north = _letter(entries.get(GPS.GPSImgDirectionRef)) == "T"
+    """From 0 to below 360; NaN where it is missing, or not counted from true north."""
+    is_true_north = (_text(entries.get(GPS.GPSImgDirectionRef)) or "").upper() == "T"
     return _number(entries.get(GPS.GPSImgDirection)) % 360.0 if is_true_north else math.nan
 
 
-def _letter(value: object) -> str:
-    return value.strip("\0 ").upper() if isinstance(value, str) else " "
+def _text(value: object) -> str | None:
+    """ASCII without what pads it; None for anything else."""
+    try:
+        text = value.decode("ascii") if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        return None
+    return text.strip("\0 ") if isinstance(text, str) else None
 
 
 def _number(value: Any) -> float:
     """NaN for what is no number, an infinite one or a fraction of nothing."""
+    if isinstance(value, str | bytes):
+        return math.nan
     try:
         number = float(value)
     except (TypeError, ValueError, ArithmeticError):

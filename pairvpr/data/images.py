@@ -17,7 +17,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pairvpr.data import storage
 
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP")  # Pillow opens MPO, a JPEG of several pictures, as a JPEG
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "AVIF")
+"""Pillow's names. Of a file of several pictures (MPO, GIF, animated WebP and PNG, TIFF) the first one is the photo."""
 
 SCALED_SIDES = 2
 """Scaled decoding leaves both sides of a photo at least so many times the network's side. With 1 more photos would be

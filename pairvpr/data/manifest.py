@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from pyarrow import compute
 
 from pairvpr.data import storage
+from pairvpr.data.photo_files import IMAGE_SUFFIXES, find_photos
 from pairvpr.errors import UserError
+from pairvpr.terminal import say
 
 pc: Any = compute  # its functions are made at run time, so their types are not known
 
@@ -33,7 +35,6 @@ SCHEMA = pa.schema(
         ("heading_deg", pa.float64()),
     ]
 )
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 _PATHS_AT_A_TIME = 1 << 16
 
 
@@ -194,21 +195,28 @@ class Benchmark:
 def folder_manifest(folder: str, key: str) -> Manifest:
     """All photos below `folder` (path or URL), sorted by relative path, without positions.
 
+    Says how many files of other kinds lie there.
+
     Raises `UserError`, naming the setting `key`, where there is no such folder or no photo in it, where it can't be
     read, and for a name that is not UTF-8.
     """
     root = storage.absolute(folder)
     try:
-        paths = [path for path in storage.list_files(root) if path.lower().endswith(IMAGE_SUFFIXES)]
-        what = "no photo in it" if paths or storage.exists(root) else "no such folder"
+        found = find_photos(storage.list_files(root))
+        what = "no photo in it" if found.photos or storage.exists(root) else "no such folder"
     except OSError as error:
         raise UserError(f"{key}={folder}: can't be read: {storage.reason(error)}") from error
-    if not paths:
-        raise UserError(f"{key}={folder}: {what}; expected a folder of {', '.join(IMAGE_SUFFIXES)} files")
-    for path in paths:
+    left_out = found.left_out()
+    if not found.photos:
+        raise UserError(
+            f"{key}={folder}: {what}; " + (left_out or f"expected a folder of {', '.join(IMAGE_SUFFIXES)} files")
+        )
+    if left_out:
+        say(f"{key}={folder}: {left_out}")
+    for path in found.photos:
         try:
             path.encode()
         except UnicodeEncodeError as error:
             escaped = path.encode(errors="surrogateescape").decode(errors="backslashreplace")
             raise UserError(f"{key}={folder}: the name {escaped} is not UTF-8; expected UTF-8 names") from error
-    return Manifest.of(root, paths)
+    return Manifest.of(root, found.photos)

@@ -19,8 +19,8 @@ from pairvpr.data.manifest import SCHEMA, Benchmark, Manifest, folder_manifest
 from pairvpr.errors import UserError
 
 ANY_NAME = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
-NAMES = ["b/z.JPG", "a.jpg", "B.PNG", "b.jpeg", "b/a/deep.WebP", "é.bmp", "_.jpg", "10.jpg", "9.jpg", ".hidden.jpg"]
-NO_PHOTOS = ["notes.txt", "jpg", "a.jpg.txt", "a.gif", ".a.jpg.0123.tmp", "b/readme"]
+NAMES = ["b/z.JPG", "a.jpg", "B.PNG", "b.jpeg", "b/a/deep.WebP", "é.bmp", "_.jpg", "10.jpg", "9.jpg", "with.dots.jpg"]
+NO_PHOTOS = ["notes.txt", ".hidden.jpg", "jpg", "a.jpg.txt", "a.gif", ".a.jpg.0123.tmp", "b/readme"]
 
 
 def touch(root: Path, names: list[str]) -> None:
@@ -34,7 +34,7 @@ def test_photos_are_ordered_by_relative_path_and_nothing_else_is_taken(tmp_path:
     manifest = folder_manifest(str(tmp_path), "database")
     assert manifest.paths == sorted(NAMES)  # Python orders text by code point
     assert len(manifest) == len(NAMES)
-    assert manifest.path(0) == ".hidden.jpg"
+    assert manifest.path(0) == "10.jpg"
     assert manifest.url(3) == f"{tmp_path}/{manifest.path(3)}"
     assert manifest.table.schema == SCHEMA
     assert manifest.table.column("image_id").to_pylist() == list(range(len(NAMES)))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
+import random
 import struct
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -23,7 +26,7 @@ from PIL.TiffImagePlugin import IFDRational
 from pairvpr.config.benchmark_schema import FoldersConfig, PositionColumns, PositionSource
 from pairvpr.data import storage
 from pairvpr.data.benchmarks import load_benchmark, read_benchmark
-from pairvpr.data.exif import NUM_HEAD_BYTES, GpsError, gps_position
+from pairvpr.data.exif import NUM_HEAD_BYTES, GpsError, GpsPosition, gps_position
 from pairvpr.data.manifest import Benchmark, Manifest
 from pairvpr.data.positions import positions_from_names, positions_from_tables
 from pairvpr.data.problems import FoundProblemsError, Problems
@@ -375,6 +378,8 @@ def test_csv_tables_round_trip(rows: dict[str, tuple[float, float, float | None]
 
 # EXIF
 
+ORDER = {b"MM": ">", b"II": "<"}
+
 
 def photo(suffix: str = "jpg", size_px: int = 32, **entries: Any) -> bytes:
     exif = Image.Exif()
@@ -424,6 +429,171 @@ def test_south_and_west_are_negative() -> None:
     found = gps_position(photo("jpg", 32, **at((33, 30, 0), (70, 36, 36), GPSLatitudeRef="S", GPSLongitudeRef="W")))
     assert (found.latitude_deg, found.longitude_deg) == pytest.approx((-33.5, -70.61))
     assert np.isnan(found.heading_deg)
+
+
+@pytest.mark.parametrize("reference", ["", "\0", " ", "NS", "SN", "\0\0", "E", "X", "north", "1", "-", "N W", "\u00d1"])
+@pytest.mark.parametrize("name", ["GPSLatitudeRef", "GPSLongitudeRef"])
+def test_a_blank_or_foreign_reference_is_refused(name: str, reference: str) -> None:
+    with pytest.raises(GpsError, match=rf"^{name} is .*; expected [NE] or [SW]$"):
+        gps_position(east({name: "EW" if name == "GPSLongitudeRef" and reference == "E" else reference}))
+
+
+@pytest.mark.parametrize("reference", ["s", "S", "S\0", "S ", " S", "s\0\0"])
+def test_padded_and_lower_case_references_have_one_reading(reference: str) -> None:
+    assert gps_position(east({"GPSLatitudeRef": reference})).latitude_deg == pytest.approx(-50.7753)
+
+
+@pytest.mark.parametrize(
+    ("latitude", "message"),
+    [
+        ((50, 61, 0), "at most 60 minutes and 60 seconds"),
+        ((50, 0, 60.01), "at most 60 minutes and 60 seconds"),
+        ((50, 4631, 0), "at most 60 minutes"),
+        ((50.5, 30, 0), "a fraction in the last part alone"),
+        ((50, 30.5, 30), "a fraction in the last part alone"),
+        ((IFDRational(1, 0), 0, 0), "degrees, minutes and seconds"),
+        ((50, 30, IFDRational(0, 0)), "degrees, minutes and seconds"),
+        ((50, 30), "degrees, minutes and seconds"),
+        ((50.5,), "degrees, minutes and seconds"),
+    ],
+)
+def test_degrees_that_have_no_one_reading_are_refused(latitude: object, message: str) -> None:
+    with pytest.raises(GpsError, match=rf"^GPSLatitude is .*; expected {message}"):
+        gps_position(east({"GPSLatitude": latitude}))
+
+
+def signed_latitude(degrees: int) -> bytes:
+    """As tools write it that put the sign into the value: EXIF's type SRATIONAL."""
+    data = east({"GPSLatitude": (IFDRational(77, 1), IFDRational(0, 1), IFDRational(0, 1))})
+    entry = data.index(struct.pack(">HHI", GPS.GPSLatitude, 5, 3)) if b"MM" in data[:40] else -1
+    order = ">" if entry >= 0 else "<"
+    entry = entry if entry >= 0 else data.index(struct.pack("<HHI", GPS.GPSLatitude, 5, 3))
+    data = data[:entry] + struct.pack(f"{order}HH", GPS.GPSLatitude, 10) + data[entry + 4 :]
+    return data.replace(struct.pack(f"{order}I", 77), struct.pack(f"{order}i", degrees))
+
+
+def test_a_value_with_a_sign_of_its_own_is_refused() -> None:
+    assert gps_position(signed_latitude(33)).latitude_deg == 33.0
+    with pytest.raises(GpsError, match=r"^GPSLatitude is \(-33\.0.*; expected no sign, GPSLatitudeRef says the side"):
+        gps_position(signed_latitude(-33))
+
+
+def test_other_datums_are_refused() -> None:
+    for datum in ("WGS-84", "WGS84", "wgs 84", "WGS-84\0\0", "WGS_1984", "", "\0", "   "):
+        assert gps_position(east({"GPSMapDatum": datum})).latitude_deg == pytest.approx(50.7753)
+    for datum in ("TOKYO", "NAD27", "ED50", "WGS-72", "WGS-85"):
+        with pytest.raises(GpsError, match=rf"^GPSMapDatum is '{datum}'; expected WGS-84 or nothing"):
+            gps_position(east({"GPSMapDatum": datum}))
+
+
+def test_no_fix_is_no_position() -> None:
+    with pytest.raises(GpsError, match="are both 0, as of a camera without a fix"):
+        gps_position(east({"GPSLatitude": (0, 0, 0), "GPSLongitude": (0, 0, 0)}))
+
+
+@pytest.mark.parametrize(
+    ("entries", "heading_deg"),
+    [
+        ({"GPSImgDirectionRef": "T", "GPSImgDirection": 360.0}, 0.0),
+        ({"GPSImgDirectionRef": "t\0", "GPSImgDirection": 12.5}, 12.5),
+        ({"GPSImgDirectionRef": "M", "GPSImgDirection": 12.5}, None),
+        ({"GPSImgDirectionRef": "", "GPSImgDirection": 12.5}, None),
+        ({"GPSImgDirectionRef": "T", "GPSImgDirection": 400.0}, 40.0),
+        ({"GPSImgDirectionRef": "T", "GPSImgDirection": IFDRational(0, 0)}, None),
+        ({"GPSImgDirectionRef": "T"}, None),
+        ({"GPSAltitudeRef": b"\x09", "GPSAltitude": IFDRational(1, 0), "GPSStatus": "V", "GPSDOP": 99.0}, None),
+    ],
+)
+def test_headings_are_true_ones_or_not_known(entries: dict[str, Any], heading_deg: float | None) -> None:
+    plain = at((50, 46, 31.08), (6, 0, 0.36))
+    found = gps_position(photo("jpg", 32, **(plain | entries))).heading_deg
+    assert np.isnan(found) if heading_deg is None else found == heading_deg
+
+
+def rational(number: int, over: int = 1) -> IFDRational:
+    return IFDRational(number, over)
+
+
+DEVICES: dict[str, dict[str, Any]] = {
+    "iPhone": at(
+        (rational(33), rational(51), rational(3528, 100)),  # type: ignore[arg-type]
+        (rational(151), rational(12), rational(4012, 100)),  # type: ignore[arg-type]
+        GPSLatitudeRef="S", GPSImgDirectionRef="T", GPSImgDirection=rational(1_234_567, 4567), GPSAltitudeRef=b"\0",
+        GPSAltitude=rational(4212, 100), GPSSpeedRef="K", GPSSpeed=rational(0), GPSHPositioningError=rational(14),
+    ),
+    "Android": at(
+        (rational(33), rational(51), rational(35_280_000, 1_000_000)),  # type: ignore[arg-type]
+        (rational(151), rational(12), rational(40_120_000, 1_000_000)),  # type: ignore[arg-type]
+        GPSLatitudeRef="S", GPSMapDatum="WGS-84", GPSImgDirectionRef="M", GPSImgDirection=rational(90),
+        GPSProcessingMethod=b"ASCII\0\0\0fused",
+    ),
+    "GoPro": at(
+        (rational(33), rational(51), rational(35_280, 1_000)),  # type: ignore[arg-type]
+        (rational(151), rational(12), rational(40_120, 1_000)),  # type: ignore[arg-type]
+        GPSLatitudeRef="S", GPSAltitudeRef=b"\1", GPSAltitude=rational(3, 1),
+    ),
+    "DJI": at(
+        (rational(33), rational(51), rational(352_800, 10_000)),  # type: ignore[arg-type]
+        (rational(151), rational(12), rational(401_200, 10_000)),  # type: ignore[arg-type]
+        GPSLatitudeRef="S\0", GPSLongitudeRef="E\0", GPSVersionID=b"\2\3\0\0", GPSStatus="",
+    ),
+    "Mapillary": at(
+        (rational(338_598, 10_000), rational(0), rational(0)),  # type: ignore[arg-type]
+        (rational(1_512_111_444, 10_000_000), rational(0), rational(0)),  # type: ignore[arg-type]
+        GPSLatitudeRef="S", GPSImgDirectionRef="T", GPSImgDirection=rational(9000, 100),
+    ),
+    "KartaView": at(
+        (rational(33), rational(51_588, 1_000), rational(0)),  # type: ignore[arg-type]
+        (rational(151), rational(126_687, 10_000), rational(0)),  # type: ignore[arg-type]
+        GPSLatitudeRef="S",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_layouts_of_devices(device: str) -> None:
+    """The same place in Sydney, as each of them splits degrees."""
+    found = gps_position(photo("jpg", 32, **DEVICES[device]))
+    assert (found.latitude_deg, found.longitude_deg) == pytest.approx((-33.8598, 151.211144), abs=1e-5)
+
+
+def outcome_of_damage(data: bytes, whole: GpsPosition) -> str:
+    try:
+        found = gps_position(data)
+    except GpsError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+        return "refused"
+    assert np.isfinite([found.latitude_deg, found.longitude_deg]).all()
+    assert np.isnan(found.heading_deg) or 0.0 <= found.heading_deg < 360.0
+    return (
+        "the same"
+        if found.latitude_deg == whole.latitude_deg and found.longitude_deg == whole.longitude_deg
+        else "other"
+    )
+
+
+@pytest.mark.parametrize("num_blocks", [800, pytest.param(40_000, marks=pytest.mark.soak)])
+def test_damaged_exif_blocks_say_the_same_place_or_none(num_blocks: int) -> None:
+    """EXIF has no checksum: a flipped bit in a digit, in a letter that stays one of the two, or in a pointer that
+    still reaches numbers can't be seen. Everything else can: those bytes are told from the rest by being the
+    only ones whose damage may give another place."""
+    whole = photo(**WEST)
+    expected, start = gps_position(whole), whole.index(b"Exif\0\0")
+    (size,) = struct.unpack(">H", whole[start - 2 : start])
+    block = whole[start + 6 : start - 2 + size]
+    gps_at = struct.unpack_from(f"{ORDER[block[:2]]}I", block, 18)[0]
+    rng, counts = random.Random(5), Counter[str]()
+    for _ in range(num_blocks):
+        damaged = bytearray(block)
+        # Up to the GPS entries' own bytes: byte order, the main directory and the pointer to it.
+        place = rng.randrange(len(block))
+        damaged[place] = rng.choice((0, 255, rng.randrange(256), damaged[place] ^ 1 << rng.randrange(8)))
+        found = outcome_of_damage(whole[: start + 6] + damaged + whole[start - 2 + size :], expected)
+        if found == "other":
+            assert place >= gps_at, f"byte {place} of the block: {block[place]} became {damaged[place]}"
+        counts[found] += 1
+    logging.getLogger(__name__).warning("%d EXIF blocks: %s", num_blocks, dict(counts))
+    assert counts["refused"] > num_blocks // 10
 
 
 def test_the_head_of_a_jpeg_is_enough_and_other_files_are_read_whole(

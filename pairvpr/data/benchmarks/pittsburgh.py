@@ -5,18 +5,16 @@ Database photos lie in `000/`, `001/`, ... below the root, query photos in the s
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.io import loadmat
 
 from pairvpr.config.benchmark_schema import PittsburghConfig
 from pairvpr.data import storage
 from pairvpr.data.benchmarks.listed import check_listed
 from pairvpr.data.manifest import Benchmark, Manifest
+from pairvpr.data.mat_file import MatError, MatValue, NewerMatError, read_variable
 from pairvpr.data.positives import within_radius
 from pairvpr.data.problems import Problems
 from pairvpr.errors import UserError
@@ -76,22 +74,23 @@ def read_db_struct(url: str) -> dict[str, ListedPhotos]:
     except OSError as error:
         raise UserError(f"benchmark.db_struct={url}: can't be read: {storage.reason(error)}") from error
     try:
-        struct = loadmat(io.BytesIO(data), variable_names=["dbStruct"]).get("dbStruct")
-    except Exception as error:  # scipy raises nearly anything on foreign bytes
-        raise UserError(f"{url}: not a MATLAB file, or a damaged one: {storage.reason(error)}") from error
-    fields = struct.dtype.names if isinstance(struct, np.ndarray) and struct.size == 1 else None
-    missing = [name for names in _FIELDS.values() for name in names if name not in (fields or ())]
-    if struct is None or missing:
+        struct = read_variable(data, "dbStruct")
+    except MatError as error:
+        prefix = "" if isinstance(error, NewerMatError) else "not a MATLAB file, or a damaged one: "
+        raise UserError(f"{url}: {prefix}{error}") from error
+    fields = struct if isinstance(struct, dict) else {}
+    missing = [name for names in _FIELDS.values() for name in names if name not in fields]
+    if missing:
         raise UserError(f"{url}: no {', '.join(missing)} in dbStruct; expected dbImageFns, utmDb, qImageFns, utmQ")
-    return {part: _listed(url, struct.ravel()[0], *names) for part, names in _FIELDS.items()}
+    return {part: _listed(url, fields, *names) for part, names in _FIELDS.items()}
 
 
-def _listed(url: str, struct: Any, names_field: str, utm_field: str) -> ListedPhotos:
-    try:
-        names = [str(cell.item()) for cell in struct[names_field].ravel()]
-        utm_m = np.asarray(struct[utm_field], np.float64).T
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{url}: {names_field} or {utm_field} of dbStruct holds no names and no numbers") from error
+def _listed(url: str, fields: dict[str, MatValue], names_field: str, utm_field: str) -> ListedPhotos:
+    values, utm = fields[names_field], fields[utm_field]
+    names = [value for value in (values if isinstance(values, list) else [values]) if isinstance(value, str)]
+    if not isinstance(utm, np.ndarray) or (isinstance(values, list) and len(names) != len(values)):
+        raise UserError(f"{url}: {names_field} or {utm_field} of dbStruct holds no names and no numbers")
+    utm_m = utm.T
     if utm_m.shape != (len(names), 2):
         raise UserError(
             f"{url}: {utm_field} of dbStruct is {' x '.join(map(str, utm_m.T.shape))}; "
