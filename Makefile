@@ -28,7 +28,7 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest tests -m "not soak and not cluster" -n 2 --dist loadfile
-	$(BIN)/python -m pytest tests -m "cluster and not soak"
+	$(BIN)/python -m pytest tests -m "cluster and not soak" -n 2 --dist loadfile
 
 test-fast: setup
 	$(BIN)/python -m pytest $(FAST) -m "not soak and not slow" -n 2 --dist loadfile

@@ -13,7 +13,7 @@ from tests.support.runs import arguments, draw_city, single_machine_predictions
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything here wants both cores."""
+    """Everything here starts processes."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.cluster)

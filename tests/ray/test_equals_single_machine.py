@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -34,26 +37,42 @@ from tests.support.runs import (
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 
+Runs = Callable[[int, int], tuple[Path, dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def runs(city: Path, local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Gives the output and the report of a run with so many shards and actors."""
+
+    @cache
+    def run(num_shards: int, num_actors: int) -> tuple[Path, dict[str, Any]]:
+        output = tmp_path_factory.mktemp("run") / "out"
+        line = arguments(
+            city,
+            output,
+            f"index.num_shards={num_shards}",
+            f"index.num_actors={num_actors}",
+            f"describe.num_actors={num_actors}",
+            f"rerank.num_actors={num_actors}",
+            f"rerank.cache_gib={0 if num_actors == 3 else 0.5}",
+        )
+        (content,) = evaluate(load_evaluations(line))
+        return output, content
+
+    return run
+
+
 @pytest.mark.parametrize(("num_shards", "num_actors"), [pytest.param(1, 1, marks=pytest.mark.soak), (5, 3)])
-def test_shards_and_actors(city: Path, expected: bytes, tmp_path: Path, num_shards: int, num_actors: int) -> None:
-    line = arguments(
-        city,
-        tmp_path / "out",
-        f"index.num_shards={num_shards}",
-        f"index.num_actors={num_actors}",
-        f"describe.num_actors={num_actors}",
-        f"rerank.num_actors={num_actors}",
-        f"rerank.cache_gib={0 if num_actors == 3 else 0.5}",
-    )
-    (content,) = evaluate(load_evaluations(line))
-    assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected
-    assert content == json.loads((tmp_path / "out" / "metrics.json").read_text())
+def test_shards_and_actors(runs: Runs, expected: bytes, num_shards: int, num_actors: int) -> None:
+    output, content = runs(num_shards, num_actors)
+    assert (output / "predictions.parquet").read_bytes() == expected
+    assert content == json.loads((output / "metrics.json").read_text())
     assert content["rejected_images"] == {"database": 1, "queries": 1}
-    manifest = read_manifest(str(tmp_path / "out" / "index"))
+    manifest = read_manifest(str(output / "index"))
     assert manifest is not None
     assert len(manifest.shards) == num_shards
     assert sum(shard.count for shard in manifest.shards) == manifest.num_images
-    assert not (tmp_path / "out" / "index" / "parts").exists()
+    assert not (output / "index" / "parts").exists()
 
 
 def test_parts_of_several_batches_and_two_threads(city: Path, tmp_path: Path) -> None:
@@ -165,18 +184,18 @@ def test_several_benchmarks_share_one_run(city: Path, expected: bytes, tmp_path:
     assert pq.read_table(tmp_path / "out" / "toy_city" / "predictions.parquet").num_rows == 4
 
 
-def test_index_directory_is_readable_by_other_tools(city: Path, tmp_path: Path) -> None:
+def test_index_directory_is_readable_by_other_tools(runs: Runs) -> None:
     """The promises of docs/formats.md, read with numpy and pyarrow alone."""
-    evaluate(load_evaluations(arguments(city, tmp_path, "index.num_shards=3")))
-    images = pq.read_table(tmp_path / "index" / "images.parquet")
-    rejected = pq.read_table(tmp_path / "index" / "rejected.parquet").to_pylist()
+    index = runs(5, 3)[0] / "index"
+    images = pq.read_table(index / "images.parquet")
+    rejected = pq.read_table(index / "rejected.parquet").to_pylist()
     assert images.column("image_id").to_pylist() == list(range(images.num_rows))
     assert images.column("path").to_pylist() == sorted(images.column("path").to_pylist())
     assert len(rejected) == 1
     assert rejected[0]["path"].endswith("@broken.jpg")
     assert rejected[0]["error"]
-    ids = np.concatenate([np.load(tmp_path / f"index/shards/{shard:05d}/ids.npy") for shard in range(3)])
-    rows = np.concatenate([np.load(tmp_path / f"index/shards/{shard:05d}/descriptors.npy") for shard in range(3)])
+    ids = np.concatenate([np.load(index / f"shards/{shard:05d}/ids.npy") for shard in range(5)])
+    rows = np.concatenate([np.load(index / f"shards/{shard:05d}/descriptors.npy") for shard in range(5)])
     held = [row for row, path in enumerate(images.column("path").to_pylist()) if path != rejected[0]["path"]]
     assert ids.tolist() == held
     assert rows.dtype == np.float32

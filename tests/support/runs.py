@@ -120,7 +120,7 @@ def run_job(job: str, line: Sequence[str], **environment: str) -> subprocess.Com
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def wait_until(happened: Callable[[], bool], what: str, timeout_s: float = 120.0) -> None:
+def wait_until(happened: Callable[[], bool], what: str, timeout_s: float = 300.0) -> None:
     """Poll; fails the test, naming `what`, when it does not happen in time."""
     deadline_s = time.monotonic() + timeout_s
     while not happened():
