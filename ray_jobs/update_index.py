@@ -93,30 +93,31 @@ def update_index(config: UpdateIndexConfig) -> IndexManifest:
         say("update: finished earlier, nothing to change")
         return manifest
     prefix = _prefix(manifest, settings, gone, versions, config)
-    with ray_session(config.cluster), _alone(directory, manifest):
-        draft = replace(manifest, generation=manifest.generation + 1)
-        threads, runner = config.index.num_build_threads, RayRunner()
-        if added is not None:
-            num_shards = config.index.num_shards or choose.default_num_shards(len(added))
-            source = ModelSource(config.model, ray.put(load_weights(config.model, weights)))
-            below = storage.join(directory, prefix.rstrip("/"))
-            write_versions(below, added, versions)
-            what = Description(added, below, num_shards, source, config.describe, draft.num_images)
-            describe(what, "added photos", needs_a_readable_photo=True)
-            draft = with_added(directory, draft, prefix, len(added), num_shards, threads, runner)
-            gone = _less_unreadable(gone, images, added, below)
-        if len(gone):
-            draft = without(directory, draft, prefix, gone)
-        if config.compact:
-            draft = compacted(directory, draft, prefix, config.index.compact_share, threads, runner)
-        options = config.index.as_build_config()
-        if config.index.kind is not None and not is_wanted(draft, options):
-            draft = next_generation(directory, draft, options, memory_budget_bytes(options), runner)
+    with ray_session(config.cluster):
+        with _alone(directory, manifest):
+            draft = replace(manifest, generation=manifest.generation + 1)
+            threads, runner = config.index.num_build_threads, RayRunner()
+            if added is not None:
+                num_shards = config.index.num_shards or choose.default_num_shards(len(added))
+                source = ModelSource(config.model, ray.put(load_weights(config.model, weights)))
+                below = storage.join(directory, prefix.rstrip("/"))
+                write_versions(below, added, versions)
+                what = Description(added, below, num_shards, source, config.describe, draft.num_images)
+                describe(what, "added photos", needs_a_readable_photo=True)
+                draft = with_added(directory, draft, prefix, len(added), num_shards, threads, runner)
+                gone = _less_unreadable(gone, images, added, below)
+            if len(gone):
+                draft = without(directory, draft, prefix, gone)
+            if config.compact:
+                draft = compacted(directory, draft, prefix, config.index.compact_share, threads, runner)
+            options = config.index.as_build_config()
+            if config.index.kind is not None and not is_wanted(draft, options):
+                draft = next_generation(directory, draft, options, memory_budget_bytes(options), runner)
         if replace(draft, generation=manifest.generation) == manifest:
             say("update: finished earlier, nothing to change")
             return manifest
         commit(directory, draft)
-        remove_leftovers(directory, draft)
+    remove_leftovers(directory, draft)
     num_added = draft.num_images - manifest.num_images - (draft.num_rejected - manifest.num_rejected)
     num_gone = draft.num_removed - manifest.num_removed
     say(f"{about_generation(draft)}: {num_added:,} added, {num_gone:,} removed or replaced")
