@@ -80,7 +80,7 @@ def outcome_of(error: BaseException) -> Outcome:
         if isinstance(cause, UserError):
             return Outcome(2, f"error: {reason(cause)}")
         if isinstance(cause, IncompleteRunError):
-            return Outcome(1, f"incomplete: {reason(cause)}", has_log=True)
+            return Outcome(1, f"incomplete: {reason(cause)}", has_log=cause.__cause__ is not None)
         if isinstance(cause, KeyboardInterrupt):
             return Outcome(130, f"interrupted: {GOES_ON}")
         if isinstance(cause, StoppedError):

@@ -37,6 +37,10 @@ class _OfMainThread(io.TextIOBase):
     def fileno(self) -> int:
         return self._ours.fileno()
 
+    @property
+    def encoding(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._ours.encoding
+
     def isatty(self) -> bool:
         return self._ours.isatty()
 
@@ -48,22 +52,33 @@ def libraries_write_to(log: int) -> Iterator[None]:
     File descriptor 2 is `log` then, in this process and in those it starts.
     """
     global _terminal
-    sys.stderr.flush()
-    before, stdout = os.dup(2), sys.stdout
+    stdout, stderr = sys.stdout, sys.stderr
+    stderr.flush()
+    before = os.dup(2)
     os.dup2(log, 2)
-    _terminal = open(before, "w", encoding=sys.stderr.encoding, errors="backslashreplace", closefd=False)  # noqa: SIM115
-    sys.stdout = _OfMainThread(stdout, log)
+    errors = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    terminal = stderr  # a notebook has its own
+    if _is_descriptor_two(stderr):
+        terminal = open(before, "w", encoding=stderr.encoding, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    _terminal = terminal
+    sys.stdout, sys.stderr = _OfMainThread(stdout, log), errors
     try:
         yield
     finally:
-        sys.stdout = stdout
-        with suppress(OSError, ValueError):
-            sys.stderr.flush()
-        with suppress(OSError, ValueError):
-            _terminal.close()
+        sys.stdout, sys.stderr = stdout, stderr
+        for stream in (errors, terminal):
+            with suppress(OSError, ValueError):
+                stream.flush()
         _terminal = None
         os.dup2(before, 2)
         os.close(before)
+
+
+def _is_descriptor_two(stream: TextIO) -> bool:
+    try:
+        return stream.fileno() == 2
+    except (OSError, AttributeError):
+        return False
 
 
 def make_streams_usable() -> None:

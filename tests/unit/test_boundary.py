@@ -30,7 +30,8 @@ def test_a_job_that_ends_well_says_nothing_and_leaves_no_log(tmp_path: Path) -> 
     ("line", "exit_code", "words"),
     [
         ("raise UserError('a=1: expected 2')", 2, ["error: a=1: expected 2\n"]),
-        ("raise IncompleteRunError('half')", 1, ["incomplete: half (full text: "]),
+        ("raise IncompleteRunError('half')", 1, ["incomplete: half\n"]),
+        ("raise IncompleteRunError('half') from KeyError(1)", 1, ["incomplete: half (full text: "]),
         ("{}['key']", 1, ["defect of the program, please report it: KeyError: 'key'", "full text"]),
         ("open('/none/ü', 'wb')", 1, ["error: /none/ü: No such file or directory", "full text"]),
         ("open('/' + 'x' * 300, 'wb')", 1, ["File name too long; expected shorter names"]),
