@@ -21,6 +21,7 @@ from types import FrameType
 from pairvpr.data.storage import StorageError, reason
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.machine import in_a_line
+from pairvpr.secrets import without_secrets
 from pairvpr.terminal import give_up_broken_stdout, libraries_write_to, make_streams_usable, say
 
 KEPT = "what is finished is kept"
@@ -42,8 +43,9 @@ class Outcome:
     """Whether the log says more than the line."""
 
     def __str__(self) -> str:
-        """The line; what would break it, or can't be shown, is written as an escape."""
-        return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in self.line or "")
+        """The line, without secrets; what would break it, or can't be shown, is written as an escape."""
+        line = without_secrets(self.line or "")
+        return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
 
 
 def exit_code_of(work: Callable[[], object]) -> int:
@@ -63,7 +65,8 @@ def exit_code_of(work: Callable[[], object]) -> int:
         except BaseException as error:
             outcome = outcome_of(error)
             with suppress(OSError):
-                os.write(log, "".join(traceback.format_exception(error)).encode(errors="backslashreplace"))
+                text = without_secrets("".join(traceback.format_exception(error)))
+                os.write(log, text.encode(errors="backslashreplace"))
         if outcome.line is not None:
             say(f"{outcome} (full text: {name})" if outcome.has_log and name else str(outcome))
     if name and not outcome.has_log:

@@ -1,6 +1,8 @@
-"""The one exception that is meant for the person at the keyboard."""
+"""The exceptions that are meant for the person at the keyboard. Their messages hold no secrets."""
 
 from __future__ import annotations
+
+from pairvpr.secrets import without_secrets
 
 
 class UserError(ValueError):
@@ -9,6 +11,9 @@ class UserError(ValueError):
     The jobs print its message without a traceback and exit with code 2. Whatever is not a `UserError` is a
     defect of the program and keeps its traceback.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
 
 
 class PhotoError(UserError):
@@ -28,3 +33,6 @@ class IncompleteRunError(RuntimeError):
 
     The jobs print its message without a traceback and exit with code 1.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))

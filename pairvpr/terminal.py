@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
+from pairvpr.secrets import without_secrets
+
 _terminal: TextIO | None = None
 """Where `say` writes while standard error is a log."""
 
@@ -17,7 +19,7 @@ _terminal: TextIO | None = None
 def say(text: str) -> None:
     """One line for the person who watches; if nobody does any more, the work goes on."""
     with suppress(OSError, ValueError):
-        print(text, file=_terminal or sys.stderr, flush=True)
+        print(without_secrets(text), file=_terminal or sys.stderr, flush=True)
 
 
 class _OfMainThread(io.TextIOBase):

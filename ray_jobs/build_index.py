@@ -18,13 +18,14 @@ from pairvpr.distributed.runtime import ModelSource, ray_session
 from pairvpr.index import choose
 from pairvpr.index.settings import index_settings, position_settings
 from pairvpr.models.weights import announce, find_weights, load_weights
+from pairvpr.secrets import without_secrets
 from pairvpr.terminal import say
 from ray_jobs.steps import about_generation, ensure_index
 
 
 def main(arguments: Sequence[str]) -> None:
     """One index."""
-    print(f"index: {build_index(load(BuildIndexConfig, arguments))}")
+    print(without_secrets(f"index: {build_index(load(BuildIndexConfig, arguments))}"))
 
 
 def build_index(config: BuildIndexConfig) -> str:

@@ -34,6 +34,7 @@ from pairvpr.evaluation.recall import recall_at
 from pairvpr.models.weights import build_model, load_weights
 from pairvpr.retrieval import pipeline
 from pairvpr.retrieval.rerank import SCORING
+from pairvpr.secrets import without_secrets
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
 ROLLING = "last.pt"
@@ -83,7 +84,7 @@ def search_checkpoints(config: SearchCheckpointsConfig) -> pa.Table:
         failed = _evaluate(search)
     table = _table(search, failed)
     _publish(search.output, table)
-    print(_text(table))
+    print(without_secrets(_text(table)))
     if failed:
         raise IncompleteRunError(
             f"{len(failed)} of {len(search.urls)} checkpoints failed: {', '.join(failed)}; their errors are in "

@@ -29,6 +29,7 @@ from pairvpr.index.plan import check_fits, plan_index
 from pairvpr.index.reader import live_ids
 from pairvpr.retrieval.pipeline import answers
 from pairvpr.retrieval.rerank import WorkUnit, work_units
+from pairvpr.secrets import without_secrets
 from pairvpr.terminal import say
 from ray_jobs.run import Run
 
@@ -142,7 +143,7 @@ def answer(
     content = metrics(benchmark, final, config.model, facts)
     storage.write_json(storage.join(run.output, "metrics.json"), content)
     files = ", ".join(["predictions.parquet", *submission, "metrics.json"])
-    print(f"\n{summary(content)}\n\n{run.output}: {files}", flush=True)
+    print(without_secrets(f"\n{summary(content)}\n\n{run.output}: {files}"), flush=True)
     return content
 
 

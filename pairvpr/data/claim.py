@@ -12,6 +12,7 @@ from typing import Any
 
 from pairvpr.data import sealed, storage
 from pairvpr.errors import UserError
+from pairvpr.secrets import plain_without_secrets
 
 FILE = "settings.json"
 CLAIMS = "claims"
@@ -32,7 +33,7 @@ def check_claim(directory: str, settings: Mapping[str, Any], key: str, ignored: 
         if storage.is_local(directory):
             _nearest_directory(directory, key)
         return
-    found = differences(made_by, settings, ignored)
+    found = differences(made_by, plain_without_secrets(dict(settings)), ignored)
     if found:
         raise UserError(
             f"{key}={directory} was made by other settings: {'; '.join(found)}; "

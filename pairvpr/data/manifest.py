@@ -22,6 +22,7 @@ from pyarrow import compute
 from pairvpr.data import storage
 from pairvpr.data.photo_files import IMAGE_SUFFIXES, find_photos
 from pairvpr.errors import UserError
+from pairvpr.secrets import without_secrets
 from pairvpr.terminal import say
 
 pc: Any = compute  # its functions are made at run time, so their types are not known
@@ -44,6 +45,14 @@ class Manifest:
 
     root: str
     table: pa.Table
+
+    def __post_init__(self) -> None:
+        """Raises `UserError` for a root with a secret in it: runs write down where photos are."""
+        if without_secrets(self.root) != self.root:
+            raise UserError(
+                f"{self.root}: a URL of photos can't hold a password, a token or a query, because runs write it down; "
+                "expected credentials where the store's client looks for them (environment, its own files)"
+            )
 
     @classmethod
     def of(

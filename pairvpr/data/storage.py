@@ -24,6 +24,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 from pairvpr.errors import UserError
+from pairvpr.secrets import plain_without_secrets, without_secrets
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -155,8 +156,8 @@ def write_json(url: str, value: object) -> None:
 
 
 def json_bytes(value: object) -> bytes:
-    """`value` as indented JSON, as every JSON file of the project is written."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    """`value` as indented JSON without secrets, as every JSON file of the project is written."""
+    return (json.dumps(plain_without_secrets(value), indent=2, ensure_ascii=False) + "\n").encode()
 
 
 @contextmanager
@@ -511,4 +512,4 @@ def _s3_code(error: BaseException) -> str:
 
 
 def _fault(url: str, error: Exception) -> str:
-    return f"{url}: {type(error).__name__}: {reason(error)}"
+    return without_secrets(f"{url}: {type(error).__name__}: {reason(error)}")

@@ -35,6 +35,7 @@ from pairvpr.evaluation.confidence import (
     probability,
     reliability,
 )
+from pairvpr.secrets import without_secrets
 
 NUM_BLOCKS = 20
 FEWEST_QUERIES = 50
@@ -82,7 +83,7 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
         stop_margin=choose_margin(replay.curve(thresholds), config.max_loss),
     )
     content = found.content() | {"max_loss": config.max_loss, "held_out": _report(found, fitted, held_out, thresholds)}
-    print("\n".join(_text(content, run.url)))
+    print(without_secrets("\n".join(_text(content, run.url))))
     try:
         storage.write_json(config.output, content)
     except OSError as error:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from pairvpr.data import storage
 from pairvpr.errors import UserError
+from pairvpr.secrets import without_secrets
 from pairvpr.terminal import say
 
 TORCH_STARTS = (b"PK\x03\x04", b"\x80")  # how files of torch.save begin: zip, and pickle protocol 2 or later
@@ -220,7 +221,7 @@ def _from_hub(url: str) -> WeightsFile:
 def _fetched(url: str) -> WeightsFile:
     """The cached copy of the version that the store has now; the last one known where the store can't be reached."""
     folder = _cache_folder()
-    record = folder / f"{hashlib.sha256(url.encode()).hexdigest()}.json"
+    record = folder / f"{hashlib.sha256(without_secrets(url).encode()).hexdigest()}.json"
     known = _read_record(record)
     copy = folder / known["sha256"] if known else None
     try:

@@ -13,6 +13,7 @@ from pairvpr.data.benchmarks import read_benchmark
 from pairvpr.data.manifest import Benchmark, Manifest
 from pairvpr.data.problems import Problems
 from pairvpr.errors import UserError
+from pairvpr.secrets import without_secrets
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def check_benchmark(config: CheckBenchmarkConfig) -> list[str]:
         for photos in (benchmark.database, benchmark.queries):
             _open_sample(photos, config.num_opened, problems)
     for line in problems.lines:
-        print(line)
+        print(without_secrets(line))
     return problems.lines
 
 
