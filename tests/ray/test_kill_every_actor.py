@@ -42,7 +42,7 @@ from tests.support.runs import SMALL_NETWORK, arguments
 pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(1500)]
 
 NUM_KILLS = 20
-LONGEST_RUN_S = 300.0
+LONGEST_RUN_S = 600.0
 POLL_S = 0.02
 DESCRIBE = (*SMALL_NETWORK, "describe.batch_size=4", "describe.num_threads_per_actor=1")
 TRAIN = {1: train_stage_one, 2: train_stage_two}
