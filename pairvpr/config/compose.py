@@ -134,9 +134,18 @@ def _belongs_to_another(key: str, benchmark: str, benchmarks: Sequence[str]) -> 
     return bool(holders) and benchmark not in holders
 
 
+def documented_keys(job: type) -> dict[str, str]:
+    """What each key of a job means, its groups and the keys of every benchmark included."""
+    found = {key: doc for key, _, doc in _documented_keys(job, "")}
+    with _hydra():
+        for group, directory in _groups(job).items():
+            found[group] = f"One of {', '.join(_choices(directory))}."
+    return found
+
+
 def help_text(job: type) -> str:
     """Every group with its choices, and every key with its default and its doc line."""
-    lines = [f"usage: python -m ray_jobs.{JOBS[job]} key=value ...", "", inspect.getdoc(job) or "", ""]
+    lines = [f"usage: pairvpr {JOBS[job]} key=value ...", "", inspect.getdoc(job) or "", ""]
     with _hydra():
         for group, directory in _groups(job).items():
             lines.append(f"  {group}=  one of {', '.join(_choices(directory))}")

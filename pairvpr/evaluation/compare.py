@@ -200,7 +200,7 @@ def first_answer_is_right(run: FinishedRun) -> NDArray[np.bool_]:
 def main(arguments: Sequence[str]) -> int:
     """Print the comparison. Exit codes: 0 done, 2 a user's mistake."""
     parser = argparse.ArgumentParser(
-        prog="python -m pairvpr.evaluation.compare",
+        prog="pairvpr compare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
