@@ -50,7 +50,10 @@ TRAIN = {1: train_stage_one, 2: train_stage_two}
 
 @dataclass
 class Killer:
-    """Kills an actor of each class up to `pause_s` after it is first there, and again, at most `most` times a run."""
+    """Kills an actor of each class up to `pause_s` after it is first there, and again, at most `most` times a run.
+
+    Mostly soon: some actors live for half a second.
+    """
 
     pause_s: float
     most: int
@@ -84,7 +87,7 @@ class Killer:
             self.seen |= alive.keys()
             now_s = time.monotonic()
             for name in alive:
-                due_s.setdefault(name, now_s + self.random.uniform(0, self.pause_s))
+                due_s.setdefault(name, now_s + self.pause_s * self.random.random() ** 3)
                 if hits[name] >= most or self.hits[name] >= NUM_KILLS or now_s < due_s[name]:
                     continue
                 with suppress(ProcessLookupError):
