@@ -6,10 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.support.runs import arguments, descendants, run_job, start_job, wait_gone, wait_until
+from tests.support.runs import actors, arguments, descendants, run_job, start_job, wait_gone, wait_until
 
 MOMENTS = {
     "while describing": "index/parts/*.npz",
@@ -48,22 +47,15 @@ def test_driver_killed_and_run_again(city: Path, expected: bytes, tmp_path: Path
 def test_reranking_actor_killed(city: Path, expected_one_by_one: bytes, tmp_path: Path) -> None:
     line = arguments(city, tmp_path / "out", "rerank.num_actors=2", "rerank.queries_per_unit=1")
     driver = start_job("evaluate", line)
+    wait_until(lambda: len(actors(driver.pid, "_RerankActor")) == 2, "the start of two actors")
+    victim = actors(driver.pid, "_RerankActor")[0]
     wait_until(lambda: any((tmp_path / "out").glob("reranked/*.parquet")), "the first unit")
-    actors = [child for child in descendants(driver.pid) if "_RerankActor" in " ".join(_command(child))]
-    assert actors
-    actors[0].kill()
+    victim.kill()
     out, err = driver.communicate(timeout=300)
     assert driver.returncode == 0, err
     assert "an actor died" in err
     assert "recall@N" in out
     assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected_one_by_one
-
-
-def _command(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.NoSuchProcess:
-        return []
 
 
 def test_unit_that_fails_three_times_is_named_and_the_rest_kept(city: Path, expected: bytes, tmp_path: Path) -> None:
