@@ -1,26 +1,32 @@
-"""Index a small folder of photos, then look up every photo of another folder.
-
-    python examples/locate_folder.py DATABASE QUERIES INDEX MODEL
-
-No cluster is needed. For more than some thousand photos use `build_index` and `query`.
-"""
+"""Locate all photos of a folder, into a CSV file: `python examples/locate_folder.py INDEX FOLDER OUT.csv [WEIGHTS]`"""
 
 from __future__ import annotations
 
+import csv
 import sys
 from pathlib import Path
 
 from pairvpr import Localizer, PhotoError
 
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
-def main(database: str, queries: str, index: str, model: str) -> None:
-    localizer = Localizer.build(database, index, model=model, positions="names")
-    photos = sorted(Path(queries).glob("*.jpg"))
-    for photo, answer in zip(photos, localizer.locate(photos, k=1), strict=True):
-        if isinstance(answer, PhotoError):  # a broken photo; the others are answered
-            print(f"{photo.name}\t{answer.reason}")
-        else:
-            print(f"{photo.name}\t{answer[0].path}\t{answer[0].utm}")
+
+def main(index: str, folder: str, output: str, weights: str | None = None) -> None:
+    """A line for each photo: its best match, or why it can't be read."""
+    localizer = Localizer.open(index, weights=weights)
+    photos = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
+    # Together they share forward passes and the features of candidates that several of them have.
+    answers = localizer.locate(photos, k=1)
+    with Path(output).open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["photo", "match", "pair_score", "error"])
+        for photo, answer in zip(photos, answers, strict=True):
+            if isinstance(answer, PhotoError):
+                table.writerow([photo, "", "", answer.reason])
+            elif answer:
+                table.writerow([photo, answer[0].path, answer[0].pair_score, ""])
+            else:
+                table.writerow([photo, "", "", "no match"])
 
 
 if __name__ == "__main__":
