@@ -14,7 +14,7 @@ _PLACES = (
     # which is not that of a port.
     (re.compile(r"(?<=://)(?:[^\s/?#@]*:(?!\d+(?:[/\s]|$))[^\s@]*|[^\s/?#@]+)@"), f"{HIDDEN}@"),
     # scheme://host/path?signature=...#...: stores name their secrets as they like
-    (re.compile(r"(://[^\s?'\"<>]*)\?[^\s'\"<>]+"), rf"\1?{HIDDEN}"),
+    (re.compile(r"(://[^\s?'\"<>]*)\?[^\s'\"<>]*[^\s'\"<>:;,.)]"), rf"\1?{HIDDEN}"),
     # token=..., "secret": "...", also where a client's error tells its options
     (re.compile(rf"(?i)(\b{_WORD}['\"]?\s*[=:]\s*['\"]?)(?!\s)[^\s'\"&,;)}}\]]+"), rf"\1{HIDDEN}"),
     (re.compile(r"(?i)\b(authorization\W{1,4}basic|bearer)\s+[\w.~+/=-]{8,}"), rf"\1 {HIDDEN}"),

@@ -476,6 +476,9 @@ def _retried(call: Callable[[], T], url: str) -> T:
         except PermissionError as error:
             raise StorageDeniedError(_fault(url, error)) from error
         except Exception as error:
+            cause = error.__cause__
+            if isinstance(error, FileNotFoundError) and cause is not None and _is_broken_connection(cause):
+                error = OSError(reason(cause))  # fsspec calls a file missing whose server can't be reached
             if isinstance(error, (FileNotFoundError, FileExistsError, IsADirectoryError)) and not _has_lost_upload(
                 error
             ):
@@ -495,7 +498,7 @@ _BROKEN = {
 }
 
 
-def _is_broken_connection(error: Exception) -> bool:
+def _is_broken_connection(error: BaseException) -> bool:
     """Whether a client library (botocore, aiohttp, httpx, known by its classes' names) got no answer or half of one."""
     return "Timeout" in type(error).__name__ or any(base.__name__ in _BROKEN for base in type(error).__mro__)
 

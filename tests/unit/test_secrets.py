@@ -121,7 +121,9 @@ def test_photos_lie_at_no_url_with_a_secret(url: str) -> None:
 def test_weights_at_a_url_with_a_secret_keep_it_to_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"http://user:{SECRET}@127.0.0.1:9/w.pth?sig={SECRET}"
     monkeypatch.setattr(storage, "NUM_TRIES", 1)
-    with pytest.raises(UserError, match=r"^model\.weights=http://\*\*\*@127\.0\.0\.1:9/w\.pth\?\*\*\*") as caught:
+    with pytest.raises(
+        UserError, match=r"^model\.weights=http://\*\*\*@127\.0\.0\.1:9/w\.pth\?\*\*\*: can't be read: "
+    ) as caught:
         find_weights_file(url)
     assert SECRET not in str(caught.value)
 
