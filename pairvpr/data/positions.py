@@ -21,7 +21,7 @@ from pairvpr.data import storage, utm
 from pairvpr.data.exif import NUM_HEAD_BYTES, GpsError, GpsPosition, gps_position
 from pairvpr.data.manifest import Manifest
 from pairvpr.data.problems import Problems
-from pairvpr.data.tables import Rows, TableFile
+from pairvpr.data.tables import NO_PHOTO, Rows, TableFile, find_photos, no_photo_text
 from pairvpr.errors import UserError
 
 pc: Any = compute  # its functions are made at run time, so their types are not known
@@ -146,7 +146,7 @@ def _pairs(columns: PositionColumns) -> list[tuple[str, str]]:
 
 def _open(url: str, key: str, columns: PositionColumns) -> TableFile:
     file = TableFile.open(url, key)
-    if columns.path not in file.names or not any(set(pair) <= set(file.names) for pair in _pairs(columns)):
+    if not file.has(columns.path) or not any(file.has(*pair) for pair in _pairs(columns)):
         either = " or ".join(",".join(pair) for pair in _pairs(columns))
         raise UserError(
             f"{url}: its columns are {','.join(file.names)}; expected {columns.path} and either {either} "
@@ -158,7 +158,7 @@ def _open(url: str, key: str, columns: PositionColumns) -> TableFile:
 def _common_pair(files: list[TableFile], columns: PositionColumns) -> tuple[str, str]:
     """The columns of coordinates to read from each of the tables."""
     for pair in _pairs(columns):
-        if all(set(pair) <= set(file.names) for file in files):
+        if all(file.has(*pair) for file in files):
             return pair
     utm_pair, degrees_pair = (",".join(pair) for pair in _pairs(columns))
     raise UserError(
@@ -171,16 +171,16 @@ def _read_table(
     file: TableFile, columns: PositionColumns, pair: tuple[str, str], photos: Manifest, problems: Problems
 ) -> _Located:
     """The usable rows, in the order of their paths; the others are problems."""
-    has_heading = columns.heading in file.names
+    has_heading = file.has(columns.heading)
     rows = file.read([columns.path, *pair, *([columns.heading] if has_heading else [])], problems)
     image_ids, is_usable = _listed(rows, columns.path, photos, problems)
     coordinates = np.empty((len(rows), 2))
     for axis, name in enumerate(pair):
-        coordinates[:, axis] = rows.floats(name)
+        is_degrees = pair == _pairs(columns)[1]
+        coordinates[:, axis] = rows.floats(name, below_1000=is_degrees)
         is_number = ~np.isnan(coordinates[:, axis])
         for i in np.flatnonzero(~is_number).tolist():
             problems.add(f"{rows.where(i)}: {rows.cell(name, i)}; expected a number")
-        is_degrees = pair == _pairs(columns)[1]
         is_inside = np.abs(coordinates[:, axis]) <= (_LIMITS_DEG[axis] if is_degrees else _MOST_UTM_M)
         expected = _range_text(axis) if is_degrees else "metres of one UTM zone"
         for i in np.flatnonzero(is_number & ~is_inside).tolist():
@@ -188,7 +188,7 @@ def _read_table(
         is_usable &= is_number & is_inside
     heading_deg = np.full(len(rows), np.nan)
     if has_heading:
-        heading_deg = rows.floats(columns.heading)
+        heading_deg = rows.floats(columns.heading, below_1000=True)
         for i in np.flatnonzero(np.isnan(heading_deg) & ~rows.empties(columns.heading)).tolist():
             problems.add(f"{rows.where(i)}: {rows.cell(columns.heading, i)}; expected degrees or nothing")
     usable = np.flatnonzero(is_usable)
@@ -206,11 +206,13 @@ def _listed(rows: Rows, name: str, photos: Manifest, problems: Problems) -> tupl
     if not len(rows):
         problems.add(f"{rows.url}: no row that can be used; expected one for each photo")
     paths = rows.texts(name)
-    image_ids = photos.ids_of(paths)
+    image_ids = find_photos(paths, photos)
     is_known = image_ids >= 0
     for i in np.flatnonzero(~is_known).tolist():
-        path = paths[i].as_py() or ""
-        problems.add(f"{rows.where(i)}: no photo {path!r} in {photos.root}; expected a path below that folder")
+        why = no_photo_text(paths[i].as_py() or "", image_ids[i], photos)
+        problems.add(
+            f"{rows.where(i)}: {why}" + ("; expected a path below that folder" if image_ids[i] == NO_PHOTO else "")
+        )
     _, firsts, groups = np.unique(image_ids, return_index=True, return_inverse=True)
     first = firsts[groups]
     is_again = is_known & (first != np.arange(len(rows)))

@@ -7,10 +7,13 @@ a Parquet file the first row is row 1.
 from __future__ import annotations
 
 import csv
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -20,15 +23,22 @@ from pyarrow import compute
 from pyarrow import csv as arrow_csv
 
 from pairvpr.data import storage
+from pairvpr.data.manifest import Manifest
 from pairvpr.data.problems import Problems
 from pairvpr.errors import UserError
 
 pc: Any = compute  # its functions are made at run time, so their types are not known
 
 _PARQUET_MAGIC = b"PAR1"
+_MOST_HEADER_BYTES = 1 << 20
+_SEPARATORS = (",", ";", "\t", "|")
+_MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
+NO_PHOTO, _SEVERAL = -1, -2
 _BLOCK_BYTES = 1 << 24  # a row must fit into it
 _DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)  # what pyarrow raises for it
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+_DECIMAL_COMMA = r"^[+-]?\d+,\d+$"
+_THOUSANDS = r"^[+-]?[1-9]\d{0,2},\d{3}$"
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,16 +61,21 @@ class Rows:
         texts = _cast(self.url, self.columns.column(name), name, pa.string(), "texts")
         return pc.if_else(pc.equal(texts, ""), None, texts)
 
-    def floats(self, name: str) -> NDArray[np.float64]:
+    def floats(self, name: str, *, below_1000: bool = False) -> NDArray[np.float64]:
         """A column as numbers; NaN for an empty cell and for what is not a number or not finite.
 
-        Raises `UserError` for a Parquet column of another type.
+        `8,54` is read with a decimal comma; `500,123` could mean thousands, and is read so only where numbers are known
+        to lie `below_1000`. Raises `UserError` for a Parquet column of another type.
         """
         column = self.columns.column(name)
         if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
         if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
             column = pc.utf8_trim_whitespace(column)
+            has_comma = pc.match_substring_regex(column, _DECIMAL_COMMA)
+            if not below_1000:
+                has_comma = pc.and_not(has_comma, pc.match_substring_regex(column, _THOUSANDS))
+            column = pc.if_else(has_comma, pc.replace_substring(column, ",", "."), column)
             column = pc.if_else(pc.match_substring_regex(column, _NUMBER), column, None)
         values = _cast(self.url, column, name, pa.float64(), "numbers").to_numpy()
         return np.where(np.isfinite(values), values, np.nan)
@@ -83,65 +98,85 @@ class TableFile:
 
     url: str
     data: bytes
+    """Parquet, or CSV as `_as_utf8` makes it."""
 
     @classmethod
     def open(cls, url: str, key: str | None = None) -> TableFile:
         """Read a file; `key` is the setting that named it, if one did. Raises `UserError` where it can't be read."""
         named = url if key is None else f"{key}={url}"
         try:
-            return cls(url, storage.read_bytes(url))
+            data = storage.read_bytes(url)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise UserError(f"{named}: no such file; expected a CSV or Parquet file") from error
         except OSError as error:
             raise UserError(f"{named}: can't be read: {storage.reason(error)}") from error
+        return cls(url, data if data.startswith(_PARQUET_MAGIC) else _as_utf8(url, data))
 
     @cached_property
     def names(self) -> list[str]:
-        """Names of the columns. Raises `UserError` where the file is neither CSV nor Parquet."""
+        """Names of the columns, without spaces around them. Raises `UserError` where the file is no table."""
         if self._is_parquet:
             try:
                 return pq.read_schema(pa.BufferReader(self.data)).names
             except _DAMAGE as error:
                 raise self._not_a_table(error) from error
-        line = self.data.split(b"\n", 1)[0].rstrip(b"\r")
-        if b"\0" in line:
-            raise UserError(f"{self.url}: not a CSV file: its first line holds a zero byte; expected UTF-8 text")
-        try:
-            header = next(csv.reader([line.decode("utf-8-sig")], strict=True), [])
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise self._not_a_table(error) from error
-        if not header:
-            raise UserError(f"{self.url}: not a CSV file: its first line is empty; expected the names of the columns")
-        return header
+        return self._header.names
+
+    def has(self, *names: str) -> bool:
+        """Whether each of `names` is that of a column, in any case where no column is called exactly so."""
+        return all(self._places(name) for name in names)
 
     def read(self, names: Sequence[str], problems: Problems) -> Rows:
         """The columns `names`; rows of another number of cells are noted and left out, blank ones left out.
 
         Raises `UserError` where a name is not that of one column, and where the file is damaged.
         """
-        missing = sorted(name for name in names if name not in self.names)
-        twice = [name for name in names if self.names.count(name) > 1]
+        missing = sorted(name for name in names if not self.has(name))
+        twice = [name for name in names if len(self._places(name)) > 1]
         if missing or twice:
             what = f"no column {', '.join(missing)}" if missing else f"more than one column {', '.join(twice)}"
             raise UserError(
                 f"{self.url}: {what}; expected {','.join(names)} once each, its header is {','.join(self.names)}"
             )
+        places = [self._places(name)[0] for name in names]
         try:
-            return self._read_parquet(names) if self._is_parquet else self._read_csv(names, problems)
+            if self._is_parquet:
+                columns = pq.read_table(pa.BufferReader(self.data), columns=[self.names[place] for place in places])
+                columns = columns.rename_columns(list(names))
+                columns.validate(full=True)
+                return Rows(self.url, columns, np.arange(1, columns.num_rows + 1))
+            return self._read_csv(dict(zip(names, places, strict=True)), problems)
         except _DAMAGE as error:
             raise self._not_a_table(error) from error
+
+    def _places(self, name: str) -> list[int]:
+        """Which columns a name stands for."""
+        exact = [place for place, its_name in enumerate(self.names) if its_name == name]
+        return exact or [place for place, its_name in enumerate(self.names) if its_name.casefold() == name.casefold()]
 
     @property
     def _is_parquet(self) -> bool:
         return self.data.startswith(_PARQUET_MAGIC)
 
-    def _read_parquet(self, names: Sequence[str]) -> Rows:
-        columns = pq.read_table(pa.BufferReader(self.data), columns=list(names))
-        columns.validate(full=True)
-        return Rows(self.url, columns, np.arange(1, columns.num_rows + 1))
+    @cached_property
+    def _header(self) -> _Header:
+        lines = [*re.split(rb"\r\n|\r|\n", self.data[:_MOST_HEADER_BYTES], maxsplit=2), b"", b""]
+        said = re.fullmatch(rb'"?sep=([,;\t|])"?', lines[0])
+        line = lines[1] if said else lines[0]
+        text = line.decode(errors="backslashreplace")
+        separators = [said[1].decode()] if said else [one for one in _SEPARATORS if one in text]
+        # A comma wins over others, which may stand in names; without any there is one column.
+        separator = separators[0] if separators else ","
+        try:
+            names = next(csv.reader([text], delimiter=separator, strict=True), [])
+        except csv.Error as error:
+            raise self._not_a_table(error) from error
+        if not names:
+            raise UserError(f"{self.url}: not a CSV file: its first line is empty; expected the names of the columns")
+        return _Header([name.strip() for name in names], separator, 2 if said else 1)
 
-    def _read_csv(self, names: Sequence[str], problems: Problems) -> Rows:
-        left_out: list[int] = []
+    def _read_csv(self, places: dict[str, int], problems: Problems) -> Rows:
+        header, left_out = self._header, list[int]()
 
         def note(row: arrow_csv.InvalidRow) -> str:
             left_out.append(row.number)
@@ -151,28 +186,108 @@ class TableFile:
                 )
             return "skip"
 
+        names = [str(place) for place in range(len(header.names))]
         columns = arrow_csv.read_csv(
             pa.BufferReader(self.data),
             # One thread, because only that one knows the numbers of the rows.
-            arrow_csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES),
-            arrow_csv.ParseOptions(ignore_empty_lines=False, invalid_row_handler=note),
-            arrow_csv.ConvertOptions(column_types=dict.fromkeys(self.names, pa.string()), strings_can_be_null=False),
+            arrow_csv.ReadOptions(
+                use_threads=False, block_size=_BLOCK_BYTES, column_names=names, skip_rows=header.row - 1
+            ),
+            arrow_csv.ParseOptions(
+                delimiter=header.separator,
+                ignore_empty_lines=False,
+                newlines_in_values=True,
+                invalid_row_handler=note,
+            ),
+            # Bytes, because a column that nobody needs may be in another encoding.
+            arrow_csv.ConvertOptions(column_types=dict.fromkeys(names, pa.binary()), strings_can_be_null=False),
         )
-        numbers = np.arange(2, 2 + columns.num_rows + len(left_out))
-        rows = Rows(self.url, columns, numbers[~np.isin(numbers, left_out)])
+        numbers = np.arange(header.row, header.row + columns.num_rows + len(left_out))
+        rows = Rows(self.url, columns.slice(1), numbers[~np.isin(numbers, left_out)][1:])
         rows = _without_blank(rows)
-        return Rows(self.url, rows.columns.select(list(names)), rows.numbers)
+        texts = [_as_texts(rows, name, str(place)) for name, place in places.items()]
+        return Rows(self.url, pa.table(texts, names=list(places)), rows.numbers)
 
     def _not_a_table(self, error: Exception) -> UserError:
         kind = "Parquet" if self._is_parquet else "CSV"
         return UserError(f"{self.url}: not a {kind} file, or a damaged one: {storage.reason(error)}")
 
 
+@dataclass(frozen=True)
+class _Header:
+    names: list[str]
+    separator: str
+    row: int
+    """2 below a line such as `sep=;`, which spreadsheets write and read, and 1 otherwise."""
+
+
+def _as_utf8(url: str, data: bytes) -> bytes:
+    """CSV text without a byte order mark. Raises `UserError` for what is not text."""
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), None)
+    if encoding:
+        try:
+            data = data.decode(encoding).encode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{url}: not a CSV file, or a damaged one: {storage.reason(error)}") from error
+    if (place := data.find(b"\0")) >= 0:
+        row = data.count(b"\n", 0, place) + 1
+        raise UserError(f"{url}: not a CSV file: its line {row} holds a zero byte; expected UTF-8 text")
+    return data
+
+
+def _as_texts(rows: Rows, name: str, column_name: str) -> pa.ChunkedArray:
+    column = rows.columns.column(column_name)
+    try:
+        return column.cast(pa.string())
+    except pa.ArrowException:
+        for i, value in enumerate(column.to_pylist()):
+            try:
+                value.decode()
+            except UnicodeDecodeError as error:
+                raise UserError(f"{rows.where(i)}: {name} is {value!r}; expected UTF-8 text") from error
+        raise
+
+
+def find_photos(paths: pa.ChunkedArray, photos: Manifest) -> NDArray[np.int64]:
+    """(n,) ids of the photos that cells of a table name, relative to their folder; -1 without one, -2 for several.
+
+    A name that is not there as it is written stands for the one photo that differs from it in no more than spaces
+    around it, `./`, backslashes, Unicode's form (NFC, NFD), `%20` or the case of its ending.
+    """
+    ids = photos.ids_of(paths)
+    unknown = np.flatnonzero(ids < 0)
+    if len(unknown):
+        of_spelling: dict[str, int] = {}
+        for image_id, path in enumerate(photos.path_column.to_pylist()):
+            spelling = _spelling(path)
+            of_spelling[spelling] = _SEVERAL if spelling in of_spelling else image_id
+        for i in unknown.tolist():
+            text = paths[i].as_py()
+            candidates = {_spelling(text), _spelling(unquote(text))} if text else set[str]()
+            found = {of_spelling[one] for one in candidates if one in of_spelling}
+            ids[i] = found.pop() if len(found) == 1 else _SEVERAL if found else NO_PHOTO
+    return ids
+
+
+def _spelling(path: str) -> str:
+    """What all spellings of one relative path share; one that leaves its folder is nobody's."""
+    parts = [part for part in unicodedata.normalize("NFC", path.strip()).replace("\\", "/").split("/") if part != "."]
+    stem, dot, ending = parts[-1].rpartition(".") if parts else ("", "", "")
+    return "/".join([*parts[:-1], stem + dot + ending.lower()])
+
+
+def no_photo_text(text: str, image_id: int, photos: Manifest, what: str = "photo") -> str:
+    """Why a cell names no photo, where `find_photos` gave `image_id`."""
+    if image_id == _SEVERAL:
+        return f"{text!r} could be several photos in {photos.root}; expected the name of one as it is spelt there"
+    return f"no {what} {text!r} in {photos.root}"
+
+
 def _without_blank(rows: Rows) -> Rows:
     """A line of which every cell is empty is a blank one; what other columns hold makes it a row."""
     filled = np.zeros(len(rows), dtype=bool)
     for column in rows.columns.columns:
-        filled |= pc.not_equal(column, "").to_numpy()
+        filled |= pc.not_equal(column, pa.scalar(b"", column.type)).to_numpy()
     return rows if filled.all() else Rows(rows.url, rows.columns.filter(pa.array(filled)), rows.numbers[filled])
 
 

@@ -256,7 +256,7 @@ FAULTS: list[tuple[Callable[[Path], object], list[str]]] = [
         ["postprocessed.csv: no column easting; expected key,easting,northing"],
     ),
     (
-        replaced("subtask_index.csv", ",all,", ",ALL,"),
+        replaced("subtask_index.csv", ",all,", ",every,"),
         ["subtask_index.csv: no column all; expected all"],
     ),
     (

@@ -8,6 +8,7 @@ import logging
 import random
 import struct
 import tempfile
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -331,14 +332,14 @@ EXPECTED = (
     [
         (b"path,latitude,lon\na.jpg,48,9\n", f": its columns are path,latitude,lon; {EXPECTED}"),
         (b"name,utm_east,utm_north\na.jpg,48,9\n", f": its columns are name,utm_east,utm_north; {EXPECTED}"),
-        (b"path;utm_east;utm_north\na.jpg;48;9\n", f": its columns are path;utm_east;utm_north; {EXPECTED}"),
+        (b"path:utm_east:utm_north\na.jpg:48:9\n", f": its columns are path:utm_east:utm_north; {EXPECTED}"),
         (b"path,utm_east,utm_north,path\na.jpg,4,9,b\n", ": more than one column path; expected path,"),
-        (b"path,utm_east,utm_north\n\xff.jpg,4,9\n", ": not a CSV file, or a damaged one: "),
+        (b"path,utm_east,utm_north\n\xff.jpg,4,9\n", ", row 2: path is b'\\xff.jpg'; expected UTF-8 text"),
         (b"path,utm_east,utm_north\n", ": no row that can be used; expected one for each photo"),
         (b"path,utm_east,utm_north\n\n \n,,\n", ": no row that can be used; expected one for each photo"),
         (b'path,utm_east,utm_north\n"a.jpg,4,9\n', ", row 2: 1 cells, expected 3"),
         (b"", ": not a CSV file: its first line is empty"),
-        (b"\xff\xd8\xff\xe0\x00\x10JFIF", ": not a CSV file: its first line holds a zero byte"),
+        (b"\xff\xd8\xff\xe0\x00\x10JFIF", ": not a CSV file: its line 1 holds a zero byte"),
     ],
 )
 def test_what_is_no_table_of_positions_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
@@ -354,6 +355,112 @@ def test_tables_that_are_not_there_and_both_of_them(tmp_path: Path) -> None:
         "benchmark.database_table=database.csv: no such file; expected a CSV or Parquet file",
         f"benchmark.queries_table={tmp_path}: no such file; expected a CSV or Parquet file",
     ]
+
+
+HEADER, ROW = "path,latitude,longitude", "sub/Zürich 1.jpg,47.370,8.54"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"{HEADER}\n{ROW}\n".encode(),
+        f"{HEADER}\r\n{ROW}\r\n".encode("utf-8-sig"),
+        f"{HEADER}\n{ROW}".encode("utf-16"),
+        f"\ufeff{HEADER}\n{ROW}".encode("utf-16-be"),
+        f"{HEADER}\r{ROW}\r".encode(),
+        f"sep=,\n{HEADER}\n{ROW}\n".encode(),
+        f"sep=;\r\n{HEADER}\r\n{ROW}\r\n".replace(",", ";").encode("utf-8-sig"),
+        f"{HEADER}\n{ROW}\n".replace(",", ";").replace(".370", ",370").replace("8.54", "8,54").encode(),
+        f"{HEADER}\n{ROW}\n".replace(",", "\t").encode(),
+        f"{HEADER}\n{ROW}\n".replace(",", " , ").encode(),
+        f"{HEADER.upper()}\n{ROW}\n".encode(),
+        f"{HEADER},ort\n{ROW},Z".encode() + b"\xfcrich\n",
+        f"{HEADER},{{}},{{}}\n{ROW},1,2\n".format("x", "x").encode(),
+        f"{HEADER},\n{ROW},\n".encode(),
+        f'{HEADER},note\n{ROW},"two\nlines"\n'.encode(),
+        f"\n\n{ROW}\n,,\n".replace("\n\n", f"{HEADER}\n\n").encode(),
+        f"{HEADER}\n./{ROW}\n".encode(),
+        f"{HEADER}\n{ROW}\n".replace("/", "\\").encode(),
+        f"{HEADER}\n{ROW}\n".replace(".jpg", ".JPG").encode(),
+        f"{HEADER}\n{ROW}\n".replace("ü", "u\u0308").encode(),
+        f"{HEADER}\n{ROW}\n".replace("ü", "%C3%BC").replace(" ", "%20").encode(),
+    ],
+)
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_table_with_one_reading_is_read(tmp_path: Path, content: bytes, form: Any) -> None:
+    touch(tmp_path, unicodedata.normalize(form, "database/sub/Zürich 1.jpg"), "queries/q.jpg")
+    write_tables(tmp_path, "", f"{HEADER}\nq.jpg,47.370,8.54\n")
+    (tmp_path / "database.csv").write_bytes(content)
+    assert len(load(tmp_path).database) == 1
+    assert [len(ids) for ids in load(tmp_path).positives or []] == [1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("a.JPEG,1,2", "row 2: 'a.JPEG' could be several photos in database; expected the name of one as it is spelt"),
+        ("../queries/q.jpg,1,2", "row 2: no photo '../queries/q.jpg' in database"),
+        ("/a.jpg,1,2", "row 2: no photo '/a.jpg' in database"),
+        ('b.jpg,"500,123",2', "row 2: utm_east is '500,123'; expected a number"),
+        ('b.jpg,"1,234,567",2', "row 2: utm_east is '1,234,567'; expected a number"),
+        ("b.jpg,1 N,2", "row 2: utm_east is '1 N'; expected a number"),
+        ("b.jpg,1,2\n./b.jpg,1,2", "row 3: b.jpg again, first in row 2"),
+        ("b.jpg,1,2,", "row 2: 4 cells, expected 3"),
+        ("b.jpg,1,2\0", "its line 2 holds a zero byte"),
+    ],
+)
+def test_a_row_with_more_than_one_reading_is_refused(tmp_path: Path, rows: str, message: str) -> None:
+    touch(tmp_path, "database/a.jpeg", "database/a.Jpeg", "database/b.jpg", "queries/q.jpg")
+    write_tables(tmp_path, f"path,utm_east,utm_north\n{rows}\n", "path,utm_east,utm_north\nq.jpg,1,2\n")
+    assert message in problems_of(tmp_path)[0]
+
+
+def test_rows_below_a_separator_line_are_called_by_their_own_numbers(tmp_path: Path) -> None:
+    touch(tmp_path, "database/a.jpg", "queries/q.jpg")
+    table = "sep=;\npath;utm_east;utm_north\na.jpg;1;2\n\nx;1\ngone.jpg;1;2\n"
+    write_tables(tmp_path, table, "path,utm_east,utm_north\nq.jpg,1,2\n")
+    assert [line.split(": ")[0] for line in problems_of(tmp_path)] == ["database.csv, row 5", "database.csv, row 6"]
+
+
+@pytest.mark.parametrize("num_tables", [300, pytest.param(20_000, marks=pytest.mark.soak)])
+def test_damaged_tables_are_read_or_refused_in_lines(tmp_path: Path, num_tables: int) -> None:
+    """A row that is kept names a photo of the folder and holds finite numbers, and all lines are one line."""
+    photos, queries = Manifest.of("root", ["a.jpg", "b.jpg", "c.jpg"]), Manifest.of("queries", ["q.jpg"])
+    table = b'path,latitude,longitude,note\n./a.jpg,47.37,8.54,x\nb.jpg,47.371,8.54,"y, z"\nc.JPG,47.372,8.54,\n'
+    pieces = [
+        b",",
+        b";",
+        b"\t",
+        b'"',
+        b"\n",
+        b"\r",
+        b"\0",
+        b"\xff",
+        b"\xfe",
+        b"sep=;\n",
+        b"-",
+        b"e9",
+        b"../",
+        b" ",
+        b"\xcc\x88",
+    ]
+    rng, counts, file = random.Random(3), Counter[str](), tmp_path / "database.csv"
+    settings = config(tmp_path, radius_m=None, queries_table=None)
+    for _ in range(num_tables):
+        data = bytearray(table)
+        for _ in range(rng.choice((1, 1, 2, 5))):
+            place = rng.randrange(len(data) + 1)
+            data[place : place + rng.randrange(3)] = rng.choice([rng.choice(pieces), bytes([rng.randrange(256)])])
+        file.write_bytes(data)
+        problems = Problems()
+        with problems.gathered():
+            database, _ = positions_from_tables(settings, photos, queries, problems)
+            assert set(database.paths) <= set(photos.paths)
+            assert np.isfinite(database.utm_m).all()
+        assert not any("\n" in line for line in problems.lines), bytes(data)
+        counts["refused" if problems.lines else "read"] += 1
+    logging.getLogger(__name__).warning("%d tables: %s", num_tables, dict(counts))
+    assert min(counts["refused"], counts["read"]) > num_tables // 20
 
 
 ANY_PATH = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r\n"), min_size=1).filter(str.strip)

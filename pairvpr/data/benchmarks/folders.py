@@ -10,7 +10,7 @@ from pairvpr.data.manifest import Benchmark, Manifest, folder_manifest
 from pairvpr.data.positions import positions_from_exif, positions_from_names, positions_from_tables
 from pairvpr.data.positives import within_radius
 from pairvpr.data.problems import Problems
-from pairvpr.data.tables import Rows, TableFile
+from pairvpr.data.tables import Rows, TableFile, find_photos, no_photo_text
 
 
 def load(config: FoldersConfig, problems: Problems) -> Benchmark:
@@ -76,7 +76,8 @@ def positives_from_table(
 
 def _ids(rows: Rows, name: str, photos: Manifest, problems: Problems) -> NDArray[np.int64]:
     paths = rows.texts(name)
-    image_ids = photos.ids_of(paths)
+    image_ids = find_photos(paths, photos)
     for i in np.flatnonzero(image_ids < 0).tolist():
-        problems.add(f"{rows.where(i)}: no {name} photo {paths[i].as_py() or ''!r} in {photos.root}")
+        why = no_photo_text(paths[i].as_py() or "", image_ids[i], photos, f"{name} photo")
+        problems.add(f"{rows.where(i)}: {why}")
     return image_ids
