@@ -8,7 +8,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 HIDDEN = "***"
-_WORD = r"[\w.-]*(?:passw(?:or)?d|passphrase|secret|token|signature|credential|api[_-]?key|access[_-]?key)[\w.-]*"
+_WORD = r"[\w.-]*(?:passw(?:or)?d|passphrase|secret(?:[_-]?key)?|token|signature|api[_-]?key|access[_-]?key)"
 _PLACES = (
     # scheme://user:password@host and scheme://token@host. A secret may hold a slash: then a colon stands before it,
     # which is not that of a port.

@@ -46,6 +46,7 @@ HARMLESS = [
     "hf://OWNER/NAME@main/w.pth: no such file",
     "error: output=s3://bucket/a: other settings made it; expected the same settings, or another directory?",
     "cluster.address=ray://host:10001: nothing answers there",
+    "s3://bucket/a: NoCredentialsError: Unable to locate credentials",
     "a basic arrangement of tokens, one for each patch",
 ]
 
