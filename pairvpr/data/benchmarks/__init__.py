@@ -15,6 +15,8 @@ from pairvpr.config.benchmark_schema import (
 from pairvpr.data.benchmarks import folders, msls, nordland, pittsburgh, toy_city
 from pairvpr.data.manifest import Benchmark
 from pairvpr.data.problems import Problems
+from pairvpr.data.same_photos import same_photos
+from pairvpr.terminal import say
 
 
 def load_benchmark(config: BenchmarkConfig, output: str) -> Benchmark:
@@ -36,7 +38,18 @@ def read_benchmark(config: BenchmarkConfig, output: str, problems: Problems) -> 
     """
     benchmark = _read(config, output, problems)
     _check_apart(benchmark, problems)
+    _say_same_photos(benchmark)
     return benchmark
+
+
+def _say_same_photos(benchmark: Benchmark) -> None:
+    queries, database = benchmark.queries, benchmark.database
+    if pairs := same_photos(queries, database):
+        query_id, image_id = pairs[0]
+        say(
+            f"{benchmark.name}: {len(pairs):,} of {len(queries):,} queries are database photos, too, and each finds "
+            f"itself; the first: {queries.url(query_id)} holds the bytes of {database.url(image_id)}"
+        )
 
 
 def _check_apart(benchmark: Benchmark, problems: Problems) -> None:
