@@ -23,6 +23,7 @@ from pairvpr.data.manifest import Manifest
 from pairvpr.data.problems import Problems
 from pairvpr.data.tables import NO_PHOTO, Rows, TableFile, find_photos, no_photo_text
 from pairvpr.errors import UserError
+from pairvpr.terminal import say
 
 pc: Any = compute  # its functions are made at run time, so their types are not known
 
@@ -31,6 +32,8 @@ _NAME = (
     rf"(?s)^(?:.*/)?@(?P<east>{_NUMBER})@(?P<north>{_NUMBER})@"
     rf"(?:(?:[^/@]*@){{6}}(?P<heading>{_NUMBER})@)?[^/]*$"
 )
+
+_ZONE = r"(?s)^(?:.*/)?@[^/@]*@[^/@]*@0?(?P<zone>[1-9]|[1-5]\d|60)@(?P<band>[C-HJ-NP-Xc-hj-np-x])@[^/]*$"
 
 _NUM_READERS = 16
 _PHOTOS_AT_A_TIME = 256
@@ -44,6 +47,7 @@ def positions_from_names(photos: Manifest, key: str, problems: Problems) -> Mani
 
     Another name is a problem, which names the setting `key` of the folder.
     """
+    _say_zones(photos, key)
     fields = pc.extract_regex(photos.path_column, _NAME)
     east, north, heading = (_field(fields, name) for name in ("east", "north", "heading"))
     has_position = (np.abs(east) <= _MOST_UTM_M) & (np.abs(north) <= _MOST_UTM_M)  # NaN is not
@@ -56,6 +60,14 @@ def positions_from_names(photos: Manifest, key: str, problems: Problems) -> Mani
     if has_position.all():
         return photos.with_positions(utm_m, heading_deg)
     return photos.only(np.flatnonzero(has_position)).with_positions(utm_m[has_position], heading_deg[has_position])
+
+
+def _say_zones(photos: Manifest, key: str) -> None:
+    """Coordinates of two zones don't mix; names that state several are said."""
+    zones = pc.struct_field(pc.extract_regex(photos.path_column, _ZONE), "zone").unique().drop_null().to_pylist()
+    if len(zones) > 1:
+        listed = ", ".join(sorted(zones, key=int))
+        say(f"{key}: names state the UTM zones {listed}, whose coordinates do not mix; expected those of one zone")
 
 
 def _field(fields: pa.ChunkedArray, name: str) -> NDArray[np.float64]:

@@ -105,6 +105,14 @@ def test_positions_and_heading_come_from_names(
     assert problems.lines == []
 
 
+def test_names_of_several_zones_are_said(capfd: pytest.CaptureFixture[str]) -> None:
+    one = ["@1@2@10@S@a@.jpg", "@1@2@010@T@b@.jpg", "@1@2@7@.jpg", "@1@2@7@8@.jpg", "@1@2@99@S@.jpg"]
+    positions_from_names(Manifest.of("root", one), "database", Problems())
+    assert capfd.readouterr().err == ""
+    positions_from_names(Manifest.of("root", [*one, "@1@2@33@U@c@.jpg"]), "database", Problems())
+    assert capfd.readouterr().err.startswith("database: names state the UTM zones 10, 33, whose coordinates do not mix")
+
+
 def test_the_toy_citys_names_say_what_it_knows() -> None:
     photos = toy_city.database_photos(seed=3, num_places=9)
     found = positions_from_names(Manifest.of("root", [photo.path for photo in photos]), "database", Problems())
