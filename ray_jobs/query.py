@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,7 +16,8 @@ from pairvpr.cli import run_job
 from pairvpr.config.benchmark_schema import PositionSource
 from pairvpr.config.compose import load
 from pairvpr.config.schema import FilterConfig, PositionsConfig, QueryConfig
-from pairvpr.data import storage
+from pairvpr.data import sealed, storage
+from pairvpr.data.claim import FILE as SETTINGS_FILE
 from pairvpr.data.claim import check_claim, check_writable, claim
 from pairvpr.data.located import located
 from pairvpr.data.manifest import Benchmark, Manifest, folder_manifest
@@ -32,6 +34,8 @@ from ray_jobs.run import (
     open_manifest,
 )
 from ray_jobs.steps import answer
+
+CONDITIONS = "conditions_sha256"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -51,8 +55,11 @@ def query(config: QueryConfig) -> dict[str, Any]:
     run = _run(config, index, manifest)
     check_calibration(run)
     filters = _filters(config.filter, run.benchmark)
-    settings = run.settings() | {"generation": manifest.generation, "filter": asdict(config.filter)}
+    settings = run.settings() | {"generation": manifest.generation, "filter": _filter_settings(config.filter, filters)}
     check_writable(run.output, "output")
+    made_by = sealed.read_json(storage.join(run.output, SETTINGS_FILE), "expected another output")
+    if made_by is not None and CONDITIONS not in made_by.get("filter", {}):
+        settings["filter"].pop(CONDITIONS, None)  # an earlier version made it
     check_claim(run.output, settings, "output")
     check_dense_store(run)
     check_model(index, manifest, name=config.model.name, weights_sha256=run.weights.sha256, model=settings["model"])
@@ -61,6 +68,14 @@ def query(config: QueryConfig) -> dict[str, Any]:
     claim(run.output, settings, "output")
     with ray_session(config.cluster):
         return answer(run, ModelSource(config.model, ray.put(weights)), manifest, filters)
+
+
+def _filter_settings(config: FilterConfig, filters: tuple[Filters, Places] | None) -> dict[str, Any]:
+    """What decides which photos a query may find: the settings, and what a file of priors says now."""
+    settings = asdict(config)
+    if config.needs_priors and filters is not None:
+        settings[CONDITIONS] = hashlib.sha256(filters[0].conditions.tobytes()).hexdigest()
+    return settings
 
 
 def _run(config: QueryConfig, index: str, manifest: IndexManifest) -> Run:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from pairvpr.config.schema import BuildConfig, DescribeConfig
-from pairvpr.data import storage
+from pairvpr.data import stamps, storage
 from pairvpr.data.manifest import Manifest
 from pairvpr.distributed.capacity import node_rooms, room
 from pairvpr.distributed.dense import about_store, make_store
-from pairvpr.distributed.describe import Description, describe
+from pairvpr.distributed.describe import Description, check_unchanged, describe
 from pairvpr.distributed.index import RayRunner
 from pairvpr.distributed.rerank import rerank, unfinished
 from pairvpr.distributed.retrieve import Candidates, retrieve
@@ -24,7 +26,7 @@ from pairvpr.evaluation.report import RunFacts, metrics, summary
 from pairvpr.evaluation.submission import write_submission
 from pairvpr.index import choose, make, store
 from pairvpr.index.filters import Filters, Places
-from pairvpr.index.manifest import IndexManifest, commit, read_manifest
+from pairvpr.index.manifest import ImageTable, IndexManifest, commit, read_manifest
 from pairvpr.index.plan import check_fits, plan_index
 from pairvpr.index.reader import live_ids
 from pairvpr.retrieval.pipeline import answers
@@ -49,6 +51,7 @@ def ensure_index(
     """Describe the database and build its index in a directory claimed with `settings`; what is finished is kept."""
     finished = read_manifest(directory)
     if finished is not None and make.is_wanted(finished, index):
+        check_unchanged(database, directory)
         say("index: finished earlier, skipped")
         return finished
     if finished is not None and not storage.has_atomic_creation(directory):
@@ -115,9 +118,17 @@ def answer(
             "photos, all of them are re-ranked"
         )
     units = work_units(_first_candidates(found, num_candidates), config.rerank.queries_per_unit)
+    changed = _changed_candidates(run, units, manifest)
     store_url = _stored_candidates(run, units, source, manifest)
     scored = rerank(
-        units, replace(benchmark, positives=None), source, config.rerank, run.output, store_url, run.stop_margin
+        units,
+        replace(benchmark, positives=None),
+        source,
+        config.rerank,
+        run.output,
+        store_url,
+        run.stop_margin,
+        changed,
     )
 
     candidates = {int(query_id): found.of(row) for row, query_id in enumerate(found.query_ids)}
@@ -133,7 +144,9 @@ def answer(
         seconds_retrieve=found.seconds,
         seconds_rerank=scored.seconds,
         num_rejected_database=manifest.num_rejected,
-        num_rejected_queries=queries_about["num_rejected"],
+        num_rejected_queries=queries_about["num_rejected"] + len(scored.lost.queries),
+        num_remarked={"database": _num_remarked(run.index, manifest), "queries": len(store.read_remarks(queries))},
+        unscored={benchmark.database.path(i): reason for i, reason in sorted(scored.lost.candidates.items())},
         report_candidates=config.rerank.report_candidates,
         second_direction=config.rerank.second_direction,
         judge=run.judge,
@@ -145,6 +158,34 @@ def answer(
     files = ", ".join(["predictions.parquet", *submission, "metrics.json"])
     print(without_secrets(f"\n{summary(content)}\n\n{run.output}: {files}"), flush=True)
     return content
+
+
+def _changed_candidates(run: Run, units: Sequence[WorkUnit], manifest: IndexManifest) -> dict[int, str]:
+    """Candidates whose photos are other ones than those in the index, by id, with what is to be said of them."""
+    pending = unfinished(units, run.output)
+    candidates = np.array(sorted({i for unit in pending for row in unit.candidates.values() for i in row}), np.int64)
+    changed: dict[int, str] = {}
+    for table, directory in _described_tables(run.index, manifest):
+        before = stamps.read(directory)
+        ids = candidates[(candidates >= table.first_id) & (candidates < table.first_id + table.count)]
+        if before is not None and len(ids):
+            then = before.take(pa.array(ids - table.first_id))
+            found = ids[stamps.changed(then, stamps.stamps_of(run.benchmark.database, ids))]
+            changed |= dict.fromkeys(found.tolist(), "it has changed since it was described")
+    if changed:
+        say(f"index: {len(changed):,} candidates have changed since they were described, and are not scored")
+    return changed
+
+
+def _num_remarked(index: str, manifest: IndexManifest) -> int:
+    return sum(len(store.read_remarks(directory)) for _, directory in _described_tables(index, manifest))
+
+
+def _described_tables(index: str, manifest: IndexManifest) -> list[tuple[ImageTable, str]]:
+    """The tables of photos of an index, and where each was described."""
+    folders = [posixpath.dirname(table.file.path) for table in manifest.images]
+    directories = [storage.join(index, folder) if folder else index for folder in folders]
+    return list(zip(manifest.images, directories, strict=True))
 
 
 def _stored_candidates(run: Run, units: Sequence[WorkUnit], source: ModelSource, manifest: IndexManifest) -> str | None:

@@ -129,6 +129,10 @@ class DecoderConfig:
         )
 
 
+MAX_MEGAPIXELS = 180.0
+"""Of a photo, unless `model.max_megapixels` says otherwise: panoramas of 16,384 x 8,192 and somewhat more."""
+
+
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """The network and its weights."""
@@ -141,6 +145,8 @@ class ModelConfig:
     """Side of a patch; must divide image_size_px."""
     scaled_decoding: bool = False
     """Decode large JPEGs at 1/2, 1/4 or 1/8, sides at least 2 x image_size_px: faster, descriptors change a little."""
+    max_megapixels: float = MAX_MEGAPIXELS
+    """Photos of more pixels are rejected before they are decoded, which takes up to 16 bytes of memory a pixel."""
     descriptor_dim: int = 512
     """Width G of the global descriptor."""
     weights: str | None = None
@@ -152,7 +158,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_text(self, "model.", "weights")
-        require_positive(self, "model", "image_size_px", "patch_size_px", "descriptor_dim")
+        require_positive(self, "model", "image_size_px", "patch_size_px", "max_megapixels", "descriptor_dim")
         for name, size_px in (
             ("image_size_px", self.image_size_px),
             ("encoder.pretrain_image_size_px", self.encoder.pretrain_image_size_px),
@@ -165,13 +171,15 @@ class ModelConfig:
     def settings(self) -> dict[str, Any]:
         """What of it decides the bytes of a result, in plain values, the weights aside.
 
-        `scaled_decoding` is there only when it is on: what was made before there was such a setting is like what is
-        made without it.
+        `scaled_decoding` and `max_megapixels` are there only when they are set: what was made before there were such
+        settings is like what is made without them.
         """
         values = asdict(self)
         del values["weights"], values["encoder"]["num_trainable_blocks"]
         if not self.scaled_decoding:
             del values["scaled_decoding"]
+        if self.max_megapixels == MAX_MEGAPIXELS:
+            del values["max_megapixels"]
         return values
 
     @property

@@ -10,12 +10,18 @@ import io
 import stat
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE
 
+from pairvpr.config.schema import MAX_MEGAPIXELS
 from pairvpr.data import storage
+from pairvpr.data.jpeg_end import lacks_end, with_end
+from pairvpr.data.photo_file import orientation_of, webp_size_px, without_metadata
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "AVIF")
 """Pillow's names. Of a file of several pictures (MPO, GIF, animated WebP and PNG, TIFF) the first one is the photo."""
@@ -24,7 +30,25 @@ SCALED_SIDES = 2
 """Scaled decoding leaves both sides of a photo at least so many times the network's side. With 1 more photos would be
 scaled, some decoded twice as fast, but descriptors change five times as much (benchmarks/scaled_decoding.py)."""
 
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of metadata; once, as a filter of a thread would leak into others
+
 BROKEN_LOCALLY = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+NO_END = "no end marker"
+NARROW = "narrow 16-bit range"
+FEWEST_SHADES = 32
+"""Of 256. A 16-bit photo that is left with fewer is named: it is nearly one colour."""
+
+_TURNED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What shows the pixels of each orientation upright."""
 
 _Box = tuple[float, float, float, float]
 
@@ -33,7 +57,25 @@ class BrokenImageError(Exception):
     """A photo that can't be read; the message says why."""
 
 
-def decode(data: bytes, image_size_px: int, *, scaled_decoding: bool = False) -> NDArray[np.uint8]:
+@dataclass(frozen=True)
+class Photo:
+    """Upright RGB; `remark` says what is odd about the file (`NO_END`, or a text that begins with `NARROW`)."""
+
+    image: Image.Image
+    remark: str | None = None
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """(S, S, 3) uint8 as the network sees a photo; `remark` as in `Photo`."""
+
+    rgb: NDArray[np.uint8]
+    remark: str | None = None
+
+
+def decode(
+    data: bytes, image_size_px: int, *, scaled_decoding: bool = False, max_megapixels: float = MAX_MEGAPIXELS
+) -> NDArray[np.uint8]:
     """(S, S, 3) uint8: upright RGB, resized bilinearly on 8-bit pixels, aspect ratio not kept (method, section 3).
 
     With `scaled_decoding` a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, the smallest that leaves both sides
@@ -41,36 +83,92 @@ def decode(data: bytes, image_size_px: int, *, scaled_decoding: bool = False) ->
 
     Raises `BrokenImageError` as `decode_upright`.
     """
-
-    def resized(image: Image.Image) -> Image.Image:
-        if scaled_decoding and (box := _scaled_box(image, SCALED_SIDES * image_size_px)):
-            return ImageOps.exif_transpose(_resized(_to_rgb(image), image_size_px, box))
-        return _resized(_upright(image), image_size_px)
-
-    return np.array(_opened(data, resized))
+    return decode_pixels(data, image_size_px, scaled_decoding=scaled_decoding, max_megapixels=max_megapixels).rgb
 
 
-def decode_upright(data: bytes) -> Image.Image:
-    """Upright RGB in the photo's own size.
+def decode_pixels(
+    data: bytes, image_size_px: int, *, scaled_decoding: bool = False, max_megapixels: float = MAX_MEGAPIXELS
+) -> Pixels:
+    """`decode`, with what is odd about the photo."""
 
-    Raises `BrokenImageError` for what is not a whole photo: truncated or foreign bytes, absurd sizes.
+    def resized(image: Image.Image, orientation: int) -> Photo:
+        box = _scaled_box(image, SCALED_SIDES * image_size_px) if scaled_decoding else None
+        photo = _to_rgb(image)
+        if box:
+            return replace(photo, image=_turned(_resized(photo.image, image_size_px, box), orientation))
+        return replace(photo, image=_resized(_turned(photo.image, orientation), image_size_px))
+
+    photo = _opened(data, resized, max_megapixels)
+    return Pixels(np.array(photo.image), photo.remark)
+
+
+def decode_upright(data: bytes, *, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
+    """Upright RGB in the photo's own size. Metadata never matters, but for a sane orientation.
+
+    Raises `BrokenImageError` for what is not a whole photo: truncated or foreign bytes, more pixels than allowed,
+    values without a common range.
     """
-    return _opened(data, _upright)
+
+    def upright(image: Image.Image, orientation: int) -> Photo:
+        photo = _to_rgb(image)
+        return replace(photo, image=_turned(photo.image, orientation))
+
+    return _opened(data, upright, max_megapixels).image
 
 
-def _opened(data: bytes, use: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """What `use` makes of the photo while it is open."""
+def _opened(data: bytes, use: Callable[[Image.Image, int], Photo], max_megapixels: float) -> Photo:
+    """What `use` makes of the photo while it is open, and of its orientation."""
+    file = without_metadata(data)
+
+    def used(pixels: bytes) -> Photo:
+        with _open(pixels, max_megapixels) as image:
+            return use(image, file.orientation)
+
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return use(image)
-    except UnidentifiedImageError as error:  # whose own message holds a memory address, another one in every run
+        if not lacks_end(file.pixels):
+            return used(file.pixels)
+        whole = with_end(file.pixels, lambda pixels: used(pixels).image)
+        if whole is None:
+            raise BrokenImageError("OSError: image file is truncated: its last pixels are missing")
+        photo = used(whole)
+        return replace(photo, remark=photo.remark or NO_END)
+    except BrokenImageError:
+        raise
+    except UnidentifiedImageError as error:
         raise BrokenImageError(f"UnidentifiedImageError: expected one of {', '.join(FORMATS)}") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on foreign bytes
         raise BrokenImageError(f"{type(error).__name__}: {error}") from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    return _to_rgb(ImageOps.exif_transpose(image))
+def _open(data: bytes, max_megapixels: float) -> Image.Image:
+    """The photo, not decoded yet, by the decoder that its first bytes ask for.
+
+    `Image.open` would measure it by a limit of its own, one for the whole process.
+    """
+    _check_size(webp_size_px(data), max_megapixels)
+    Image.init()
+    if Image.MAX_IMAGE_PIXELS is not None and max_megapixels * 1e6 > 2 * Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = None  # Pillow measures a TIFF by it once more
+    for name in FORMATS:
+        factory, accepts = Image.OPEN[name]
+        if accepts is not None and accepts(data[:32]) is True:
+            image = factory(io.BytesIO(data), "")
+            _check_size(image.size, max_megapixels)
+            return image
+    raise UnidentifiedImageError
+
+
+def _check_size(size_px: tuple[int, int] | None, max_megapixels: float) -> None:
+    if size_px is not None and size_px[0] * size_px[1] > max_megapixels * 1e6:
+        raise BrokenImageError(
+            f"{size_px[0]:,} x {size_px[1]:,} pixels are {size_px[0] * size_px[1] / 1e6:,.1f} megapixels, more than "
+            f"model.max_megapixels={max_megapixels:g}"
+        )
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    method = _TURNED.get(orientation)
+    return image if method is None else image.transpose(method)
 
 
 def _resized(image: Image.Image, side_px: int, box: _Box | None = None) -> Image.Image:
@@ -87,9 +185,18 @@ def _scaled_box(image: Image.Image, least_side_px: int) -> _Box | None:
     return drafted[1] if drafted and image.size != whole else None
 
 
-def load(url: str, image_size_px: int, *, scaled_decoding: bool = False) -> NDArray[np.uint8]:
+def load(
+    url: str, image_size_px: int, *, scaled_decoding: bool = False, max_megapixels: float = MAX_MEGAPIXELS
+) -> NDArray[np.uint8]:
     """`decode` of a file. Raises as `load_upright`."""
-    return decode(_read(url), image_size_px, scaled_decoding=scaled_decoding)
+    return load_pixels(url, image_size_px, scaled_decoding=scaled_decoding, max_megapixels=max_megapixels).rgb
+
+
+def load_pixels(
+    url: str, image_size_px: int, *, scaled_decoding: bool = False, max_megapixels: float = MAX_MEGAPIXELS
+) -> Pixels:
+    """`decode_pixels` of a file. Raises as `load_upright`."""
+    return decode_pixels(_read(url), image_size_px, scaled_decoding=scaled_decoding, max_megapixels=max_megapixels)
 
 
 def from_image(image: Image.Image, image_size_px: int) -> NDArray[np.uint8]:
@@ -98,7 +205,9 @@ def from_image(image: Image.Image, image_size_px: int) -> NDArray[np.uint8]:
     Raises `BrokenImageError` as `decode_upright`.
     """
     try:
-        return np.array(_resized(_upright(image), image_size_px))
+        return np.array(_resized(_turned(_to_rgb(image).image, orientation_of(image)), image_size_px))
+    except BrokenImageError:
+        raise
     except Exception as error:  # an image that Pillow opened lazily is decoded here
         raise BrokenImageError(f"{type(error).__name__}: {error}") from error
 
@@ -135,8 +244,43 @@ def _require_file(url: str) -> None:
         raise BrokenImageError("not a regular file")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of any mode; 16-bit grey is scaled to 8 bits, where Pillow alone would clip it."""
+def _to_rgb(image: Image.Image) -> Photo:
+    """RGB of any mode; 16-bit grey is scaled to 8 bits, where Pillow alone would clip it.
+
+    Raises `BrokenImageError` for floating point and 32-bit values: whether 1.0 is black or white nobody knows.
+    """
+    bits = _bits_per_value(image)
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+        values = np.asarray(image)
+        lowest, highest = (int(values.min()), int(values.max())) if values.size else (0, 0)
+        if lowest < 0 or highest > 0xFFFF:
+            raise BrokenImageError(f"grey values from {lowest:,} to {highest:,}; expected those of 8 or 16 bits")
+        grey = Image.fromarray((values.astype(np.uint16) >> 8).astype(np.uint8))
+        return Photo(grey.convert("RGB"), _narrow(lowest, highest))
+    if image.mode == "F":
+        raise BrokenImageError("floating point values, whose range is not known; expected 8 or 16 bits a value")
+    photo = image.convert("RGB")
+    if bits != 16:
+        return Photo(photo)
+    extrema: Any = photo.getextrema()  # a pair for each band; the lower 8 bits are gone
+    return Photo(photo, _narrow(min(low for low, _ in extrema) << 8, max(high for _, high in extrema) << 8 | 0xFF))
+
+
+def _narrow(lowest: int, highest: int) -> str | None:
+    """A remark on 16-bit values, if they leave few shades."""
+    if (highest >> 8) - (lowest >> 8) >= FEWEST_SHADES:
+        return None
+    return (
+        f"{NARROW}: values {lowest:,} to {highest:,} of 0 to 65,535 become shades {lowest >> 8} to {highest >> 8} of 0 "
+        "to 255; expected values stretched over 16 bits, or 8 bits, by one rule for all photos"
+    )
+
+
+def _bits_per_value(image: Image.Image) -> int:
+    """16 for those PNG and TIFF files of which Pillow keeps the upper 8 bits."""
+    if image.format == "PNG":
+        return 16 if any(";16" in str(tile[3]) for tile in image.tile) else 8  # pyright: ignore
+    if image.format == "TIFF":
+        bits: Any = image.tag_v2.get(BITSPERSAMPLE, (8,))  # pyright: ignore
+        return bits[0] if isinstance(bits, tuple) and bits else 8
+    return 8

@@ -5,18 +5,19 @@ B photos of a batch, S image side in pixels, G descriptor width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pairvpr.config.schema import ModelConfig
 from pairvpr.data import images
 from pairvpr.data.manifest import Manifest
 
 
 @dataclass(frozen=True)
 class PhotoBatch:
-    """Decoded photos `first_id`, `first_id` + 1, ...: pixels (B, S, S, 3) uint8; `errors` by position.
+    """Decoded photos `first_id`, `first_id` + 1, ...: pixels (B, S, S, 3) uint8; `errors` and `remarks` by position.
 
     A broken photo leaves zeros, so that its neighbours pass through the network in the same shape as without it;
     its own row is dropped.
@@ -25,6 +26,8 @@ class PhotoBatch:
     first_id: int
     pixels: NDArray[np.uint8]
     errors: dict[int, str]
+    remarks: dict[int, str] = field(default_factory=dict)
+    """What is odd about photos that were read (`images.Pixels`)."""
 
     def kept(self, descriptors: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Ids (n,) and rows (n, G) of the photos that could be read."""
@@ -36,23 +39,38 @@ class PhotoBatch:
         """Errors by image id."""
         return {self.first_id + position: error for position, error in self.errors.items()}
 
+    @property
+    def remarked(self) -> dict[int, str]:
+        """Remarks by image id."""
+        return {self.first_id + position: remark for position, remark in self.remarks.items()}
+
 
 def num_batches(num_images: int, batch_size: int) -> int:
     """How many batches a manifest is cut into."""
     return -(-num_images // batch_size)
 
 
-def load_batch(
-    manifest: Manifest, batch: int, batch_size: int, image_size_px: int, *, scaled_decoding: bool = False
-) -> PhotoBatch:
-    """Decode photos [batch * batch_size, (batch + 1) * batch_size) of the manifest, as `images.decode`."""
+def load_batch(manifest: Manifest, batch: int, batch_size: int, model: ModelConfig) -> PhotoBatch:
+    """Decode photos [batch * batch_size, (batch + 1) * batch_size) of the manifest, as the model's settings say."""
     first_id = batch * batch_size
     ids = range(first_id, min(first_id + batch_size, len(manifest)))
-    pixels = np.zeros((len(ids), image_size_px, image_size_px, 3), np.uint8)
+    pixels = np.zeros((len(ids), model.image_size_px, model.image_size_px, 3), np.uint8)
     errors: dict[int, str] = {}
+    remarks: dict[int, str] = {}
     for position, image_id in enumerate(ids):
         try:
-            pixels[position] = images.load(manifest.url(image_id), image_size_px, scaled_decoding=scaled_decoding)
+            photo = load_photo(manifest.url(image_id), model)
         except images.BrokenImageError as error:
             errors[position] = str(error)
-    return PhotoBatch(first_id, pixels, errors)
+            continue
+        pixels[position] = photo.rgb
+        if photo.remark is not None:
+            remarks[position] = photo.remark
+    return PhotoBatch(first_id, pixels, errors, remarks)
+
+
+def load_photo(url: str, model: ModelConfig) -> images.Pixels:
+    """A photo's file as the model's settings have it read. Raises as `images.load_upright`."""
+    return images.load_pixels(
+        url, model.image_size_px, scaled_decoding=model.scaled_decoding, max_megapixels=model.max_megapixels
+    )

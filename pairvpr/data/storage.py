@@ -17,8 +17,9 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import urlsplit
@@ -267,6 +268,44 @@ def version(url: str) -> str | None:
 
 _VERSION_FIELDS = ("ETag", "etag", "generation", "md5Hash", "content_md5", "LastModified", "last_modified", "created")
 """What the stores of fsspec call an identity of content or a time of change."""
+
+
+def stamp(url: str) -> str | None:
+    """What tells a file's present content from another without reading it; None where there is no such file.
+
+    Size and time of change, or what a store calls its content. Raises `StorageError` where a store can't be asked.
+    """
+    try:
+        if is_local(url):
+            status = local_path(url).stat()
+            return f"{status.st_size} {status.st_mtime_ns}"
+        filesystem, path = _remote(url)
+        return _stamp(_retried(lambda: filesystem.info(path), url))
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return None
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        return None  # a name too long, a loop of links: its reader says so
+
+
+def list_stamps(url: str) -> dict[str, str]:
+    """The `stamp` of every file below a remote folder, by relative path, from one listing."""
+    filesystem, path = _remote(url)
+    root_path = path.rstrip("/") + "/"
+    try:
+        found = cast(dict[str, dict[str, Any]], _retried(lambda: filesystem.find(path, detail=True), url))
+    except FileNotFoundError:
+        return {}
+    return {name.removeprefix(root_path): _stamp(info) for name, info in found.items() if name.startswith(root_path)}
+
+
+def _stamp(info: Mapping[str, Any]) -> str:
+    """A size and the first of `_VERSION_FIELDS`: a listing and a single answer may know different others."""
+    identity = next((info[name] for name in _VERSION_FIELDS if info.get(name) is not None), "")
+    if isinstance(identity, datetime):
+        identity = identity.timestamp()
+    return f"{info.get('size')} {identity}"
 
 
 def sha256(url: str) -> str:

@@ -19,7 +19,7 @@ import ray
 from numpy.typing import NDArray
 
 from pairvpr.config.schema import RerankConfig
-from pairvpr.data import images, storage
+from pairvpr.data import storage
 from pairvpr.data.claim import check_claim, check_writable, claim, differences
 from pairvpr.data.manifest import Manifest
 from pairvpr.distributed.capacity import disk_bytes
@@ -32,7 +32,8 @@ from pairvpr.index.plan import size_text
 from pairvpr.retrieval import dense_store
 from pairvpr.retrieval.dense_store import DenseStore, Layout, StoreManifest
 from pairvpr.retrieval.features import PhotoFeatures
-from pairvpr.retrieval.pipeline import load_pixels
+from pairvpr.retrieval.pipeline import load_pixels, no_pixels
+from pairvpr.retrieval.unreadable import Unreadable
 from pairvpr.terminal import say
 
 KEY = "rerank.store_path"
@@ -202,8 +203,10 @@ class _StoreActor(PoolActor):
     def __init__(self, source: ModelSource, database: Manifest, url: str, layout: Layout, config: RerankConfig) -> None:
         self.database, self.url, self.layout = database, url, layout
         describer = source.describer(config.num_threads_per_actor)
+        self.unreadable = Unreadable()
+        load = partial(load_pixels, database, source.config)
         self.features = PhotoFeatures(
-            partial(load_pixels, database, source.config),
+            self.unreadable.guarded(load, lambda: no_pixels(source.config)),
             describer.embedded,
             device=describer.device,
             num_threads=config.num_loading_threads,
@@ -214,12 +217,15 @@ class _StoreActor(PoolActor):
         shard, ids = unit
         if dense_store.read_row(self.url, shard, ids, self.layout) is not None:
             return  # an earlier try published it and was never heard
-        try:
-            dense_store.write_shard(self.url, shard, ids, self.layout, self.features(ids.tolist()))
-        except images.BrokenImageError:
-            check_photos_are_seen(self.database)
-            raise
+        features = self.features(ids.tolist())
+        dense_store.write_shard(self.url, shard, ids, self.layout, features, self._checked_reasons)
         storage.write_json(_seconds_url(self.url, shard), {"seconds": time.perf_counter() - started_s})
+
+    def _checked_reasons(self) -> Mapping[int, str]:
+        """Of the photos that could not be read. Raises `UserError` where this node sees none of them."""
+        if self.unreadable.reasons:
+            check_photos_are_seen(self.database)
+        return self.unreadable.reasons
 
 
 def _seconds_url(store: str, shard: int) -> str:

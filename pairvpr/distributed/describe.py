@@ -22,7 +22,7 @@ from ray.exceptions import RayActorError
 from ray.util.annotations import RayDeprecationWarning
 
 from pairvpr.config.schema import DescribeConfig
-from pairvpr.data import storage
+from pairvpr.data import stamps, storage
 from pairvpr.data.manifest import Manifest
 from pairvpr.data.photo_batches import PhotoBatch
 from pairvpr.distributed import parts as part_files
@@ -76,17 +76,19 @@ def describe(
 
     `on_finished` hears how many photos are on storage, whenever there are more.
 
-    Raises `IncompleteRunError` where Ray gives up on a part, and `UserError` where a task raised one, and where no
-    photo at all can be read but one is needed.
+    Raises `IncompleteRunError` where Ray gives up on a part, and `UserError` where a task raised one, where no photo at
+    all can be read but one is needed, and where photos have changed since they were all described.
     """
     manifest, parts = description.manifest, description.parts
     if store.read_description(description.directory) is not None:
+        check_unchanged(manifest, description.directory)
         say(f"describe {label}: finished earlier, skipped")
         storage.remove_tree(parts.directory)
         return
     manifest.write(storage.join(description.directory, "images.parquet"), description.first_id)
     shards = store.shard_ranges(len(manifest), description.num_shards)
     commits = _Commits(description, shards)
+    _forget_changed(description, label)
     existing = set(storage.list_files(parts.directory))
     pending = []
     for part in sorted(commits.shards_of):
@@ -115,8 +117,45 @@ def describe(
             f"{rejected[min(rejected)]}; delete {description.directory} to try again"
         )
     store.finish_description(description.directory, manifest, finished, description.first_id)
+    for line in store.about_remarks(description.directory):
+        say(f"describe {label}: {line}")
     storage.remove_tree(parts.directory)
     progress.finish()
+
+
+def check_unchanged(photos: Manifest, directory: str) -> None:
+    """Raise `UserError` where photos have changed since the description in `directory` was begun.
+
+    One that is gone has not changed: whoever needs it says so.
+    """
+    before = stamps.read(directory)
+    if before is None:
+        return
+    changed = stamps.changed(before, stamps.stamps(photos))
+    if len(changed):
+        raise UserError(
+            f"{photos.root}: {len(changed):,} of {len(photos):,} photos have changed since they were described in "
+            f"{directory}, the first is {photos.path(int(changed[0]))}; expected them as they were, or a new output "
+            "(an index takes them in by update_index add=...)"
+        )
+
+
+def _forget_changed(description: Description, label: str) -> None:
+    """Before anything is described, note what the photos are; what was described of changed ones is done anew."""
+    photos, parts, directory = description.manifest, description.parts, description.directory
+    now, before = stamps.stamps(photos), stamps.read(directory)
+    if before is not None:
+        changed = stamps.changed(before, now)
+        for shard in store.shard_ranges(len(photos), description.num_shards):
+            if ((changed >= shard.first_id) & (changed < shard.stop_id)).any():
+                store.remove_shard_description(directory, shard.shard)
+        for part in np.unique(changed // parts.photos_per_part).tolist():
+            storage.remove_file(parts.url(part))
+        if not len(changed):
+            return
+        first = photos.path(int(changed[0]))
+        say(f"describe {label}: {len(changed):,} photos have changed since, {first} first; they are described anew")
+    stamps.write(directory, now)
 
 
 def _as_error_for_people(error: BaseException, step: str, progress: Progress) -> Exception:
@@ -220,8 +259,7 @@ def _described(description: Description, pending: Sequence[int], plan: ActorPlan
         part_files.decode,
         manifest=ray.put(description.manifest),
         photos_per_part=parts.photos_per_part,
-        size_px=source.config.image_size_px,
-        scaled_decoding=source.config.scaled_decoding,
+        model=source.config,
     )
     return (
         # `range` would be an operator of its own that wants a whole CPU; on a node with one the job would hang.
@@ -249,6 +287,11 @@ def _described(description: Description, pending: Sequence[int], plan: ActorPlan
     )
 
 
+def _by_position(texts: str) -> dict[int, str]:
+    """Texts by position, as `parts.decode` sent them."""
+    return {int(position): text for position, text in json.loads(texts).items()}
+
+
 class _Network:
     """One model actor: pixels -> part files. Called from several threads, of which one is in the network."""
 
@@ -260,13 +303,14 @@ class _Network:
         self.in_the_network = threading.Lock()
 
     def __call__(self, rows: Rows) -> Rows:
-        columns = (rows[name] for name in ("part", "pixels", "errors", "seconds"))
-        for part, pixels, errors, seconds in zip(*columns, strict=True):
+        columns = (rows[name] for name in ("part", "pixels", "errors", "remarks", "seconds"))
+        for part, pixels, errors, remarks, seconds in zip(*columns, strict=True):
             shape = (-1, self.size_px, self.size_px, 3)
             photos = PhotoBatch(
                 self.parts.ids(part).start,
                 np.frombuffer(pixels, np.uint8).reshape(shape).copy(),
-                {int(position): text for position, text in json.loads(errors).items()},
+                _by_position(errors),
+                _by_position(remarks),
             )
             with self.in_the_network:
                 started_s = time.perf_counter()

@@ -21,6 +21,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
+from pairvpr.config.schema import ModelConfig
 from pairvpr.data import storage
 from pairvpr.data.manifest import Manifest
 from pairvpr.data.photo_batches import PhotoBatch, load_batch, num_batches
@@ -35,6 +36,8 @@ ENOUGH_PARTS = 32
 PARTS_READ_AT_ONCE = 16
 ARRAYS = ("first_id", "ids", "descriptors", "rejected_ids", "rejected_errors", "seconds")
 """What the file of a part holds."""
+REMARKS = {"remarked_ids": np.empty(0, np.int64), "remarks": np.empty(0, np.str_)}
+"""What it holds, too, unless an earlier version wrote it."""
 
 
 @dataclass(frozen=True)
@@ -76,23 +79,22 @@ class Parts:
         return range(shard.first_id // self.photos_per_part, (shard.stop_id - 1) // self.photos_per_part + 1)
 
 
-def decode(
-    rows: Rows, *, manifest: ray.ObjectRef[Manifest], photos_per_part: int, size_px: int, scaled_decoding: bool
-) -> Rows:
-    """Part numbers -> a row each: pixels as bytes, errors as JSON, and the seconds that took.
+def decode(rows: Rows, *, manifest: ray.ObjectRef[Manifest], photos_per_part: int, model: ModelConfig) -> Rows:
+    """Part numbers -> a row each: pixels as bytes, errors and remarks as JSON, and the seconds that took.
 
     Raises `UserError` where this node does not see the folder of the photos.
     """
     photos = ray.get(manifest)
-    decoded: dict[str, list[Any]] = {"part": [], "pixels": [], "errors": [], "seconds": []}
+    decoded: dict[str, list[Any]] = {"part": [], "pixels": [], "errors": [], "remarks": [], "seconds": []}
     for part in rows["part"]:
         started_s = time.perf_counter()
-        loaded = load_batch(photos, int(part), photos_per_part, size_px, scaled_decoding=scaled_decoding)
+        loaded = load_batch(photos, int(part), photos_per_part, model)
         if loaded.errors:
             check_photos_are_seen(photos)
         decoded["part"].append(part)
         decoded["pixels"].append(loaded.pixels.tobytes())
         decoded["errors"].append(json.dumps(loaded.errors))
+        decoded["remarks"].append(json.dumps(loaded.remarks))
         decoded["seconds"].append(time.perf_counter() - started_s)
     return decoded
 
@@ -126,6 +128,8 @@ def write(url: str, photos: PhotoBatch, descriptors: NDArray[np.float32], second
         descriptors=rows,
         rejected_ids=np.array(list(photos.rejected), np.int64),
         rejected_errors=np.array(list(photos.rejected.values()), np.str_),
+        remarked_ids=np.array(list(photos.remarked), np.int64),
+        remarks=np.array(list(photos.remarked.values()), np.str_),
         seconds=np.float64(seconds),
     )
     storage.write_bytes(url, sink.getvalue())
@@ -140,6 +144,7 @@ def commit_shard(
     """
     ids, rows = [np.empty(0, np.int64)], [np.empty((0, descriptor_dim), np.float32)]
     rejected: dict[int, str] = {}
+    remarks: dict[int, str] = {}
     seconds = 0.0
     with ThreadPoolExecutor(PARTS_READ_AT_ONCE) as pool:
         read = pool.map(storage.read_bytes, part_urls)
@@ -148,14 +153,20 @@ def commit_shard(
         inside = (part["ids"] >= shard.first_id) & (part["ids"] < shard.stop_id)
         ids.append(part["ids"][inside])
         rows.append(part["descriptors"][inside])
-        for image_id, error in zip(part["rejected_ids"].tolist(), part["rejected_errors"].tolist(), strict=True):
-            if shard.first_id <= image_id < shard.stop_id:
-                rejected[image_id] = error
+        for found, ids_name, texts_name in (
+            (rejected, "rejected_ids", "rejected_errors"),
+            (remarks, "remarked_ids", "remarks"),
+        ):
+            texts = zip(part[ids_name].tolist(), part[texts_name].tolist(), strict=True)
+            found |= {image_id: text for image_id, text in texts if shard.first_id <= image_id < shard.stop_id}
         if shard.first_id <= int(part["first_id"]) < shard.stop_id:
             seconds += float(part["seconds"])
     all_ids = np.concatenate(ids)
     accounted = np.sort(np.concatenate([all_ids, np.fromiter(rejected, np.int64, len(rejected))]))
     assert np.array_equal(accounted, np.arange(shard.first_id, shard.stop_id)), "a photo is missing or double"
+    if remarks:
+        of_index = {image_id + first_id: remark for image_id, remark in remarks.items()}
+        store.write_shard_remarks(directory, shard.shard, of_index)
     store.write_shard_description(
         directory,
         shard.shard,
@@ -172,7 +183,9 @@ def _arrays(url: str, data: bytes) -> dict[str, NDArray[Any]]:
     """What `write` put into a part."""
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as part:
-            return {name: part[name] for name in ARRAYS}
+            return {name: part[name] for name in ARRAYS} | {
+                name: part.get(name, nothing) for name, nothing in REMARKS.items()
+            }
     except Exception as error:  # zip, zlib and numpy raise nearly anything on damaged bytes
         storage.remove_file(url)
         raise IncompleteRunError(

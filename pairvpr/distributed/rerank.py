@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +14,6 @@ import ray
 
 from pairvpr.config.schema import RerankConfig
 from pairvpr.data import storage
-from pairvpr.data.images import BrokenImageError
 from pairvpr.data.manifest import Benchmark
 from pairvpr.distributed.parts import check_photos_are_seen
 from pairvpr.distributed.pool import PoolActor, SupervisedPool
@@ -34,6 +34,15 @@ class RerankResult:
 
     by_query: dict[int, Reranked]
     seconds: float
+    lost: Lost
+
+
+@dataclass
+class Lost:
+    """Photos that could not be read, with reasons: queries by query id, candidates by image id."""
+
+    queries: dict[int, str] = field(default_factory=dict)
+    candidates: dict[int, str] = field(default_factory=dict)
 
 
 def rerank(
@@ -44,11 +53,13 @@ def rerank(
     directory: str,
     store: str | None = None,
     stop_margin: float | None = None,
+    changed: Mapping[int, str] | None = None,
 ) -> RerankResult:
     """Score all units; `directory` (path or URL) keeps a file for each finished one under `reranked/`.
 
     `store` (path or URL) is a finished store of dense features that has those of all candidates. At
-    `stop_margin` a query's re-ranking stops early.
+    `stop_margin` a query's re-ranking stops early. A database photo that can't be read or has `changed` (by image id,
+    with what is said of it) is not scored, and is named in the result.
     Raises `IncompleteRunError`, after everything else is done, if units failed for good; `failed_units.json`
     then names their queries.
     """
@@ -59,7 +70,7 @@ def rerank(
     failed: dict[int, str] = {}
     if pending:
         plan = plan_actors(config)
-        args = (source, ray.put(benchmark), config, directory, store, stop_margin)
+        args = (source, ray.put(benchmark), config, directory, store, stop_margin, changed)
         make_actor = _RerankActor.options(**plan.actor_options()).remote
         num_actors = min(plan.num_actors, len(pending))
         with SupervisedPool[WorkUnit](lambda: make_actor(*args), num_actors, "re-rank") as pool:
@@ -92,32 +103,43 @@ class _RerankActor(PoolActor):
         directory: str,
         store: str | None,
         stop_margin: float | None,
+        changed: Mapping[int, str] | None,
     ) -> None:
         self.directory = directory
         self.benchmark = benchmark
         stored = None if store is None else DenseStore.open(store).read
         describer = source.describer(config.num_threads_per_actor)
-        self.reranker = photo_reranker(benchmark, describer, config, stored, stop_margin)
+        self.reranker = photo_reranker(benchmark, describer, config, stored, stop_margin, changed)
 
     def run(self, unit: WorkUnit) -> None:
         started_s = time.perf_counter()
-        try:
-            answers = self.reranker.rerank(unit)
-        except BrokenImageError:
-            for photos in (self.benchmark.queries, self.benchmark.database):
-                check_photos_are_seen(photos)
-            raise
-        _write_unit(self.directory, unit.unit, answers, time.perf_counter() - started_s)
+        answers = self.reranker.rerank(unit)
+        candidates = {image_id for row in unit.candidates.values() for image_id in row}
+        lost = Lost(
+            _only(self.reranker.lost_queries, unit.candidates), _only(self.reranker.lost_candidates, candidates)
+        )
+        if lost.queries:
+            check_photos_are_seen(self.benchmark.queries)
+        if lost.candidates:
+            check_photos_are_seen(self.benchmark.database)
+        _write_unit(self.directory, unit.unit, answers, time.perf_counter() - started_s, lost)
 
 
-def _write_unit(directory: str, unit: int, answers: Sequence[Reranked], seconds: float) -> None:
+def _only(reasons: Mapping[int, str], image_ids: Collection[int]) -> dict[int, str]:
+    return {image_id: reasons[image_id] for image_id in sorted(reasons.keys() & set(image_ids))}
+
+
+def _write_unit(directory: str, unit: int, answers: Sequence[Reranked], seconds: float, lost: Lost) -> None:
+    metadata = {"seconds": repr(seconds)}
+    if lost.queries or lost.candidates:
+        metadata["lost"] = json.dumps(asdict(lost))
     table = pa.table(
         {
             "query_id": pa.array([answer.query_id for answer in answers], pa.int64()),
             "reranked": pa.array([answer.ids for answer in answers], pa.list_(pa.int64())),
             "pair_scores": pa.array([answer.pair_scores for answer in answers], pa.list_(pa.float32())),
         }
-    ).replace_schema_metadata({"seconds": repr(seconds)})
+    ).replace_schema_metadata(metadata)
     sink = io.BytesIO()
     pq.write_table(table, sink)
     storage.write_bytes(storage.join(directory, "reranked", unit_name(unit)), sink.getvalue())
@@ -125,15 +147,18 @@ def _write_unit(directory: str, unit: int, answers: Sequence[Reranked], seconds:
 
 def _read_units(directory: str, units: Iterable[int]) -> RerankResult:
     by_query: dict[int, Reranked] = {}
-    seconds = 0.0
+    seconds, lost = 0.0, Lost()
     for unit in units:
         table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(directory, "reranked", unit_name(unit)))))
         columns = (table.column(name) for name in ("query_id", "reranked", "pair_scores"))
         for query_id, ids, scores in zip(*columns, strict=True):
             answer = Reranked(query_id.as_py(), ids.values.to_numpy(), scores.values.to_numpy())
             by_query[answer.query_id] = answer
-        seconds += float((table.schema.metadata or {})[b"seconds"])
-    return RerankResult(by_query, seconds)
+        metadata = table.schema.metadata or {}
+        seconds += float(metadata[b"seconds"])
+        for name, reasons in json.loads(metadata.get(b"lost", b"{}")).items():
+            getattr(lost, name).update({int(image_id): reason for image_id, reason in reasons.items()})
+    return RerankResult(by_query, seconds, lost)
 
 
 def _report_failures(failed: dict[int, str], units: dict[int, WorkUnit], benchmark: Benchmark, directory: str) -> None:

@@ -42,7 +42,7 @@ def _described(
     """Ids (n,), ascending, and descriptors (n, G) of the readable photos; batch b is described by rank b mod W."""
     mine = []
     for number in range(context.rank, num_batches(len(manifest), batch_size), context.world_size):
-        batch = load_batch(manifest, number, batch_size, describer.model.config.image_size_px)
+        batch = load_batch(manifest, number, batch_size, describer.model.config)
         mine.append((number, *batch.kept(describer.descriptors(batch.pixels))))
     everything = sorted((part for parts in context.gather(mine) for part in parts), key=lambda part: part[0])
     return np.concatenate([ids for _, ids, _ in everything]), np.concatenate([rows for _, _, rows in everything])

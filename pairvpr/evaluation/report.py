@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -42,6 +42,10 @@ class RunFacts:
     """What `audited_candidates` gets."""
     judge: Judge | None = None
     """How sure of its answers the run is."""
+    num_remarked: dict[str, int] = field(default_factory=dict)
+    """Photos that were read though something is odd about their files: `database`, `queries`."""
+    unscored: dict[str, str] = field(default_factory=dict)
+    """Path and reason of each candidate that could not be scored."""
     dense_store: dict[str, Any] | None = None
     """The store of dense features that it re-ranked from, with `kib_per_image` of it."""
 
@@ -79,6 +83,8 @@ def metrics(benchmark: Benchmark, answers: Sequence[Answer], model: ModelConfig,
         },
         "dense_store": facts.dense_store,
         "rejected_images": {"database": facts.num_rejected_database, "queries": facts.num_rejected_queries},
+        "remarked_images": facts.num_remarked,
+        "unscored_candidates": facts.unscored,
         "versions": _versions(),
     }
 
@@ -206,6 +212,20 @@ def summary(content: dict[str, Any]) -> str:
         lines.append(
             f"rejected photos     database {rejected['database']}   queries {rejected['queries']} (unanswered)   "
             "reasons: index/rejected.parquet, queries/rejected.parquet"
+        )
+    remarked = content["remarked_images"]
+    if any(remarked.values()):
+        lines.append(
+            f"photos with a remark  database {remarked['database']}   queries {remarked['queries']} (they were read)   "
+            "remarks: index/remarks.parquet, queries/remarks.parquet"
+        )
+    unscored = content["unscored_candidates"]
+    if unscored:
+        path, reason = next(iter(unscored.items()))
+        more = f" and {len(unscored) - 1} more (metrics.json)" if len(unscored) > 1 else ""
+        lines.append(
+            f"unscored candidates {len(unscored)}: {path}{more}: {reason}; they keep the order of retrieval behind the "
+            "others. Put them back, or take them out of the index (update_index remove=), and query into a new output"
         )
     return "\n".join(lines)
 

@@ -85,15 +85,23 @@ def next_generation(
 
 
 def is_wanted(manifest: IndexManifest, config: BuildConfig) -> bool:
-    """Whether an index is what is asked for; `auto` is content with any kind that fits and reaches the recall."""
+    """Whether an index is what is asked for; `auto` is content with any kind that fits and was measured to reach the
+    recall. A kind that is asked for by name stays, however little it was measured to reach: nothing better is known.
+    """
     num_lists = build.spec_of(manifest.kind, manifest.factory).num_lists
     size_bytes = choose.index_bytes(IndexKind(manifest.kind), manifest.num_live, manifest.descriptor_dim, num_lists)
     return (
         config.kind in (IndexKind.auto, manifest.kind)
         and (not num_lists or config.num_lists in (None, num_lists))
-        and (manifest.measured is None or manifest.measured["target_recall"] >= config.target_recall)
+        and (manifest.measured is None or _is_content(manifest.measured, config))
         and (config.memory_budget_gib is None or size_bytes <= config.memory_budget_gib * choose.GIB)
     )
+
+
+def _is_content(measured: dict[str, Any], config: BuildConfig) -> bool:
+    if config.kind is not IndexKind.auto:
+        return measured["target_recall"] >= config.target_recall
+    return measure.reached(measured, config.target_recall)
 
 
 def _reached(manifest: IndexManifest, step: Step) -> str:

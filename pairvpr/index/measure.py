@@ -5,8 +5,9 @@ Q held-out rows used as queries, k nearest, S codes on a short list.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import faiss
 import numpy as np
@@ -21,6 +22,9 @@ ROWS_AT_ONCE = 1 << 16
 COST_OF_RESCORING = 25.0
 """Cost of reading a full-width row, in visits of a code."""
 NUM_STANDARD_ERRORS = 2.0
+NUM_DIGITS = 4
+"""That a manifest keeps of a recall."""
+ROUNDED_BY = 0.5 * 10.0**-NUM_DIGITS
 SHARE_OF_MISSES = 0.75
 """Real queries are a little harder to find than rows of the index, so fewer rows may be missed."""
 
@@ -90,12 +94,18 @@ def _cost(effort: Effort, num_rows: int, num_lists: int) -> float:
     return num_rows * effort.num_probes / num_lists + COST_OF_RESCORING * effort.num_rescored
 
 
+def reached(measured: Mapping[str, Any], target: float) -> bool:
+    """`Step.reaches`, of what `as_measured` kept; what it was rounded by is not held against it."""
+    step = Step(Effort(), measured["recall"] + ROUNDED_BY, max(0.0, measured["standard_error"] - ROUNDED_BY))
+    return step.reaches(target)
+
+
 def as_measured(chosen: Step, steps: Sequence[Step], target: float, num_queries: int, k: int) -> dict[str, object]:
     """What the manifest says of it."""
     return {
         "what": f"recall of the exact {k} nearest, over {num_queries} held-out rows of the index",
         "target_recall": target,
-        "recall": round(chosen.recall, 4),
-        "standard_error": round(chosen.standard_error, 4),
-        "curve": [asdict(step.effort) | {"recall": round(step.recall, 4)} for step in steps],
+        "recall": round(chosen.recall, NUM_DIGITS),
+        "standard_error": round(chosen.standard_error, NUM_DIGITS),
+        "curve": [asdict(step.effort) | {"recall": round(step.recall, NUM_DIGITS)} for step in steps],
     }

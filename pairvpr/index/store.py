@@ -2,6 +2,7 @@
 
     images.parquet     every photo, rejected ones too; an id is a position here
     rejected.parquet   path and error of every photo that could not be read
+    remarks.parquet    path and remark of every photo that was read though something is odd about it; only if there are
     shards/00000/      ids.npy (n,) int64, descriptors.npy (n, G) float32, described.json
 
 `described.json` is the last file of a shard's description, at the root the last of all of them. The queries of a run
@@ -14,6 +15,7 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,12 +24,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pairvpr.data import storage
+from pairvpr.data import sealed, storage
 from pairvpr.data.manifest import Manifest
 from pairvpr.errors import UserError
 from pairvpr.index.manifest import StoredFile, read_checked
 
 REJECTED_SCHEMA = pa.schema([("path", pa.string()), ("error", pa.string())])
+REMARKS = "remarks.parquet"
+REMARKS_SCHEMA = pa.schema([("path", pa.string()), ("remark", pa.string())])
+READ_AT_ONCE = 16
 ARRAYS = ("ids.npy", "descriptors.npy")
 _MOST_HEADER_BYTES = 4096
 
@@ -137,6 +142,11 @@ def _described_url(directory: str, shard: int) -> str:
     return storage.join(directory, shard_path(shard), "described.json")
 
 
+def remove_shard_description(directory: str, shard: int) -> None:
+    """A shard is not described any more."""
+    storage.remove_file(_described_url(directory, shard))
+
+
 def read_shard_description(directory: str, shard: int) -> ShardDescription | None:
     """A shard's `described.json`, or None while the shard is not finished."""
     try:
@@ -148,6 +158,42 @@ def read_shard_description(directory: str, shard: int) -> ShardDescription | Non
     return ShardDescription(**content)
 
 
+def write_shard_remarks(directory: str, shard: int, remarks: dict[int, str]) -> None:
+    """Publish what is odd about photos of a shard, by image id, before its description."""
+    sealed.write_json(_remarks_url(directory, shard), {str(image_id): remark for image_id, remark in remarks.items()})
+
+
+def _remarks_url(directory: str, shard: int) -> str:
+    return storage.join(directory, shard_path(shard), "remarks.json")
+
+
+def _write_remarks(directory: str, images: Manifest, num_shards: int, first_id: int) -> None:
+    """Publish remarks.parquet of all shards, where there are remarks."""
+    urls = [_remarks_url(directory, shard) for shard in range(num_shards)]
+    with ThreadPoolExecutor(READ_AT_ONCE) as pool:
+        found = pool.map(lambda url: sealed.read_json(url, "delete it, remarks are for people"), urls)
+    remarks = {int(image_id): remark for its in found for image_id, remark in (its or {}).items()}
+    if remarks:
+        rows = [{"path": images.path(image_id - first_id), "remark": remarks[image_id]} for image_id in sorted(remarks)]
+        sealed.write_parquet(storage.join(directory, REMARKS), pa.Table.from_pylist(rows, REMARKS_SCHEMA))
+
+
+def read_remarks(directory: str) -> list[tuple[str, str]]:
+    """Path and remark of every photo of a description that was read with a remark."""
+    url = storage.join(directory, REMARKS)
+    table = sealed.read_parquet(url, REMARKS_SCHEMA, "delete it, remarks are for people")
+    return [] if table is None else [(row["path"], row["remark"]) for row in table.to_pylist()]
+
+
+def about_remarks(directory: str) -> list[str]:
+    """A line for each kind of remark (what stands before its colon): how many photos, and the first of them."""
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for path, remark in read_remarks(directory):
+        kinds.setdefault(remark.split(":")[0], []).append((path, remark))
+    url = storage.join(directory, REMARKS)
+    return [f"{len(rows):,} photos: {rows[0][1]} ({rows[0][0]}; all in {url})" for rows in kinds.values()]
+
+
 def finish_description(directory: str, images: Manifest, shards: list[ShardDescription], first_id: int = 0) -> None:
     """Publish rejected.parquet and, last, the root's described.json; `first_id` is that of the first photo."""
     rejected = {image_id: error for shard in shards for image_id, error in shard.rejected.items()}
@@ -155,6 +201,7 @@ def finish_description(directory: str, images: Manifest, shards: list[ShardDescr
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, REJECTED_SCHEMA), sink)
     storage.write_bytes(storage.join(directory, "rejected.parquet"), sink.getvalue())
+    _write_remarks(directory, images, len(shards), first_id)
     summary = {
         "num_images": len(images),
         "num_shards": len(shards),

@@ -31,7 +31,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pairvpr.config.schema import ModelConfig, Precision, StoredAs
-from pairvpr.data import storage
+from pairvpr.data import sealed, storage
+from pairvpr.data.images import BrokenImageError
 from pairvpr.errors import UserError
 
 T = TypeVar("T")
@@ -39,6 +40,7 @@ T = TypeVar("T")
 FORMAT_VERSION = 1
 SHARD_BYTES = 100 << 20
 READ_AT_ONCE = 16
+UNREADABLE = "unreadable.json"
 IDS, CRC32, RECORDS, SHARD, MANIFEST = "ids.npy", "crc32.npy", "records.npy", "shard.json", "manifest.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OF_PRECISION = {Precision.fp32: "float32", Precision.bf16: "bfloat16", Precision.fp16: "float16"}
@@ -207,8 +209,18 @@ def cut(ids: NDArray[np.int64], layout: Layout) -> list[NDArray[np.int64]]:
     return [ids[first : first + layout.images_per_shard] for first in range(0, len(ids), layout.images_per_shard)]
 
 
-def write_shard(store: str, shard: int, ids: NDArray[np.int64], layout: Layout, features: Iterable[Tensor]) -> None:
+def write_shard(
+    store: str,
+    shard: int,
+    ids: NDArray[np.int64],
+    layout: Layout,
+    features: Iterable[Tensor],
+    unreadable: Callable[[], Mapping[int, str]] = dict,
+) -> None:
     """Publish a shard, its shard.json last; `features` are those of each id, (L, D), in this order.
+
+    `unreadable`, asked behind the last of them, names images whose features stand in for those of a photo that can't be
+    read; a file beside the records keeps these reasons.
 
     The records go through a local file, beside the target or, for a store elsewhere, among temporary ones: one of them
     is in memory at a time. The same ids and features give the same bytes. Raises `UserError` as `encode`, with the id.
@@ -225,6 +237,11 @@ def write_shard(store: str, shard: int, ids: NDArray[np.int64], layout: Layout, 
             crc32[row] = zlib.crc32(record)
             file.write(record)
         assert file.tell() == len(head) + len(ids) * layout.record_bytes, "features of all ids are expected"
+    named = {str(image_id): reason for image_id, reason in sorted(unreadable().items()) if image_id in ids}
+    if named:
+        sealed.write_json(storage.join(directory, UNREADABLE), named)
+    else:
+        storage.remove_file(storage.join(directory, UNREADABLE))
     tables = {IDS: _npy(ids), CRC32: _npy(crc32)}
     for name, data in tables.items():
         storage.write_bytes(storage.join(directory, name), data)
@@ -288,11 +305,12 @@ def read_manifest(store: str) -> StoreManifest | None:
 
 @dataclass(frozen=True)
 class _Table:
-    """A shard that was checked: ids and crc32 (n,)."""
+    """A shard that was checked: ids and crc32 (n,); why photos could not be read, by id."""
 
     ids: NDArray[np.int64]
     crc32: NDArray[np.uint32]
     about: Shard
+    unreadable: dict[int, str]
 
 
 class DenseStore:
@@ -318,14 +336,16 @@ class DenseStore:
     def read(self, image_id: int) -> Tensor:
         """Features (L, D) of an image, on the CPU; of the file of records, its own bytes alone are read.
 
-        Raises `UserError`, naming shard and file, where anything differs from what was written, and where the store
-        has no such image.
+        Raises `BrokenImageError` where its photo could not be read, and `UserError`, naming shard and file, where
+        anything differs from what was written, and where the store has no such image.
         """
         shard = bisect_right(self._first_ids, image_id) - 1
         table = self._table(shard) if shard >= 0 else None
         row = 0 if table is None else int(np.searchsorted(table.ids, image_id))
         if table is None or row == len(table.ids) or table.ids[row] != image_id:
             raise UserError(f"{self.url}: this store of dense features has no image {image_id}; expected another store")
+        if image_id in table.unreadable:
+            raise BrokenImageError(table.unreadable[image_id])
         url, size = self._file(shard, RECORDS), table.about.record_bytes
         first = table.about.records_offset + row * size
         record = _found(url, lambda: storage.read_ranges(url, [(first, first + size)])[0])
@@ -362,7 +382,8 @@ class DenseStore:
         size = _found(url, lambda: storage.size_bytes(url))
         if zlib.crc32(head) != about.head_crc32 or size != about.records_file_bytes:
             raise _damaged(url)
-        return _Table(ids, crc32, about)
+        named = sealed.read_json(self._file(shard, UNREADABLE), "delete the store, and the same line fills it anew")
+        return _Table(ids, crc32, about, {int(image_id): reason for image_id, reason in (named or {}).items()})
 
     def _checked_sha256(self, url: str, sha256: str) -> bytes:
         data = _found(url, lambda: storage.read_bytes(url))

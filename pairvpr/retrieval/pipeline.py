@@ -17,13 +17,14 @@ from torch import Tensor
 from pairvpr.config.schema import DenseFeatures, DescribeConfig, EvaluateConfig, ModelConfig, RerankConfig
 from pairvpr.data import images
 from pairvpr.data.manifest import Benchmark, Manifest
-from pairvpr.data.photo_batches import load_batch, num_batches
+from pairvpr.data.photo_batches import load_batch, load_photo, num_batches
 from pairvpr.index.search import Shard, flat_index, search
 from pairvpr.models.pair_vpr import PairVPR
-from pairvpr.retrieval.dense_store import as_stored
+from pairvpr.retrieval.dense_store import DTYPES, Layout, as_stored
 from pairvpr.retrieval.describe import Describer
 from pairvpr.retrieval.features import FeatureCache, PhotoFeatures
 from pairvpr.retrieval.rerank import Features, Reranked, Reranker, work_units
+from pairvpr.retrieval.unreadable import Unreadable
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,8 @@ def run(benchmark: Benchmark, model: PairVPR, config: EvaluateConfig, stop_margi
 def describe(manifest: Manifest, describer: Describer, config: DescribeConfig) -> Described:
     """Global descriptors of all photos of a manifest, batch by batch."""
     ids, rows, rejected = [], [], {}
-    network = describer.model.config
     for number in range(num_batches(len(manifest), config.batch_size)):
-        batch = load_batch(
-            manifest,
-            number,
-            config.batch_size,
-            network.image_size_px,
-            scaled_decoding=network.scaled_decoding,
-        )
+        batch = load_batch(manifest, number, config.batch_size, describer.model.config)
         batch_ids, batch_rows = batch.kept(describer.descriptors(batch.pixels))
         ids.append(batch_ids)
         rows.append(batch_rows)
@@ -97,22 +91,32 @@ def photo_reranker(
     settings: RerankConfig,
     stored: Callable[[int], Tensor] | None = None,
     stop_margin: float | None = None,
+    changed: Mapping[int, str] | None = None,
 ) -> Reranker:
-    """A re-ranker that describes the benchmark's photos when it needs them. A broken one is named by its error.
+    """A re-ranker that describes the benchmark's photos when it needs them.
+
+    Photos that can't be read are among its `lost_queries` and `lost_candidates`. So are those database photos that
+    have `changed` since they were described, by id with what is said of them.
 
     `stored` reads a database photo's features (L, D) from a store instead; without it a run with
     rerank.dense_features=store rounds them as the store would. `stop_margin` is what rerank.adaptive stops at.
     """
     device, num_threads = describer.device, settings.num_loading_threads
+    queries, database = Unreadable(), Unreadable(changed)
+    network = describer.model.config
 
-    def described(photos: Manifest, cache: FeatureCache | None = None) -> Features:
+    def described(photos: Manifest, unreadable: Unreadable, cache: FeatureCache | None = None) -> Features:
         def embedded(pixels: NDArray[np.uint8]) -> Tensor:
             features = describer.embedded(pixels)
             return as_stored(features, settings.stored_as) if is_rounded else features
 
         is_rounded = photos is benchmark.database and settings.dense_features is DenseFeatures.store
-        load = partial(load_pixels, photos, describer.model.config)
+        load = unreadable.guarded(partial(load_pixels, photos, network), lambda: no_pixels(network))
         return PhotoFeatures(load, embedded, device=device, num_threads=num_threads, cache=cache)
+
+    def no_features() -> Tensor:
+        layout = Layout.of_model(network, settings.stored_as)
+        return torch.zeros(layout.num_patches, layout.width, dtype=DTYPES[layout.features])
 
     def to_device(features: Tensor) -> Tensor:
         return features.to(device, non_blocking=True)
@@ -120,20 +124,27 @@ def photo_reranker(
     return Reranker(
         describer.model,
         batch_size=settings.batch_size,
-        query_features=described(benchmark.queries),
-        database_features=described(benchmark.database, feature_cache(settings, device))
+        query_features=described(benchmark.queries, queries),
+        database_features=described(benchmark.database, database, feature_cache(settings, device))
         if stored is None
-        else PhotoFeatures(stored, to_device, device=device, num_threads=num_threads),
+        else PhotoFeatures(database.guarded(stored, no_features), to_device, device=device, num_threads=num_threads),
         second_direction=settings.second_direction,
         stop_margin=stop_margin,
+        lost_queries=queries.reasons,
+        lost_candidates=database.reasons,
     )
+
+
+def no_pixels(model: ModelConfig) -> NDArray[np.uint8]:
+    """What stands in for a photo (S, S, 3) that can't be read."""
+    return np.zeros((model.image_size_px, model.image_size_px, 3), np.uint8)
 
 
 def load_pixels(photos: Manifest, model: ModelConfig, image_id: int) -> NDArray[np.uint8]:
     """A photo (S, S, 3) uint8 as the network sees it. Raises `BrokenImageError`, which names it."""
     url = photos.url(image_id)
     try:
-        return images.load(url, model.image_size_px, scaled_decoding=model.scaled_decoding)
+        return load_photo(url, model).rgb
     except images.BrokenImageError as error:
         raise images.BrokenImageError(f"{url}: {error}") from error
 

@@ -35,7 +35,7 @@ class Reranked:
     """A query's candidates after re-ranking: ids (K,) int64 and pair scores (K,) float32, best first.
 
     A score is the sum of both directions' logits; of a candidate that was scored with the query first alone, twice
-    that logit; of one that was not scored, minus infinity.
+    that logit; of one that was not scored, minus infinity. Both are empty for a query photo that can't be read.
     """
 
     query_id: int
@@ -94,6 +94,9 @@ class Reranker:
     different candidates. `second_direction` is how many candidates of a query, those that look best with the query
     first, are scored the other way round (None: all), in a second pass. With `stop_margin` a query's candidates are
     scored `batch_size` at a time, a pass each, until its margin is as large. Each pass asks for its photos anew.
+
+    `lost_queries` and `lost_candidates` name photos that can't be read, by id; they may grow while photos are asked
+    for, and something stands in for these. Such a candidate is not scored; such a query is not answered.
     """
 
     def __init__(
@@ -106,12 +109,16 @@ class Reranker:
         second_direction: int | None = None,
         stop_margin: float | None = None,
         reuse: Reuse = ALL_REUSE,
+        lost_queries: Mapping[int, str] | None = None,
+        lost_candidates: Mapping[int, str] | None = None,
     ) -> None:
         self.model = model
         self.batch_size = batch_size
         self.second_direction = second_direction
         self.stop_margin = stop_margin
         self._scorer = PairScorer(model, reuse)
+        self.lost_queries = {} if lost_queries is None else lost_queries
+        self.lost_candidates = {} if lost_candidates is None else lost_candidates
         self._query_features = query_features
         self._database_features = database_features
 
@@ -124,7 +131,12 @@ class Reranker:
             embedded = torch.stack(list(self._query_features(asked)))
             queries = _Queries(self._scorer.as_first(embedded), self._scorer.as_memory(embedded, keep=True))
             scores |= self._scores({query_id: unit.candidates[query_id] for query_id in asked}, queries)
-        return [_sorted(query_id, unit.candidates[query_id], its) for query_id, its in scores.items()]
+        return [
+            _sorted(query_id, unit.candidates[query_id], its)
+            if query_id not in self.lost_queries
+            else Reranked(query_id, np.empty(0, np.int64), np.empty(0, np.float32))
+            for query_id, its in scores.items()
+        ]
 
     def _scores(self, candidates: Mapping[int, Sequence[int]], queries: _Queries) -> dict[int, NDArray[np.float32]]:
         """Pair scores (K,) of every query, in retrieval order."""
@@ -181,7 +193,8 @@ class Reranker:
             held |= (next(features) for _ in range(len(needed) - len(held)))
             found.append(self._logits(batch, torch.stack([held[image_id] for image_id in needed]), queries, directions))
         for pair, its in zip((pair for batch in batches for pair in batch), _checked(found, self.model), strict=True):
-            logits[pair.row][list(directions), pair.place] = its
+            if pair.image_id not in self.lost_candidates:
+                logits[pair.row][list(directions), pair.place] = its
 
     def _logits(self, batch: Sequence[_Pair], embedded: Tensor, queries: _Queries, directions: Sequence[int]) -> Tensor:
         """Logits (B, directions) of one forward pass; `embedded` (n, L, D) are its candidates, in order."""

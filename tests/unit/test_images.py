@@ -242,15 +242,16 @@ def test_damaged_bytes_give_pixels_or_a_reason(data: st.DataObject) -> None:
         assert (decoded.shape, decoded.dtype) == ((8, 8, 3), np.uint8)
 
 
-def test_an_absurdly_large_photo_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = encoded(Image.new("RGB", (20, 20)), "PNG")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(images.BrokenImageError, match="400 pixels"):
-        images.decode(data, 8)
+@pytest.mark.parametrize("suffix", ["JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF"])
+def test_a_photo_of_more_pixels_than_allowed_is_refused_by_the_settings_name(suffix: str) -> None:
+    data = encoded(Image.new("RGB", (20, 20)), suffix)
+    assert images.decode(data, 8, max_megapixels=400e-6).shape == (8, 8, 3)
+    with pytest.raises(images.BrokenImageError, match=r"20 x 20 pixels .* more than model\.max_megapixels=0\.000399"):
+        images.decode(data, 8, max_megapixels=399e-6)
 
 
-def test_a_large_photo_is_read_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = encoded(Image.new("RGB", (12, 12)), "PNG")
+def test_pillows_own_limit_has_no_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(Image.new("RGB", (30, 30)), "PNG")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from pairvpr.config.schema import ModelConfig
 from pairvpr.data import images
 from pairvpr.data.manifest import Manifest
 from pairvpr.data.photo_batches import PhotoBatch
@@ -84,7 +85,9 @@ def test_a_folder_that_this_node_does_not_see_rejects_no_photo(tmp_path: Path, m
 
     def decoded(root: str) -> list[Any]:
         manifest = cast(Any, Manifest.of(root, ["a.jpg", "b.jpg"]))
-        return decode({"part": [0]}, manifest=manifest, photos_per_part=2, size_px=8, scaled_decoding=False)["errors"]
+        return decode({"part": [0]}, manifest=manifest, photos_per_part=2, model=ModelConfig(image_size_px=14))[
+            "errors"
+        ]
 
     for _ in ("missing", "a mount point without its mount"):
         with pytest.raises(UserError, match=rf"{folder}: .*{socket.gethostname()}; expected a folder that every node"):
@@ -101,15 +104,18 @@ def test_a_part_is_decoded_as_on_one_machine(
 ) -> None:
     monkeypatch.setattr(ray, "get", lambda manifest: manifest)
     for number in range(3):
-        noise = np.random.default_rng(number).integers(0, 256, (40, 60, 3), np.uint8)
+        noise = np.random.default_rng(number).integers(0, 256, (60, 90, 3), np.uint8)
         Image.fromarray(noise).save(tmp_path / f"{number}.jpg")
     manifest = Manifest.of(str(tmp_path), [f"{number}.jpg" for number in range(3)])
     rows = decode(
-        {"part": [0, 1]}, manifest=cast(Any, manifest), photos_per_part=2, size_px=8, scaled_decoding=scaled_decoding
+        {"part": [0, 1]},
+        manifest=cast(Any, manifest),
+        photos_per_part=2,
+        model=ModelConfig(image_size_px=14, scaled_decoding=scaled_decoding),
     )
-    expected = [images.load(manifest.url(i), 8, scaled_decoding=scaled_decoding) for i in range(3)]
+    expected = [images.load(manifest.url(i), 14, scaled_decoding=scaled_decoding) for i in range(3)]
     assert b"".join(rows["pixels"]) == np.stack(expected).tobytes()
-    assert np.array_equal(expected[0], images.load(manifest.url(0), 8)) == (not scaled_decoding)
+    assert np.array_equal(expected[0], images.load(manifest.url(0), 14)) == (not scaled_decoding)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "flipped"])

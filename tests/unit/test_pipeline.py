@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pairvpr.config.schema import DenseFeatures
+from pairvpr.config.schema import DenseFeatures, ModelConfig
 from pairvpr.data.benchmarks import load_benchmark, prepare_benchmark
-from pairvpr.data.images import BrokenImageError
 from pairvpr.data.manifest import Benchmark, Manifest
 from pairvpr.data.photo_batches import load_batch, num_batches
 from pairvpr.errors import UserError
@@ -104,7 +102,7 @@ def test_reranking_sorts_the_first_candidates_by_the_plain_networks_scores(city:
     config = small_evaluate_config("unused", num_candidates=5)
 
     def dense(manifest: Manifest, image_id: int) -> torch.Tensor:
-        pixels = load_batch(manifest, image_id, 1, 28).pixels
+        pixels = load_batch(manifest, image_id, 1, ModelConfig(image_size_px=28)).pixels
         with torch.no_grad():
             return model.describe(normalise(torch.from_numpy(pixels)))[1]
 
@@ -168,7 +166,7 @@ def test_the_cache_changes_no_bit(city: Benchmark, model: PairVPR) -> None:
 
 def test_batches_are_cut_by_position(city: Benchmark) -> None:
     assert [num_batches(num_images, 4) for num_images in (0, 1, 4, 5, 18)] == [0, 1, 1, 2, 5]
-    batch = load_batch(city.database, 4, 4, 28)
+    batch = load_batch(city.database, 4, 4, ModelConfig(image_size_px=28))
     assert (batch.first_id, batch.pixels.shape, batch.pixels.dtype) == (16, (2, 28, 28, 3), np.uint8)
     assert sorted(batch.rejected) == [17]
     assert not batch.pixels[1].any()
@@ -176,11 +174,44 @@ def test_batches_are_cut_by_position(city: Benchmark) -> None:
     assert (ids.tolist(), rows.tolist()) == ([16], [[1.0]])
 
 
-def test_a_photo_that_can_not_be_reranked_is_named(city: Benchmark, model: PairVPR) -> None:
-    reranker = pipeline.photo_reranker(city, Describer(model), small_evaluate_config("unused").rerank)
-    broken = city.database.url(BROKEN_PHOTOS[1])
-    with pytest.raises(BrokenImageError, match=f"^{re.escape(broken)}: FileNotFoundError"):
-        reranker.rerank(WorkUnit(0, {0: [1, BROKEN_PHOTOS[1]]}))
+@pytest.mark.parametrize("settings", [{}, {"second_direction": 2}, {"dense_features": DenseFeatures.cache}])
+def test_a_candidate_that_is_gone_costs_itself_alone(
+    city: Benchmark, model: PairVPR, settings: dict[str, object]
+) -> None:
+    """The others get the scores that they get beside it; it keeps the order of retrieval behind them, named."""
+    config, gone = small_evaluate_config("unused").rerank, BROKEN_PHOTOS[1]
+    for name, value in settings.items():
+        setattr(config, name, value)
+    unit = WorkUnit(0, {0: [gone, 1, 2, 3], 1: [2, gone, 3], 2: [3, 1]})
+    reranker = pipeline.photo_reranker(city, Describer(model), config)
+    found = {answer.query_id: answer for answer in reranker.rerank(unit)}
+    assert list(reranker.lost_candidates) == [gone]
+    assert f"{city.database.url(gone)}: FileNotFoundError" in reranker.lost_candidates[gone]
+    for query_id in (0, 1):
+        assert found[query_id].ids[-1] == gone
+        assert np.isneginf(found[query_id].pair_scores).tolist() == [False] * (len(found[query_id].ids) - 1) + [True]
+    present = WorkUnit(0, {query_id: [i if i != gone else 4 for i in ids] for query_id, ids in unit.candidates.items()})
+    whole = pipeline.photo_reranker(city, Describer(model), config).rerank(present)
+    if config.second_direction is None:
+        for answer in whole:
+            there = dict(zip(answer.ids.tolist(), answer.pair_scores.tolist(), strict=True))
+            its = found[answer.query_id]
+            for image_id, score in zip(its.ids.tolist(), its.pair_scores.tolist(), strict=True):
+                assert image_id == gone or score == there[image_id]
+
+
+def test_a_candidate_that_has_changed_is_not_scored(city: Benchmark, model: PairVPR) -> None:
+    config = small_evaluate_config("unused").rerank
+    reranker = pipeline.photo_reranker(city, Describer(model), config, changed={2: "it has changed"})
+    (answer,) = reranker.rerank(WorkUnit(0, {0: [2, 1, 3]}))
+    assert (answer.ids[-1], np.isneginf(answer.pair_scores).sum()) == (2, 1)
+
+
+def test_a_query_that_is_gone_has_no_answer_like_one_that_is_unreadable(city: Benchmark, model: PairVPR) -> None:
+    photos = replace(city, queries=Manifest.of(city.queries.root, ["gone.jpg", *city.queries.paths[1:]]))
+    reranker = pipeline.photo_reranker(photos, Describer(model), small_evaluate_config("unused").rerank)
+    first, second = reranker.rerank(WorkUnit(0, {0: [1, 2], 1: [2, 3]}))
+    assert (len(first.ids), len(second.ids), list(reranker.lost_queries)) == (0, 2, [0])
 
 
 def test_weights_that_are_not_finite_are_a_users_mistake() -> None:

@@ -1,0 +1,67 @@
+"""What tells a photo's present content from an earlier one without reading it: size and time of change, or an ETag.
+
+A description keeps the stamps of its photos, taken before they are read, in `stamps.parquet`: a row for each photo, in
+the order of `images.parquet`; null where there was no such file. A local photo costs one `stat`, those of a store one
+listing of its folder (a request for every thousand files).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pyarrow import compute
+
+from pairvpr.data import sealed, storage
+from pairvpr.data.manifest import Manifest
+
+pc: Any = compute  # its functions are made at run time, so their types are not known
+
+FILE = "stamps.parquet"
+SCHEMA = pa.schema([("stamp", pa.string())])
+AT_ONCE = 16
+PHOTOS_AT_A_TIME = 1 << 16
+
+
+def stamps(photos: Manifest) -> pa.ChunkedArray:
+    """The stamp of every photo, in the order of ids; null where there is no such file."""
+    listed = None if storage.is_local(photos.root) else storage.list_stamps(photos.root)
+    pieces = []
+    for first in range(0, len(photos), PHOTOS_AT_A_TIME):
+        paths = photos.path_column.slice(first, PHOTOS_AT_A_TIME).to_pylist()
+        found = _each(photos.root, paths) if listed is None else [listed.get(path) for path in paths]
+        pieces.append(pa.array(found, pa.string()))
+    return pa.chunked_array(pieces, pa.string())
+
+
+def stamps_of(photos: Manifest, image_ids: NDArray[np.int64]) -> pa.ChunkedArray:
+    """The stamps of some photos (n,): a request for each of them."""
+    return pa.chunked_array([pa.array(_each(photos.root, [photos.path(int(i)) for i in image_ids]), pa.string())])
+
+
+def _each(root: str, paths: Sequence[str]) -> list[str | None]:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(lambda path: storage.stamp(storage.join(root, path)), paths))
+
+
+def read(directory: str) -> pa.ChunkedArray | None:
+    """The stamps that a description keeps; None where an earlier version made it."""
+    remedy = "delete it, and changes of photos since then are not noticed"
+    table = sealed.read_parquet(storage.join(directory, FILE), SCHEMA, remedy)
+    return None if table is None else table.column("stamp")
+
+
+def write(directory: str, found: pa.ChunkedArray) -> None:
+    """Keep the stamps of a description's photos."""
+    sealed.write_parquet(storage.join(directory, FILE), pa.table([found], schema=SCHEMA))
+
+
+def changed(before: pa.ChunkedArray, now: pa.ChunkedArray) -> NDArray[np.int64]:
+    """Positions of photos that are another file now, or are there and were not. One that is gone has not changed."""
+    same = pc.fill_null(pc.equal(before, now), False)
+    other = pc.and_(pc.invert(same), pc.is_valid(now))
+    return np.flatnonzero(other.to_numpy())
