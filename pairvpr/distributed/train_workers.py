@@ -198,6 +198,8 @@ def _cause(error: Exception) -> Exception:
         return RuntimeError(f"{len(found)} of the workers died")
     if isinstance(error, RayActorError):
         return RuntimeError("Ray Train's controller died")
+    if isinstance(error, ray.train.ControllerError):
+        return RuntimeError(f"Ray Train failed: {in_a_line(error.controller_failure)}")
     return error
 
 
