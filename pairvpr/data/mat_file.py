@@ -161,7 +161,7 @@ class _Reader:
     def _fields(self, parts: list[_Element], depth: int) -> dict[str, MatValue]:
         length, names, *values = parts
         lengths = self._numbers(length)
-        if len(lengths) != 1 or not 0 < lengths[0] <= 64 or len(names.data) % int(lengths[0]):
+        if len(lengths) != 1 or not 1 <= lengths[0] <= 64 or len(names.data) % int(lengths[0]):
             raise MatError("a struct without names of fields")
         step = int(lengths[0])
         found = [
