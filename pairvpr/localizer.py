@@ -25,6 +25,7 @@ from pairvpr.config.benchmark_schema import PositionSource
 from pairvpr.config.networks import named_network, network_names, network_of_settings
 from pairvpr.config.schema import (
     BuildConfig,
+    DecisionRule,
     DenseFeatures,
     DescribeConfig,
     IndexKind,
@@ -539,6 +540,8 @@ def _settled(rerank: RerankConfig | None, calibration: str | os.PathLike[str] | 
     settings = rerank or RerankConfig()
     if settings.dense_features is DenseFeatures.store:
         raise UserError("rerank.dense_features=store: a Localizer has no store; expected cache or recompute")
+    if settings.decision is not DecisionRule.pair:
+        raise UserError(f"rerank.decision={settings.decision}: a Localizer orders by the pair score; expected pair")
     return settings if calibration is None else replace(settings, calibration=os.fspath(calibration))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
+
+import numpy as np
 
 from pairvpr.config.schema import (
     DenseFeatures,
@@ -22,6 +24,7 @@ from pairvpr.evaluation.confidence import Calibration, Judge, read_calibration
 from pairvpr.index.manifest import IndexManifest, check_model, read_images, read_manifest
 from pairvpr.index.settings import index_settings
 from pairvpr.models.weights import WeightsSource
+from pairvpr.retrieval.decision import Decision
 from pairvpr.retrieval.dense_store import Layout
 from pairvpr.retrieval.rerank import SCORING
 
@@ -45,12 +48,19 @@ class Run:
         found = self.calibration
         if found is None:
             return None
-        return Judge(found.temperature, found.midpoint, self.config.rerank.not_in_map_below)
+        fitted = self.decision or found
+        return Judge(fitted.temperature, fitted.midpoint, self.config.rerank.not_in_map_below)
 
     @property
     def stop_margin(self) -> float | None:
         """Where the re-ranking of a query stops early."""
-        return self.calibration.stop_margin if self.calibration and self.config.rerank.adaptive else None
+        fitted = self.decision or self.calibration
+        return fitted.stop_margin if fitted and self.config.rerank.adaptive else None
+
+    @property
+    def decision(self) -> Decision | None:
+        """How answers are decided, where by more than the pair score."""
+        return None if self.calibration is None else decision_of(self.config.rerank, self.calibration)
 
     @property
     def store(self) -> WantedStore | None:
@@ -86,13 +96,27 @@ class Run:
             | self._unusual_settings(),
         }
 
-    def _unusual_settings(self) -> dict[str, float | str]:
+    def _decision_settings(self) -> dict[str, Any] | None:
+        """What orders the answers, where that is more than the pair score."""
+        found = self.decision
+        if found is None:
+            return None
+        votes = found.votes and asdict(found.votes)
+        return {
+            "rule": str(self.config.rerank.decision),
+            **asdict(found.weights),
+            "votes": votes,
+            "nothing": found.nothing,
+        }
+
+    def _unusual_settings(self) -> dict[str, Any]:
         """What most runs don't ask for."""
         values = {
             "second_direction": self.config.rerank.second_direction,
             "stored_as": None if self.store is None else str(self.config.rerank.stored_as),
-            "temperature": self.calibration and self.calibration.temperature,
-            "midpoint": self.calibration and self.calibration.midpoint,
+            "temperature": self.judge and self.judge.temperature,
+            "midpoint": self.judge and self.judge.midpoint,
+            "decision": self._decision_settings(),
             "not_in_map_below": self.config.rerank.not_in_map_below,
             "stop_margin": self.stop_margin,
         }
@@ -164,15 +188,27 @@ def calibrated(config: RerankConfig) -> Calibration | None:
     if config.calibration is None:
         return None
     found = read_calibration(config.calibration)
+    decision = decision_of(config, found)
     if config.adaptive:
-        found.check_rounds(config.calibration, config.batch_size)
+        found.check_rounds(config.calibration, config.batch_size, decision)
     return found
 
 
+def decision_of(config: RerankConfig, calibration: Calibration) -> Decision | None:
+    """How re-ranking decides; raises `UserError` where the calibration has no such decision."""
+    return calibration.decision(str(config.calibration), config.decision, config.num_candidates)
+
+
 def check_calibration(run: Run) -> None:
-    """Raise `UserError` unless the run's network is the calibrated one."""
-    if run.calibration is not None:
-        run.calibration.check(str(run.config.rerank.calibration), run.index_settings()["model"])
+    """Raise `UserError` unless the run's network is the calibrated one, and votes have positions to go by."""
+    if run.calibration is None:
+        return
+    run.calibration.check(str(run.config.rerank.calibration), run.index_settings()["model"])
+    if run.decision is not None and run.decision.votes is not None and np.isnan(run.benchmark.database.utm_m).all():
+        raise UserError(
+            f"rerank.decision={run.config.rerank.decision}: no position of a database photo is known, and votes are of "
+            "photos near each other; expected positions, or rerank.decision=fused"
+        )
 
 
 def open_manifest(index: str, given: str) -> IndexManifest:

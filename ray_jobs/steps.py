@@ -18,7 +18,7 @@ from pairvpr.distributed.dense import about_store, make_store
 from pairvpr.distributed.describe import Description, check_unchanged, describe
 from pairvpr.distributed.index import RayRunner
 from pairvpr.distributed.rerank import rerank, unfinished
-from pairvpr.distributed.retrieve import Candidates, retrieve
+from pairvpr.distributed.retrieve import retrieve
 from pairvpr.distributed.runtime import ModelSource, cluster_memory_bytes
 from pairvpr.errors import UserError
 from pairvpr.evaluation.predictions import predictions_table, write_predictions
@@ -29,7 +29,8 @@ from pairvpr.index.filters import Filters, Places
 from pairvpr.index.manifest import ImageTable, IndexManifest, commit, read_manifest
 from pairvpr.index.plan import check_fits, plan_index
 from pairvpr.index.reader import live_ids
-from pairvpr.retrieval.pipeline import answers
+from pairvpr.retrieval.decision import Decider
+from pairvpr.retrieval.pipeline import answers, decided, with_prior
 from pairvpr.retrieval.rerank import WorkUnit, work_units
 from pairvpr.secrets import without_secrets
 from pairvpr.terminal import say
@@ -117,11 +118,16 @@ def answer(
             f"rerank.num_candidates={config.rerank.num_candidates}: the database has {manifest.num_live} readable "
             "photos, all of them are re-ranked"
         )
-    units = work_units(_first_candidates(found, num_candidates), config.rerank.queries_per_unit)
+    candidates = {int(query_id): found.of(row) for row, query_id in enumerate(found.query_ids)}
+    weights = None if run.decision is None else run.decision.weights
+    units = work_units(
+        {query_id: ids[:num_candidates].tolist() for query_id, (ids, _) in candidates.items()},
+        config.rerank.queries_per_unit,
+    )
     changed = _changed_candidates(run, units, manifest)
     store_url = _stored_candidates(run, units, source, manifest)
     scored = rerank(
-        units,
+        with_prior(units, candidates, weights),
         replace(benchmark, positives=None),
         source,
         config.rerank,
@@ -129,10 +135,12 @@ def answer(
         store_url,
         run.stop_margin,
         changed,
+        weights,
     )
 
-    candidates = {int(query_id): found.of(row) for row, query_id in enumerate(found.query_ids)}
     final = answers(len(benchmark.queries), candidates, scored.by_query)
+    if run.decision is not None:
+        final = decided(final, Decider(run.decision, benchmark.database.utm_m))
     table = predictions_table(benchmark, final, run.judge)
     write_predictions(storage.join(run.output, "predictions.parquet"), table)
     submission = write_submission(run.output, benchmark, final) if benchmark.has_submission else []
@@ -150,6 +158,7 @@ def answer(
         report_candidates=config.rerank.report_candidates,
         second_direction=config.rerank.second_direction,
         judge=run.judge,
+        decision=config.rerank.decision,
         dense_store=None if run.store is None else about_store(run.store),
         index=about_index(manifest, config.index.num_probes),
     )
@@ -197,10 +206,6 @@ def _stored_candidates(run: Run, units: Sequence[WorkUnit], source: ModelSource,
     candidates = np.array(sorted(ids), np.int64)
     make_store(wanted, candidates, lambda: live_ids(run.index, manifest), source)
     return wanted.url
-
-
-def _first_candidates(found: Candidates, num_candidates: int) -> dict[int, list[int]]:
-    return {int(query_id): found.of(row)[0][:num_candidates].tolist() for row, query_id in enumerate(found.query_ids)}
 
 
 def about_index(manifest: IndexManifest, num_probes: int | None) -> dict[str, Any]:

@@ -55,6 +55,14 @@ class DenseFeatures(StrEnum):
     store = "store"
 
 
+class DecisionRule(StrEnum):
+    """What orders the candidates that were re-ranked."""
+
+    pair = "pair"
+    fused = "fused"
+    consensus = "consensus"
+
+
 class StoredAs(StrEnum):
     """Number format of stored dense features: half (bfloat16 where model.precision is bf16, else float16) or int8."""
 
@@ -376,6 +384,8 @@ class RerankConfig:
     """A query whose confidence is below this is answered "not in this map" (in_map); needs rerank.calibration."""
     adaptive: bool = False
     """Score a query's candidates batch by batch, until the best one is beyond the calibrated margin."""
+    decision: DecisionRule = DecisionRule.pair
+    """What orders the answers: pair (scores alone, as published), fused (and distance), consensus (and neighbours)."""
     report_candidates: list[int] | None = None
     """Numbers of candidates, ascending, that the audit of a run reports on; null = those of 10, 20, 50, ... and K."""
 
@@ -423,7 +433,11 @@ class RerankConfig:
     def _check_calibrated(self) -> None:
         below = self.not_in_map_below
         require(below is None or 0 <= below <= 1, f"rerank.not_in_map_below={below}: expected a probability, 0 to 1")
-        for setting, is_used in (("not_in_map_below", below is not None), ("adaptive", self.adaptive)):
+        for setting, is_used in (
+            ("not_in_map_below", below is not None),
+            ("adaptive", self.adaptive),
+            ("decision", self.decision is not DecisionRule.pair),
+        ):
             require(
                 not is_used or self.calibration is not None,
                 f"rerank.{setting} is set without rerank.calibration: expected a file of ray_jobs.calibrate, too",

@@ -20,6 +20,7 @@ from pairvpr.distributed.pool import PoolActor, SupervisedPool
 from pairvpr.distributed.progress import Progress
 from pairvpr.distributed.runtime import ModelSource, plan_actors
 from pairvpr.errors import IncompleteRunError
+from pairvpr.retrieval.decision import Weights
 from pairvpr.retrieval.dense_store import DenseStore
 from pairvpr.retrieval.pipeline import photo_reranker
 from pairvpr.retrieval.rerank import Reranked, WorkUnit
@@ -54,12 +55,14 @@ def rerank(
     store: str | None = None,
     stop_margin: float | None = None,
     changed: Mapping[int, str] | None = None,
+    weights: Weights | None = None,
 ) -> RerankResult:
     """Score all units; `directory` (path or URL) keeps a file for each finished one under `reranked/`.
 
     `store` (path or URL) is a finished store of dense features that has those of all candidates. At
-    `stop_margin` a query's re-ranking stops early. A database photo that can't be read or has `changed` (by image id,
-    with what is said of it) is not scored, and is named in the result.
+    `stop_margin` a query's re-ranking stops early; `weights` are those of the evidence (see `Reranker`). A database
+    photo that can't be read or has `changed` (by image id, with what is said of it) is not scored, and is named in the
+    result.
     Raises `IncompleteRunError`, after everything else is done, if units failed for good; `failed_units.json`
     then names their queries.
     """
@@ -70,7 +73,7 @@ def rerank(
     failed: dict[int, str] = {}
     if pending:
         plan = plan_actors(config)
-        args = (source, ray.put(benchmark), config, directory, store, stop_margin, changed)
+        args = (source, ray.put(benchmark), config, directory, store, stop_margin, changed, weights)
         make_actor = _RerankActor.options(**plan.actor_options()).remote
         num_actors = min(plan.num_actors, len(pending))
         with SupervisedPool[WorkUnit](lambda: make_actor(*args), num_actors, "re-rank") as pool:
@@ -104,12 +107,13 @@ class _RerankActor(PoolActor):
         store: str | None,
         stop_margin: float | None,
         changed: Mapping[int, str] | None,
+        weights: Weights | None,
     ) -> None:
         self.directory = directory
         self.benchmark = benchmark
         stored = None if store is None else DenseStore.open(store).read
         describer = source.describer(config.num_threads_per_actor)
-        self.reranker = photo_reranker(benchmark, describer, config, stored, stop_margin, changed)
+        self.reranker = photo_reranker(benchmark, describer, config, stored, stop_margin, changed, weights)
 
     def run(self, unit: WorkUnit) -> None:
         started_s = time.perf_counter()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,13 +21,13 @@ from pairvpr.data import storage
 from pairvpr.data.claim import FILE as SETTINGS_FILE
 from pairvpr.data.claim import check_writable
 from pairvpr.errors import UserError
+from pairvpr.evaluation.bootstrap import bootstrap_interval
 from pairvpr.evaluation.compare import FinishedRun, read_run
 from pairvpr.evaluation.confidence import (
     Bin,
     Calibration,
     CurvePoint,
     Replay,
-    ScoredQuery,
     choose_margin,
     expected_calibration_error,
     fit_confidence,
@@ -35,12 +35,23 @@ from pairvpr.evaluation.confidence import (
     probability,
     reliability,
 )
+from pairvpr.evaluation.fit_decision import (
+    Fit,
+    LocatedQuery,
+    decided_right,
+    fit_consensus,
+    fit_fused,
+    fit_without,
+    own_evidence,
+)
+from pairvpr.index.manifest import read_images, read_manifest
+from pairvpr.retrieval.decision import Decision
 from pairvpr.secrets import without_secrets
 
 NUM_BLOCKS = 20
 FEWEST_QUERIES = 50
 """That must have been answered in each half."""
-COLUMNS = ("candidates", "reranked", "pair_scores", "positives")
+COLUMNS = ("candidates", "squared_distances", "reranked", "pair_scores", "positives")
 NUM_PRINTED = 12
 QUERIES_READ_AT_ONCE = 1024
 
@@ -49,7 +60,7 @@ QUERIES_READ_AT_ONCE = 1024
 class _Half:
     """Some of the queries, and of those that were answered the best pair scores (n,) and which are right (n,)."""
 
-    queries: Sequence[ScoredQuery]
+    queries: Sequence[LocatedQuery]
     top_scores: NDArray[np.float32]
     is_right: NDArray[np.bool_]
 
@@ -63,7 +74,8 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
     _check_output(config.output)
     run = read_run(config.predictions)
     settings = _read_settings(config.predictions)
-    queries = _read_queries(run)
+    utm_m = _positions(settings)
+    queries = _read_queries(run, utm_m)
     is_held_out = held_out_queries(len(queries))
     fitted, held_out = (_half(queries, is_held_out == part, run.url) for part in (False, True))
     _check_both_kinds(fitted, run.url)
@@ -72,6 +84,7 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
     replay = Replay(fitted.queries, round_size)
     thresholds = replay.thresholds()
     temperature, midpoint = fit_confidence(fitted.top_scores, fitted.is_right)
+    fits = _fit_decisions(fitted.queries, round_size, config.max_loss)
     found = Calibration(
         benchmark=run.metrics["benchmark"],
         num_queries=len(fitted.queries),
@@ -81,8 +94,14 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
         midpoint=midpoint,
         round_size=round_size,
         stop_margin=choose_margin(replay.curve(thresholds), config.max_loss),
+        has_positions=utm_m is not None,
+        **{rule: fit.decision for rule, fit in fits.items()},
     )
-    content = found.content() | {"max_loss": config.max_loss, "held_out": _report(found, fitted, held_out, thresholds)}
+    held_out_content = _report(found, fitted, held_out, thresholds)
+    held_out_content["decisions"] = {
+        rule: decision_report(fit, fitted.queries, held_out.queries, round_size) for rule, fit in fits.items()
+    }
+    content = found.content() | {"max_loss": config.max_loss, "held_out": held_out_content}
     print(without_secrets("\n".join(_text(content, run.url))))
     try:
         storage.write_json(config.output, content)
@@ -119,16 +138,26 @@ def _read_settings(url: str) -> dict[str, Any]:
             )
     if not model.get("weights_sha256") or round_size < 1:
         raise UserError(f"{settings_url}: not the settings of an evaluation; expected its weights and batch size")
-    return {"model": model, "rerank": rerank}
+    return {"model": model, "rerank": rerank, "index": settings.get("index")}
 
 
-def _read_queries(run: FinishedRun) -> list[ScoredQuery]:
+def _positions(settings: Mapping[str, Any]) -> NDArray[np.float64] | None:
+    """Metres (number of ids, 2) of the photos of the run's index; None where none is known, or the index is gone."""
+    index = settings["index"]
+    if not isinstance(index, dict) or not isinstance(index.get("path"), str):
+        return None
+    manifest = read_manifest(index["path"])
+    utm_m = None if manifest is None else read_images(index["path"], manifest).utm_m
+    return None if utm_m is None or np.isnan(utm_m).all() else utm_m
+
+
+def _read_queries(run: FinishedRun, utm_m: NDArray[np.float64] | None) -> list[LocatedQuery]:
     url = storage.join(run.url, "predictions.parquet")
     try:
         with storage.open_input(url) as file:
             batches = pq.ParquetFile(file).iter_batches(QUERIES_READ_AT_ONCE, columns=list(COLUMNS))
-            queries = [_scored(row) for batch in batches for row in batch.to_pylist()]
-    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+            queries = [_scored(row, utm_m) for batch in batches for row in batch.to_pylist()]
+    except (OSError, pa.ArrowException, KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(f"{url}: not the predictions of a run: {storage.reason(error)}") from error
     expected = run.protocol.get("num_queries")
     if len(queries) != expected:
@@ -136,14 +165,23 @@ def _read_queries(run: FinishedRun) -> list[ScoredQuery]:
     return queries
 
 
-def _scored(row: Mapping[str, Any]) -> ScoredQuery:
+def _scored(row: Mapping[str, Any], utm_m: NDArray[np.float64] | None) -> LocatedQuery:
     """One row of predictions.parquet, in retrieval order."""
     score_of = dict(zip(row["reranked"], row["pair_scores"], strict=True))
     ids = row["candidates"][: len(score_of)]
     scores = np.array([score_of[image_id] for image_id in ids], np.float32)
     if not np.isfinite(scores).all():
         raise ValueError("a pair score is not finite")
-    return ScoredQuery(scores, np.isin(np.array(ids, np.int64), np.array(row["positives"], np.int64)))
+    distances = np.array(row["squared_distances"][: len(ids)], np.float32)
+    if not np.isfinite(distances).all():
+        raise ValueError("a squared distance is not finite")
+    ids = np.array(ids, np.int64)
+    return LocatedQuery(
+        scores=scores,
+        is_positive=np.isin(ids, np.array(row["positives"], np.int64)),
+        squared_distances=distances,
+        utm_m=np.full((len(ids), 2), np.nan) if utm_m is None else utm_m[ids],
+    )
 
 
 def held_out_queries(num_queries: int) -> NDArray[np.bool_]:
@@ -155,7 +193,7 @@ def held_out_queries(num_queries: int) -> NDArray[np.bool_]:
     return np.arange(num_queries) * NUM_BLOCKS // max(1, num_queries) % 2 == 1
 
 
-def _half(queries: Sequence[ScoredQuery], is_chosen: NDArray[np.bool_], url: str) -> _Half:
+def _half(queries: Sequence[LocatedQuery], is_chosen: NDArray[np.bool_], url: str) -> _Half:
     """The queries that are chosen (Q,). Raises `UserError` where too few of them were answered."""
     chosen = [query for query, its in zip(queries, is_chosen, strict=True) if its]
     answered = [query for query in chosen if len(query.scores)]
@@ -206,12 +244,111 @@ def _report(found: Calibration, fitted: _Half, held_out: _Half, thresholds: Sequ
     }
 
 
+def _fit_decisions(queries: Sequence[LocatedQuery], round_size: int, max_loss: float) -> dict[str, Fit]:
+    """The decisions that there are, by rule, each with the evidence at which a query may stop."""
+    fused = fit_fused(queries)
+    if fused is None:
+        return {}
+    consensus = fit_consensus(queries, fused)
+    replay = Replay([own_evidence(fused.decision, query) for query in queries], round_size)
+    stop_margin = choose_margin(replay.curve(replay.thresholds()), max_loss)
+    return {
+        rule: replace(fit, decision=replace(fit.decision, stop_margin=stop_margin))
+        for rule, fit in (("fused", fused), ("consensus", consensus))
+        if fit is not None
+    }
+
+
+def decision_report(
+    fit: Fit, fitted: Sequence[LocatedQuery], held_out: Sequence[LocatedQuery], round_size: int
+) -> dict[str, Any]:
+    """What a decision does to queries that it was not fitted to, and what each of its terms adds to that.
+
+    Points of recall@1 are paired: of the same queries, with a 95 % interval of a bootstrap over them.
+    """
+    answered = [query for query in held_out if len(query.scores)]
+    found = [decided_right(fit.decision, query) for query in answered]
+    bins = reliability(
+        probability(np.array([odds for _, odds in found], np.float32), fit.decision.temperature, fit.decision.midpoint),
+        np.array([is_right for is_right, _ in found]),
+    )
+    is_right = right_by(fit.decision, held_out)
+    replay = Replay([own_evidence(fit.decision, query) for query in held_out], round_size)
+    return {
+        "terms": list(fit.terms),
+        "log_likelihood": fit.log_likelihood,
+        "recall_at_1": 100 * float(is_right.mean()),
+        "more_than_pair": _points(is_right, np.array([query.is_right for query in held_out])),
+        "more_than_without": {
+            term: _points(is_right, right_by(fit_without(fitted, fit, term).decision, held_out)) for term in fit.terms
+        },
+        "expected_calibration_error": expected_calibration_error(bins),
+        "reliability": [asdict(row) for row in bins],
+        "curve": [asdict(point) for point in replay.curve(replay.thresholds())],
+    }
+
+
+def right_by(decision: Decision, queries: Sequence[LocatedQuery]) -> NDArray[np.bool_]:
+    """(Q,) whether the best answers are positives."""
+    return np.array([decided_right(decision, query)[0] for query in queries], np.bool_)
+
+
+def _points(after: NDArray[np.bool_], before: NDArray[np.bool_]) -> dict[str, float]:
+    """How many points of recall@1 are gained, and between what numbers that lies."""
+    interval = bootstrap_interval(after.astype(np.float64) - before.astype(np.float64))
+    return {"points": 100 * interval.mean, "low": 100 * interval.low, "high": 100 * interval.high}
+
+
+def _decision_text(content: Mapping[str, Any]) -> list[str]:
+    """What a person reads of the decisions."""
+    lines: list[str] = []
+    for rule, found in content["held_out"]["decisions"].items():
+        lines += [
+            "",
+            f"rerank.decision={rule}: recall@1 {found['recall_at_1']:.1f}, expected calibration error "
+            f"{found['expected_calibration_error']:.3f}",
+            f"{'recall@1 more than that of':<36}{'points':>8}   95 % interval",
+            f"{'the pair score alone':<36}{_gain(found['more_than_pair'])}",
+            *(f"{f'this without {term}':<36}{_gain(points)}" for term, points in found["more_than_without"].items()),
+        ]
+    if not lines:
+        return ["", "no decision: the pair scores say nothing about which candidate is right"]
+    if content["consensus"] is None:
+        why = "votes do not prove themselves" if content["has_positions"] else "no position of a photo is known"
+        lines += ["", f"rerank.decision=consensus: none, {why}"]
+    return lines
+
+
+def _gain(points: Mapping[str, float]) -> str:
+    return f"{points['points']:>+8.1f}   {points['low']:+.1f} to {points['high']:+.1f}"
+
+
+def _evidence_curve(decisions: Mapping[str, Any]) -> list[str]:
+    """The curve of stopping by evidence, which is the same with and without votes."""
+    if "fused" not in decisions:
+        return []
+    return ["by the evidence of rerank.decision=fused and consensus:", *_curve_table(decisions["fused"]["curve"])]
+
+
+def _curve_table(points: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Recall against pairs scored, at some of the margins, the one of scoring everything last."""
+    curve = [CurvePoint(**row) for row in points]
+    shown = [curve[i] for i in np.unique(np.linspace(0, len(curve) - 2, NUM_PRINTED - 1).astype(int))]
+    return [
+        f"{'margin':<12}{'recall@1':>10}{'pairs':>10}",
+        *(
+            f"{'none' if point.stop_margin is None else f'{point.stop_margin:.3f}':<12}{point.recall_at_1:>10.1f}"
+            f"{point.pairs_per_query:>10.1f}"
+            for point in dict.fromkeys([*shown, curve[-1]])
+        ),
+    ]
+
+
 def _text(content: Mapping[str, Any], url: str) -> list[str]:
     """What a person reads of the file."""
     held_out = content["held_out"]
     curve = [CurvePoint(**row) for row in held_out["curve"]]
     chosen, full = CurvePoint(**held_out["at_stop_margin"]), curve[-1]
-    shown = [curve[i] for i in np.unique(np.linspace(0, len(curve) - 2, NUM_PRINTED - 1).astype(int))]
     lines = [
         f"{content['benchmark']}: fitted to {content['num_queries']:,} queries, the rest is about "
         f"{held_out['num_queries']:,} others of {url}",
@@ -222,6 +359,7 @@ def _text(content: Mapping[str, Any], url: str) -> list[str]:
             for name in ("before", "temperature_alone", "after")
         ),
         *(line for name in ("before", "after") for line in ("", f"{name}:", *reliability_table(held_out[name]))),
+        *_decision_text(content),
         "",
     ]
     if chosen.stop_margin is None:
@@ -232,12 +370,8 @@ def _text(content: Mapping[str, Any], url: str) -> list[str]:
         f"stopping at margin {chosen.stop_margin:.3f}, rounds of {content['round_size']}: recall@1 "
         f"{chosen.recall_at_1:.1f} with {chosen.pairs_per_query:.1f} pairs a query, {full.recall_at_1:.1f} with all "
         f"{full.pairs_per_query:.1f}",
-        f"{'margin':<12}{'recall@1':>10}{'pairs':>10}",
-        *(
-            f"{'none' if point.stop_margin is None else f'{point.stop_margin:.3f}':<12}{point.recall_at_1:>10.1f}"
-            f"{point.pairs_per_query:>10.1f}"
-            for point in dict.fromkeys([*shown, full])
-        ),
+        *_curve_table(held_out["curve"]),
+        *_evidence_curve(held_out["decisions"]),
     ]
 
 

@@ -19,12 +19,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pairvpr.data import storage
+from pairvpr.config.schema import DecisionRule
+from pairvpr.data import sealed, storage
 from pairvpr.data.claim import differences
+from pairvpr.data.sealed import DamagedFileError
 from pairvpr.errors import UserError
+from pairvpr.retrieval.decision import Decision
 from pairvpr.retrieval.early_stop import margin
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+OLDEST_FORMAT_VERSION = 1
+"""Has no decisions."""
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 100.0
 NUM_HALVINGS = 60
 FAR = 40.0
@@ -51,6 +56,12 @@ class Calibration:
     """Pairs in one forward pass, after which a query may be finished; the threshold holds for it alone."""
     stop_margin: float | None
     """A query is finished at this margin; None where there is none to stop at."""
+    has_positions: bool = False
+    """Whether the run's database photos had positions, without which there are no votes to fit."""
+    fused: Decision | None = None
+    """The decision by pair score and distance; None where the pair score says nothing about who is right."""
+    consensus: Decision | None = None
+    """The decision with votes; None where there are no positions, or votes don't prove themselves."""
 
     def content(self) -> dict[str, Any]:
         """What its file says of it."""
@@ -68,9 +79,35 @@ class Calibration:
                 "expected a calibration of this one (ray_jobs.calibrate)"
             )
 
-    def check_rounds(self, url: str, round_size: int) -> None:
-        """Raise `UserError` unless a run in rounds of so many pairs may stop by it."""
-        if self.stop_margin is None:
+    def decision(self, url: str, rule: DecisionRule, num_candidates: int) -> Decision | None:
+        """How a run that re-ranks so many candidates decides; None for `pair`, which needs no decision.
+
+        Raises `UserError` where the calibration has no such decision, or one for another number of candidates.
+        """
+        if rule is DecisionRule.pair:
+            return None
+        found = self.fused if rule is DecisionRule.fused else self.consensus
+        if found is None:
+            if self.fused is None:
+                why = "has no decisions: it is of an earlier version, or its pair scores say nothing about who is right"
+            elif not self.has_positions:
+                why = "was made from a run whose photos have no positions, so nothing is known of votes"
+            else:
+                why = "has no votes: they did not prove themselves where it was made"
+            raise UserError(
+                f"rerank.decision={rule}: {url} {why}; expected another calibration, or one of "
+                f"{', '.join(other for other in ('pair', self.fused and 'fused') if other)}"
+            )
+        if num_candidates != self.num_candidates:
+            raise UserError(
+                f"rerank.decision={rule}: {url} was made with {self.num_candidates} candidates, rerank.num_candidates "
+                f"is {num_candidates}; expected the same"
+            )
+        return found
+
+    def check_rounds(self, url: str, round_size: int, decision: Decision | None = None) -> None:
+        """Raise `UserError` unless a run in rounds of so many pairs, deciding so, may stop by it."""
+        if (self.stop_margin if decision is None else decision.stop_margin) is None:
             raise UserError(
                 f"rerank.adaptive=true: {url} has no margin to stop at (its run scored {self.num_candidates} "
                 f"candidates in rounds of {self.round_size}); expected one calibrated on more candidates or max_loss"
@@ -111,13 +148,14 @@ def read_calibration(url: str) -> Calibration:
         raise UserError(f"rerank.calibration={url}: not a JSON file: {storage.reason(error)}") from error
     if not isinstance(content, dict) or "format_version" not in content:
         raise UserError(f"rerank.calibration={url}: no calibration; expected a file of ray_jobs.calibrate")
-    if content["format_version"] != FORMAT_VERSION:
+    if content["format_version"] not in range(OLDEST_FORMAT_VERSION, FORMAT_VERSION + 1):
         raise UserError(
-            f"rerank.calibration={url}: format version {content['format_version']}; expected {FORMAT_VERSION}"
+            f"rerank.calibration={url}: format version {content['format_version']}; expected "
+            f"{OLDEST_FORMAT_VERSION} to {FORMAT_VERSION}"
         )
     try:
         return _parsed(content)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, DamagedFileError) as error:
         raise UserError(f"rerank.calibration={url}: damaged; expected a file of ray_jobs.calibrate") from error
 
 
@@ -132,11 +170,30 @@ def _parsed(content: Mapping[str, Any]) -> Calibration:
         midpoint=float(content["midpoint"]),
         round_size=int(content["round_size"]),
         stop_margin=None if stop_margin is None else float(stop_margin),
+        **_decisions(content),
     )
     numbers = (temperature, found.midpoint, found.stop_margin or 0.0)
     if not all(math.isfinite(number) for number in numbers) or temperature <= 0 or found.round_size < 1:
         raise ValueError("out of range")
     return found
+
+
+def _decisions(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file of this version has beside an earlier one's content."""
+    if content["format_version"] < FORMAT_VERSION:
+        return {}
+    if not isinstance(content["has_positions"], bool):
+        raise TypeError("has_positions")
+    decisions = {
+        rule: None if content[rule] is None else sealed.parsed(Decision, content[rule], rule, "damaged")
+        for rule in ("fused", "consensus")
+    }
+    for rule, decision in decisions.items():
+        if decision is not None and (decision.votes is not None) != (rule == "consensus"):
+            raise ValueError(rule)
+    if decisions["consensus"] is not None and (decisions["fused"] is None or not content["has_positions"]):
+        raise ValueError("consensus")
+    return {"has_positions": content["has_positions"], **decisions}
 
 
 def fit_temperature(top_scores: NDArray[np.float32], is_correct: NDArray[np.bool_]) -> float:

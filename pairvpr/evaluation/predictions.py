@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pairvpr.data import storage
 from pairvpr.data.manifest import Benchmark
 from pairvpr.evaluation.confidence import Judge
+from pairvpr.retrieval.decision import Decided
 from pairvpr.retrieval.pipeline import Answer
 
 SCHEMA = pa.schema(
@@ -28,16 +29,27 @@ SCHEMA = pa.schema(
         ("in_map", pa.bool_()),
     ]
 )
+DECIDED_SCHEMA = pa.schema(
+    [
+        ("decided", pa.list_(pa.int64())),
+        ("evidence", pa.list_(pa.float32())),
+        ("estimated_east_m", pa.float64()),
+        ("estimated_north_m", pa.float64()),
+        ("estimated_spread_m", pa.float64()),
+    ]
+)
+"""The columns behind those of `SCHEMA` where answers were decided by more than the pair score."""
 
 
 def predictions_table(benchmark: Benchmark, answers: Sequence[Answer], judge: Judge | None = None) -> pa.Table:
     """The answers with the columns of `SCHEMA`; `positives` is null where there is no ground truth.
 
     `confidence` is null without a judge and where there is no answer, `in_map` also where the judge is not asked.
+    Answers that were decided have the columns of `DECIDED_SCHEMA`, too.
     """
     positives = benchmark.positives
     confidence, in_map = _judged(answers, judge)
-    return pa.table(
+    table = pa.table(
         [
             pa.array([answer.query_id for answer in answers]),
             pa.array(benchmark.queries.paths),
@@ -53,12 +65,37 @@ def predictions_table(benchmark: Benchmark, answers: Sequence[Answer], judge: Ju
         ],
         schema=SCHEMA,
     )
+    decided = [answer.decided for answer in answers if answer.decided is not None]
+    return _with_decided(table, decided) if decided else table
+
+
+def _with_decided(table: pa.Table, decided: Sequence[Decided]) -> pa.Table:
+    """The table with the columns of `DECIDED_SCHEMA`; an estimate is null where the best answer's position is."""
+    estimates = np.array([(*its.position_m, its.spread_m) for its in decided])
+    columns = [
+        pa.array([its.ids for its in decided], pa.list_(pa.int64())),
+        pa.array([its.evidence for its in decided], pa.list_(pa.float32())),
+        *(pa.array(values, pa.float64(), mask=np.isnan(values)) for values in estimates.T),
+    ]
+    for field, column in zip(DECIDED_SCHEMA, columns, strict=True):
+        table = table.append_column(field, column)
+    return table
 
 
 def top_scores(answers: Sequence[Answer]) -> NDArray[np.float32]:
-    """(Q,) each query's best pair score; NaN where there is none."""
-    best = [answer.pair_scores[0] if len(answer.pair_scores) else np.nan for answer in answers]
-    return np.array(best, np.float32)
+    """(Q,) what a query's confidence is taken from: its best pair score, or a decision's log odds; NaN without one."""
+    return np.array([_top_score(answer) for answer in answers], np.float32)
+
+
+def _top_score(answer: Answer) -> float:
+    if answer.decided is not None:
+        return answer.decided.log_odds
+    return float(answer.pair_scores[0]) if len(answer.pair_scores) else float("nan")
+
+
+def final_order(answer: Answer) -> NDArray[np.int64]:
+    """The answers to a query, best first: as decided, or by pair score alone."""
+    return answer.reranked if answer.decided is None else answer.decided.ids
 
 
 def _judged(answers: Sequence[Answer], judge: Judge | None) -> tuple[pa.Array, pa.Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,15 +12,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pairvpr.config.schema import ModelConfig
+from pairvpr.config.schema import DecisionRule, ModelConfig
 from pairvpr.data.manifest import Benchmark
 from pairvpr.evaluation.audit import audit, audit_table, audited_candidates
 from pairvpr.evaluation.confidence import Judge, expected_calibration_error, reliability
-from pairvpr.evaluation.predictions import top_scores
-from pairvpr.evaluation.recall import REPORTED_N, first_hits, recall_at
+from pairvpr.evaluation.predictions import final_order, top_scores
+from pairvpr.evaluation.recall import REPORTED_N, first_hits, recall_at, recall_of
 from pairvpr.retrieval.pipeline import Answer
 
 BYTES_PER_FLOAT = 4
+ERROR_RADII_M = (5, 25, 100)
 PACKAGES = ("pairvpr", "torch", "ray", "faiss-cpu", "faiss-gpu", "xformers", "numpy", "pyarrow", "pillow")
 
 
@@ -46,6 +48,8 @@ class RunFacts:
     """Photos that were read though something is odd about their files: `database`, `queries`."""
     unscored: dict[str, str] = field(default_factory=dict)
     """Path and reason of each candidate that could not be scored."""
+    decision: DecisionRule = DecisionRule.pair
+    """What orders its answers."""
     dense_store: dict[str, Any] | None = None
     """The store of dense features that it re-ranked from, with `kib_per_image` of it."""
 
@@ -65,6 +69,7 @@ def metrics(benchmark: Benchmark, answers: Sequence[Answer], model: ModelConfig,
         },
         "index": facts.index,
         **_recalls(benchmark, answers, facts.num_candidates),
+        **({} if facts.decision is DecisionRule.pair else {"decision": decision_entry(benchmark, answers, facts)}),
         "num_candidates": facts.num_candidates,
         "scored_per_query": _scored_per_query(answers),
         "confidence": None if facts.judge is None else _confidence(benchmark, answers, facts.judge),
@@ -122,6 +127,56 @@ def _recalls(benchmark: Benchmark, answers: Sequence[Answer], num_candidates: in
     }
 
 
+def decision_entry(benchmark: Benchmark, answers: Sequence[Answer], facts: RunFacts) -> dict[str, Any]:
+    """The entry `decision` (docs/formats.md): what the decision's order gives beside the published one's."""
+    final = [final_order(answer) for answer in answers]
+    content: dict[str, Any] = {"rule": str(facts.decision), "recall": None, "corrected": None, "broken": None}
+    if benchmark.positives is not None:
+        before, after = (
+            first_hits(ranked, benchmark.positives) for ranked in ([answer.reranked for answer in answers], final)
+        )
+        recall = recall_of(after, [n for n in REPORTED_N if n <= facts.num_candidates])
+        content |= {
+            "recall": {str(n): value for n, value in recall.items()},
+            "corrected": int(((after < 1) & ~(before < 1)).sum()),
+            "broken": int(((before < 1) & ~(after < 1)).sum()),
+        }
+    utm_m, queries_m = benchmark.database.utm_m, benchmark.queries.utm_m
+    estimates_m = [answer.decided.position_m if answer.decided else (math.nan, math.nan) for answer in answers]
+    content["error_m"] = {
+        "global": position_errors(_best_m([answer.candidates for answer in answers], utm_m), queries_m),
+        "reranked": position_errors(_best_m([answer.reranked for answer in answers], utm_m), queries_m),
+        "decided": position_errors(_best_m(final, utm_m), queries_m),
+        "estimated": position_errors(np.array(estimates_m).reshape(-1, 2), queries_m),
+    }
+    return content
+
+
+def _best_m(ranked: Sequence[NDArray[np.int64]], utm_m: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(Q, 2) metres of each query's best answer; NaN where there is none, or its position is not known."""
+    nowhere = np.full(2, np.nan)
+    return np.array([utm_m[ids[0]] if len(ids) else nowhere for ids in ranked]).reshape(-1, 2)
+
+
+def position_errors(answered_m: NDArray[np.float64], true_m: NDArray[np.float64]) -> dict[str, Any] | None:
+    """How far answers (Q, 2) are from where the queries were (Q, 2), in metres; None where no query's place is known.
+
+    Queries whose own position is not known don't count; an answer without a position is infinitely far away, and a
+    median that is not finite is None.
+    """
+    is_known = ~np.isnan(true_m).any(axis=1)
+    if not is_known.any():
+        return None
+    error_m = np.hypot(*(answered_m[is_known] - true_m[is_known]).T)
+    error_m[np.isnan(error_m)] = np.inf
+    median_m = float(np.median(error_m))
+    return {
+        "num_queries": len(error_m),
+        "median_m": median_m if np.isfinite(median_m) else None,
+        **{f"within_{radius_m}_m": 100 * float((error_m <= radius_m).mean()) for radius_m in ERROR_RADII_M},
+    }
+
+
 def _scored_per_query(answers: Sequence[Answer]) -> float | None:
     """Candidates scored for each query that was answered, on average; None where all of them were."""
     scored = [np.isfinite(answer.pair_scores) for answer in answers if len(answer.pair_scores)]
@@ -148,7 +203,7 @@ def _confidence(benchmark: Benchmark, answers: Sequence[Answer], judge: Judge) -
     }
     if benchmark.positives is None:
         return content
-    is_right = first_hits([answer.reranked for answer in answers], benchmark.positives) < 1
+    is_right = first_hits([final_order(answer) for answer in answers], benchmark.positives) < 1
     bins = reliability(confidence[answered].astype(np.float64), is_right[answered])
     content |= {
         "expected_calibration_error": expected_calibration_error(bins),
@@ -194,6 +249,8 @@ def summary(content: dict[str, Any]) -> str:
         "",
         *(_recall_table(content) if content["recall"] else ["no ground truth: predictions without recall"]),
     ]
+    if content.get("decision"):
+        lines += ["", *_decision_lines(content["decision"])]
     if content["audit"]:
         lines += ["", *audit_table(content["audit"])]
     if content["confidence"]:
@@ -255,12 +312,36 @@ def _confidence_lines(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _decision_lines(found: dict[str, Any]) -> list[str]:
+    """What the decision changed, and how far the answers are from the truth."""
+    lines = []
+    if found["corrected"] is not None:
+        lines.append(f"{found['rule']} decision: {found['corrected']} queries corrected, {found['broken']} broken")
+    errors = {name: its for name, its in found["error_m"].items() if its is not None}
+    if not errors:
+        return lines
+    lines.append(f"{'error':<20}{'median, m':>10}" + "".join(f"{f'<= {radius} m (%)':>14}" for radius in ERROR_RADII_M))
+    for name, its in errors.items():
+        median = "-" if its["median_m"] is None else f"{its['median_m']:.1f}"
+        shares = "".join(f"{its[f'within_{radius}_m']:>14.1f}" for radius in ERROR_RADII_M)
+        lines.append(f"{name:<20}{median:>10}{shares}")
+    return lines
+
+
+def _recall_row(label: str, cells: Sequence[float | None]) -> str:
+    return f"{label:<20}" + "".join(f"{cell:>8.1f}" if cell is not None else f"{'-':>8}" for cell in cells)
+
+
 def _recall_table(content: dict[str, Any]) -> list[str]:
     recall, num_candidates = content["recall"], content["num_candidates"]
     lines = [f"{'recall@N (%)':<20}" + "".join(f"{n:>8}" for n in recall["global"])]
     for step, label in (("global", "global descriptor"), ("reranked", f"re-ranked, K = {num_candidates}")):
         cells = [recall[step].get(n) for n in recall["global"]]
-        lines.append(f"{label:<20}" + "".join(f"{cell:>8.1f}" if cell is not None else f"{'-':>8}" for cell in cells))
+        lines.append(_recall_row(label, cells))
+    if content.get("decision"):
+        decided = content["decision"]
+        cells = [decided["recall"].get(n) for n in recall["global"]]
+        lines.append(_recall_row(f"decided, {decided['rule']}", cells))
     lines.append(
         f"candidate ceiling: {content['candidate_ceiling']:.1f} % of the queries have a positive among their "
         f"{num_candidates} candidates"

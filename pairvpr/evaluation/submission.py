@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pairvpr.data import storage
 from pairvpr.data.manifest import Benchmark
+from pairvpr.evaluation.predictions import final_order
 from pairvpr.retrieval.pipeline import Answer
 
 KEYS_PER_QUERY = 20
@@ -19,12 +20,16 @@ KEYS_PER_QUERY = 20
 def write_submission(directory: str, benchmark: Benchmark, answers: Sequence[Answer]) -> list[str]:
     """Publish `submission_global.txt` and `submission_reranked.txt` below `directory`; returns their names.
 
+    Answers that were decided by more than the pair score go into `submission_decided.txt`, too.
+
     A line for each query, in query order: the query's key, then those of its best answers, by spaces.
     """
     rankings = {
         "submission_global.txt": [answer.candidates for answer in answers],
         "submission_reranked.txt": [answer.reranked for answer in answers],
     }
+    if any(answer.decided is not None for answer in answers):
+        rankings["submission_decided.txt"] = [final_order(answer) for answer in answers]
     for name, ranked in rankings.items():
         storage.write_bytes(storage.join(directory, name), submission_text(benchmark, ranked).encode())
     return list(rankings)

@@ -5,8 +5,8 @@ G descriptor width, L patches, D decoder width, S image side in pixels, K candid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -20,10 +20,11 @@ from pairvpr.data.manifest import Benchmark, Manifest
 from pairvpr.data.photo_batches import load_batch, load_photo, num_batches
 from pairvpr.index.search import Shard, flat_index, search
 from pairvpr.models.pair_vpr import PairVPR
+from pairvpr.retrieval.decision import Decided, Decider, Decision, Weights
 from pairvpr.retrieval.dense_store import DTYPES, Layout, as_stored
 from pairvpr.retrieval.describe import Describer
 from pairvpr.retrieval.features import FeatureCache, PhotoFeatures
-from pairvpr.retrieval.rerank import Features, Reranked, Reranker, work_units
+from pairvpr.retrieval.rerank import Features, Reranked, Reranker, WorkUnit, work_units
 from pairvpr.retrieval.unreadable import Unreadable
 
 
@@ -48,10 +49,21 @@ class Answer:
     squared_distances: NDArray[np.float32]
     reranked: NDArray[np.int64]
     pair_scores: NDArray[np.float32]
+    decided: Decided | None = None
+    """The order by more than the pair score, where that was asked for."""
 
 
-def run(benchmark: Benchmark, model: PairVPR, config: EvaluateConfig, stop_margin: float | None = None) -> list[Answer]:
-    """Describe, retrieve and re-rank every query of the benchmark, in query order; early at `stop_margin`, if any."""
+def run(
+    benchmark: Benchmark,
+    model: PairVPR,
+    config: EvaluateConfig,
+    stop_margin: float | None = None,
+    decision: Decision | None = None,
+) -> list[Answer]:
+    """Describe, retrieve and re-rank every query of the benchmark, in query order; early at `stop_margin`, if any.
+
+    With a `decision` the answers are decided by it, and what is scored follows its evidence.
+    """
     torch.set_num_threads(config.describe.num_threads_per_actor)
     describer = Describer(model)
     database = describe(benchmark.database, describer, config.describe)
@@ -62,15 +74,14 @@ def run(benchmark: Benchmark, model: PairVPR, config: EvaluateConfig, stop_margi
     distances, ids = search(shard, queries.descriptors, num_kept, num_threads=config.index.num_threads_per_actor)
 
     torch.set_num_threads(config.rerank.num_threads_per_actor)
-    reranker = photo_reranker(benchmark, describer, config.rerank, stop_margin=stop_margin)
-    candidates = {
-        int(query_id): row[: config.rerank.num_candidates].tolist()
-        for query_id, row in zip(queries.ids, ids, strict=True)
-    }
-    units = work_units(candidates, config.rerank.queries_per_unit)
-    reranked = {answer.query_id: answer for unit in units for answer in reranker.rerank(unit)}
+    weights = None if decision is None else decision.weights
+    reranker = photo_reranker(benchmark, describer, config.rerank, stop_margin=stop_margin, weights=weights)
     found = {int(query_id): (ids[row], distances[row]) for row, query_id in enumerate(queries.ids)}
-    return answers(len(benchmark.queries), found, reranked)
+    candidates = {query_id: its[: config.rerank.num_candidates].tolist() for query_id, (its, _) in found.items()}
+    units = with_prior(work_units(candidates, config.rerank.queries_per_unit), found, weights)
+    reranked = {answer.query_id: answer for unit in units for answer in reranker.rerank(unit)}
+    final = answers(len(benchmark.queries), found, reranked)
+    return final if decision is None else decided(final, Decider(decision, benchmark.database.utm_m))
 
 
 def describe(manifest: Manifest, describer: Describer, config: DescribeConfig) -> Described:
@@ -92,6 +103,7 @@ def photo_reranker(
     stored: Callable[[int], Tensor] | None = None,
     stop_margin: float | None = None,
     changed: Mapping[int, str] | None = None,
+    weights: Weights | None = None,
 ) -> Reranker:
     """A re-ranker that describes the benchmark's photos when it needs them.
 
@@ -99,7 +111,8 @@ def photo_reranker(
     have `changed` since they were described, by id with what is said of them.
 
     `stored` reads a database photo's features (L, D) from a store instead; without it a run with
-    rerank.dense_features=store rounds them as the store would. `stop_margin` is what rerank.adaptive stops at.
+    rerank.dense_features=store rounds them as the store would. `stop_margin` is what rerank.adaptive stops at;
+    `weights` are those of the evidence, where it is more than the pair score.
     """
     device, num_threads = describer.device, settings.num_loading_threads
     queries, database = Unreadable(), Unreadable(changed)
@@ -130,6 +143,7 @@ def photo_reranker(
         else PhotoFeatures(database.guarded(stored, no_features), to_device, device=device, num_threads=num_threads),
         second_direction=settings.second_direction,
         stop_margin=stop_margin,
+        weights=weights,
         lost_queries=queries.reasons,
         lost_candidates=database.reasons,
     )
@@ -170,3 +184,33 @@ def answers(
         scored = reranked.get(query_id, Reranked(query_id, *nothing))
         answered.append(Answer(query_id, ids, distances, scored.ids, scored.pair_scores))
     return answered
+
+
+def with_prior(
+    units: Sequence[WorkUnit],
+    found: Mapping[int, tuple[NDArray[np.int64], NDArray[np.float32]]],
+    weights: Weights | None,
+) -> list[WorkUnit]:
+    """The units with what the distances say of each candidate; `found` is that of `answers`."""
+    if weights is None:
+        return list(units)
+    return [
+        replace(
+            unit,
+            prior={
+                query_id: weights.prior(found[query_id][1][: len(ids)]) for query_id, ids in unit.candidates.items()
+            },
+        )
+        for unit in units
+    ]
+
+
+def decided(answered: Sequence[Answer], decider: Decider) -> list[Answer]:
+    """The answers with the order that the decider gives them."""
+    return [
+        replace(
+            answer,
+            decided=decider.decide(answer.candidates, answer.squared_distances, answer.reranked, answer.pair_scores),
+        )
+        for answer in answered
+    ]

@@ -18,6 +18,7 @@ from torch import Tensor
 from pairvpr.errors import UserError
 from pairvpr.models.pair_scorer import ALL_REUSE, Memory, PairScorer, Reuse
 from pairvpr.models.pair_vpr import PairVPR
+from pairvpr.retrieval.decision import Weights
 from pairvpr.retrieval.early_stop import margin
 
 Features: TypeAlias = Callable[[Sequence[int]], Iterator[Tensor]]
@@ -49,6 +50,8 @@ class WorkUnit:
 
     unit: int
     candidates: Mapping[int, Sequence[int]]
+    prior: Mapping[int, NDArray[np.float64]] | None = None
+    """Evidence (K,) for each query's candidates that is known before they are scored; None: there is none."""
 
 
 def work_units(candidates: Mapping[int, Sequence[int]], queries_per_unit: int) -> list[WorkUnit]:
@@ -94,6 +97,8 @@ class Reranker:
     different candidates. `second_direction` is how many candidates of a query, those that look best with the query
     first, are scored the other way round (None: all), in a second pass. With `stop_margin` a query's candidates are
     scored `batch_size` at a time, a pass each, until its margin is as large. Each pass asks for its photos anew.
+    Which candidates look best, and the margin, are those of the evidence: the pair scores, or with `weights` these and
+    the unit's `prior` together. The scores themselves are the same whatever the evidence.
 
     `lost_queries` and `lost_candidates` name photos that can't be read, by id; they may grow while photos are asked
     for, and something stands in for these. Such a candidate is not scored; such a query is not answered.
@@ -108,6 +113,7 @@ class Reranker:
         database_features: Features,
         second_direction: int | None = None,
         stop_margin: float | None = None,
+        weights: Weights | None = None,
         reuse: Reuse = ALL_REUSE,
         lost_queries: Mapping[int, str] | None = None,
         lost_candidates: Mapping[int, str] | None = None,
@@ -116,6 +122,7 @@ class Reranker:
         self.batch_size = batch_size
         self.second_direction = second_direction
         self.stop_margin = stop_margin
+        self.weights = weights
         self._scorer = PairScorer(model, reuse)
         self.lost_queries = {} if lost_queries is None else lost_queries
         self.lost_candidates = {} if lost_candidates is None else lost_candidates
@@ -130,7 +137,7 @@ class Reranker:
         if asked:
             embedded = torch.stack(list(self._query_features(asked)))
             queries = _Queries(self._scorer.as_first(embedded), self._scorer.as_memory(embedded, keep=True))
-            scores |= self._scores({query_id: unit.candidates[query_id] for query_id in asked}, queries)
+            scores |= self._scores({query_id: unit.candidates[query_id] for query_id in asked}, queries, unit.prior)
         return [
             _sorted(query_id, unit.candidates[query_id], its)
             if query_id not in self.lost_queries
@@ -138,8 +145,21 @@ class Reranker:
             for query_id, its in scores.items()
         ]
 
-    def _scores(self, candidates: Mapping[int, Sequence[int]], queries: _Queries) -> dict[int, NDArray[np.float32]]:
+    def _scores(
+        self,
+        candidates: Mapping[int, Sequence[int]],
+        queries: _Queries,
+        prior: Mapping[int, NDArray[np.float64]] | None,
+    ) -> dict[int, NDArray[np.float32]]:
         """Pair scores (K,) of every query, in retrieval order."""
+
+        def evidence(row: int, scores: NDArray[np.float32]) -> NDArray[np.float32]:
+            """(n,) of a query's first n candidates, whose pair scores are given."""
+            if self.weights is None or prior is None:
+                return scores
+            return self.weights.evidence(scores, prior[query_ids[row]][: len(scores)]).astype(np.float32)
+
+        query_ids = list(candidates)
         pairs = [
             _Pair(row, place, image_id)
             for row, ids in enumerate(candidates.values())
@@ -147,17 +167,22 @@ class Reranker:
         ]
         logits = [np.full((2, len(ids)), -np.inf, np.float32) for ids in candidates.values()]
         if self.stop_margin is not None:
-            self._score_in_rounds(pairs, queries, logits, self.stop_margin)
+            self._score_in_rounds(pairs, queries, logits, self.stop_margin, evidence)
         elif self.second_direction is not None:
             self._score(pairs, queries, logits, (QUERY_FIRST,))
-            best = [_best(its[QUERY_FIRST], self.second_direction) for its in logits]
+            best = [_best(evidence(row, _sums(its)), self.second_direction) for row, its in enumerate(logits)]
             self._score([pair for pair in pairs if pair.place in best[pair.row]], queries, logits, (CANDIDATE_FIRST,))
         else:
             self._score(pairs, queries, logits, (QUERY_FIRST, CANDIDATE_FIRST))
         return {query_id: _sums(its) for query_id, its in zip(candidates, logits, strict=True)}
 
     def _score_in_rounds(
-        self, pairs: Sequence[_Pair], queries: _Queries, logits: Sequence[NDArray[np.float32]], stop_margin: float
+        self,
+        pairs: Sequence[_Pair],
+        queries: _Queries,
+        logits: Sequence[NDArray[np.float32]],
+        stop_margin: float,
+        evidence: Callable[[int, NDArray[np.float32]], NDArray[np.float32]],
     ) -> None:
         """`batch_size` candidates of each query at a time, of those whose margin is not large enough yet."""
         is_left = [True] * len(logits)
@@ -166,8 +191,8 @@ class Reranker:
             some = [pair for pair in pairs if pair.place in places and is_left[pair.row]]
             self._score(some, queries, logits, (QUERY_FIRST, CANDIDATE_FIRST))
             is_left = [
-                left and its.shape[1] > places.stop and margin(_sums(its)[: places.stop]) < stop_margin
-                for left, its in zip(is_left, logits, strict=True)
+                left and its.shape[1] > places.stop and margin(evidence(row, _sums(its)[: places.stop])) < stop_margin
+                for row, (left, its) in enumerate(zip(is_left, logits, strict=True))
             ]
 
     def _score(
@@ -259,9 +284,9 @@ def _checked(found: Sequence[Tensor], model: PairVPR) -> NDArray[np.float32]:
     return logits
 
 
-def _best(logits: NDArray[np.float32], number: int) -> set[int]:
-    """Places of the highest logits, the first ones of equals."""
-    return set(np.argsort(-logits, kind="stable")[:number].tolist())
+def _best(evidence: NDArray[np.float32], number: int) -> set[int]:
+    """Places of the highest evidence, the first ones of equals."""
+    return set(np.argsort(-evidence, kind="stable")[:number].tolist())
 
 
 def _sums(logits: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from pairvpr.distributed.parts import Parts
 from pairvpr.errors import UserError
 from pairvpr.evaluation.confidence import Calibration
 from pairvpr.index.manifest import read_manifest
+from pairvpr.retrieval.decision import Decision, Votes, Weights
 from pairvpr.retrieval.early_stop import stopped_after
 from pairvpr.toy import city as toy_city
 from ray_jobs.build_index import build_index
@@ -125,6 +127,66 @@ def test_stopping_early_and_confidence(city: Path, expected: bytes, tmp_path: Pa
         assert row["reranked"][number:] == row["candidates"][number : len(row["reranked"])]
         assert row["in_map"] == (row["pair_scores"][0] >= stop_margin if number else None)
     assert content["confidence"]["num_in_map"] == sum(row["in_map"] is True for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("rule", "option"),
+    [
+        ("consensus", "adaptive=true"),
+        pytest.param("fused", "second_direction=3", marks=pytest.mark.soak),
+        pytest.param("consensus", "report_candidates=null", marks=pytest.mark.soak),
+    ],
+)
+def test_decisions(city: Path, expected: bytes, tmp_path: Path, rule: str, option: str) -> None:
+    """Ids, evidence, confidence and estimated positions; what is scored follows the evidence, not the pair score."""
+    (tmp_path / "full.parquet").write_bytes(expected)
+    weights = Weights(pair_score=0.5, squared_distance=20.0, log_rank=0.25)
+    firsts = []
+    for row in pq.read_table(tmp_path / "full.parquet").to_pylist():
+        score_of = dict(zip(row["reranked"], row["pair_scores"], strict=True))
+        scores = np.array(
+            [score_of[image_id] for image_id in row["candidates"][:4] if image_id in score_of], np.float32
+        )
+        if len(scores) == 4:
+            prior = weights.prior(np.array(row["squared_distances"][:4], np.float32))
+            firsts.append(float(weights.evidence(scores, prior).max()))
+    stop_margin = (sorted(firsts)[len(firsts) // 2 - 1] + sorted(firsts)[len(firsts) // 2]) / 2
+    decision = Decision(
+        weights=weights, votes=None, nothing=-9.0, temperature=0.7, midpoint=0.1, stop_margin=stop_margin
+    )
+    votes = Votes(radius_m=25.0, softness=0.5, own=0.8, weight=1.5)
+    (plain,) = prepare(load_evaluations(arguments(city, tmp_path / "out")))
+    calibration = Calibration(
+        benchmark="made_up",
+        num_queries=50,
+        num_candidates=10,
+        model=plain.index_settings()["model"],
+        temperature=0.5,
+        midpoint=0.0,
+        round_size=4,
+        stop_margin=None,
+        has_positions=True,
+        fused=decision,
+        consensus=replace(decision, votes=votes),
+    )
+    storage.write_json(f"{tmp_path}/calibration.json", calibration.content())
+    its = (f"calibration={tmp_path}/calibration.json", f"decision={rule}", "not_in_map_below=0.5", option)
+    line = arguments(city, tmp_path / "out", *(f"rerank.{setting}" for setting in its))
+    single = single_machine_predictions(line, tmp_path / "expected.parquet")
+    (content,) = evaluate(load_evaluations(line))
+    assert (tmp_path / "out" / "predictions.parquet").read_bytes() == single
+
+    rows = pq.read_table(tmp_path / "out" / "predictions.parquet").to_pylist()
+    assert any(row["decided"][0] != row["reranked"][0] for row in rows if row["decided"])
+    assert all(sorted(row["decided"]) == sorted(row["reranked"]) for row in rows)
+    assert [row["estimated_east_m"] is None for row in rows] == [not row["decided"] for row in rows]
+    first_right = [bool(row["decided"]) and row["decided"][0] in row["positives"] for row in rows]
+    assert content["decision"]["recall"]["1"] == pytest.approx(100 * np.mean(first_right))
+    assert content["decision"]["error_m"]["decided"]["within_25_m"] == pytest.approx(100 * np.mean(first_right))
+    if option == "adaptive=true":
+        scored = [int(np.isfinite(row["pair_scores"]).sum()) for row in rows if row["candidates"]]
+        assert scored.count(4) == sum(first >= stop_margin for first in firsts)
+        assert {4, 10} <= set(scored)
 
 
 @pytest.mark.soak

@@ -93,12 +93,15 @@ def write_single_machine(file: str, line: Sequence[str]) -> None:
     config = load_evaluations(line)[0]
     benchmark = load_benchmark(config.benchmark, config.output)
     model = build_model(config.model, load_weights(config.model), torch.device("cpu"))
-    judge, stop_margin = None, None
+    judge, stop_margin, decision = None, None, None
     if config.rerank.calibration is not None:
         found = read_calibration(config.rerank.calibration)
-        judge = Judge(found.temperature, found.midpoint, config.rerank.not_in_map_below)
-        stop_margin = found.stop_margin if config.rerank.adaptive else None
-    write_predictions(file, predictions_table(benchmark, pipeline.run(benchmark, model, config, stop_margin), judge))
+        decision = found.decision(config.rerank.calibration, config.rerank.decision, config.rerank.num_candidates)
+        fitted = decision or found
+        judge = Judge(fitted.temperature, fitted.midpoint, config.rerank.not_in_map_below)
+        stop_margin = fitted.stop_margin if config.rerank.adaptive else None
+    answers = pipeline.run(benchmark, model, config, stop_margin, decision)
+    write_predictions(file, predictions_table(benchmark, answers, judge))
 
 
 def start_job(job: str, line: Sequence[str], **environment: str) -> subprocess.Popen[str]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from pairvpr.cli import run_job
 from pairvpr.config.compose import load
-from pairvpr.config.schema import CalibrateConfig
+from pairvpr.config.schema import CalibrateConfig, DecisionRule
 from pairvpr.data import storage
 from pairvpr.data.manifest import Benchmark, Manifest
 from pairvpr.errors import UserError
@@ -26,9 +29,12 @@ from pairvpr.evaluation.confidence import (
     read_calibration,
     reliability,
 )
+from pairvpr.evaluation.fit_decision import LocatedQuery, decided_right, fit_consensus, fit_fused
 from pairvpr.evaluation.predictions import predictions_table, write_predictions
 from pairvpr.evaluation.report import RunFacts, metrics
+from pairvpr.index.manifest import ImageTable, IndexManifest, commit, stored_file
 from pairvpr.retrieval.pipeline import Answer
+from tests.support.decision import K, drawn
 from tests.support.small import small_model_config
 
 NUM_QUERIES, NUM_CANDIDATES, ROUND_SIZE = 160, 10, 3
@@ -68,20 +74,60 @@ def write_run(folder: Path, its: list[ScoredQuery], *, ground_truth: bool = True
     answers, positives = [], []
     for query_id, query in enumerate(its):
         ids = query_id + np.arange(len(query.scores))
-        order = np.argsort(-query.scores, kind="stable")
         kept = np.concatenate([ids, ids[-1:] + 1, ids[-1:] + 2])
-        distances = np.linspace(0, 1, len(kept), dtype=np.float32)
-        answers.append(Answer(query_id, kept, distances, ids[order], query.scores[order]))
+        answers.append(answer(query, query_id, kept, np.linspace(0, 1, len(kept), dtype=np.float32)))
         positives.append(ids[query.is_positive])
+    return write_answers(folder, answers, positives if ground_truth else None, len(its) + 20, **changes)
+
+
+def write_located_run(folder: Path, its: list[LocatedQuery]) -> str:
+    """The same with an index that knows positions; no two queries have a candidate in common."""
+    answers, positives = [], []
+    for query_id, query in enumerate(its):
+        ids = query_id * K + np.arange(K)
+        answers.append(answer(query, query_id, ids, query.squared_distances))
+        positives.append(ids[query.is_positive])
+    index = f"{folder}/index"
+    photos = Manifest.of("/d", [f"{number:04d}.jpg" for number in range(len(its) * K)])
+    photos.with_positions(np.concatenate([query.utm_m for query in its])).write(f"{index}/images.parquet")
+    manifest = IndexManifest(
+        generation=1,
+        model={"name": "small", "weights_sha256": "ab" * 32},
+        descriptor_dim=8,
+        kind="flat",
+        factory="Flat",
+        num_images=len(photos),
+        num_rejected=0,
+        num_removed=0,
+        images_root="/d",
+        images=[ImageTable(file=stored_file(index, "images.parquet"), first_id=0, count=len(photos))],
+        removed=[],
+        shards=[],
+    )
+    commit(index, manifest)
+    return write_answers(folder, answers, positives, len(photos), index={"path": index})
+
+
+def answer(query: ScoredQuery, query_id: int, ids: NDArray[np.int64], distances: NDArray[np.float32]) -> Answer:
+    """The first of these candidates, as many as have scores, are re-ranked."""
+    order = np.argsort(-query.scores, kind="stable")
+    return Answer(query_id, ids, distances, ids[order], query.scores[order])
+
+
+def write_answers(
+    folder: Path, answers: list[Answer], positives: list[NDArray[np.int64]] | None, num_photos: int, **changes: Any
+) -> str:
+    """The files of a run."""
     benchmark = Benchmark(
         name="made_up",
-        database=Manifest.of("/d", [f"{number:04d}.jpg" for number in range(len(its) + 20)]),
-        queries=Manifest.of("/q", [f"{number:04d}.jpg" for number in range(len(its))]),
-        positives=positives if ground_truth else None,
+        database=Manifest.of("/d", [f"{number:04d}.jpg" for number in range(num_photos)]),
+        queries=Manifest.of("/q", [f"{number:04d}.jpg" for number in range(len(answers))]),
+        positives=positives,
         protocol={"positives": "radius", "radius_m": 25.0},
     )
+    facts = replace(FACTS, num_candidates=max(len(its.reranked) for its in answers))
     write_predictions(f"{folder}/predictions.parquet", predictions_table(benchmark, answers))
-    storage.write_json(f"{folder}/metrics.json", metrics(benchmark, answers, small_model_config(), FACTS))
+    storage.write_json(f"{folder}/metrics.json", metrics(benchmark, answers, small_model_config(), facts))
     storage.write_json(f"{folder}/settings.json", SETTINGS | changes)
     return str(folder)
 
@@ -128,6 +174,49 @@ def test_fits_to_one_half_and_reports_on_the_other(tmp_path: Path, capsys: pytes
     text = capsys.readouterr().out
     assert f"stopping at margin {margin:.3f}, rounds of 3: recall@1 {at_margin.recall_at_1:.1f} with" in text
     assert f"{error:.3f} after" in text
+
+
+def test_decisions_are_fitted_to_one_half(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    its = drawn(240)
+    content = calibrated(write_located_run(tmp_path / "run", its), tmp_path, max_loss=2.0)
+    is_held_out = held_out_queries(len(its))
+    fitted, others = ([query for query, flag in zip(its, is_held_out, strict=True) if flag == half] for half in (0, 1))
+    fused = fit_fused(fitted)
+    assert fused is not None
+    consensus = fit_consensus(fitted, fused)
+    assert consensus is not None
+    found = read_calibration(f"{tmp_path}/calibration.json")
+    assert found.has_positions
+    for rule, fit, read in (("fused", fused, found.fused), ("consensus", consensus, found.consensus)):
+        assert read is not None
+        assert replace(read, stop_margin=None) == fit.decision
+        assert found.decision("c.json", DecisionRule(rule), 12) == read
+        assert read.stop_margin == found.fused.stop_margin  # type: ignore[union-attr]
+        report = content["held_out"]["decisions"][rule]
+        right = np.mean([decided_right(fit.decision, query)[0] for query in others])
+        assert report["recall_at_1"] == pytest.approx(100 * right)
+        gain = right - np.mean([query.is_right for query in others])
+        assert report["more_than_pair"]["points"] == pytest.approx(100 * gain)
+        assert set(report["more_than_without"]) == set(fit.terms)
+        assert (
+            report["curve"][-1]["recall_at_1"] == content["held_out"]["decisions"]["fused"]["curve"][-1]["recall_at_1"]
+        )
+    text = capsys.readouterr().out
+    assert "rerank.decision=consensus: recall@1" in text
+    assert "this without votes" in text
+    assert "by the evidence of rerank.decision=fused and consensus:" in text
+
+
+def test_without_positions_there_is_no_consensus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An index that is gone, one without positions, and a run whose settings name none."""
+    its = drawn(160, positions=False)
+    url = write_located_run(tmp_path / "run", its)
+    content = calibrated(url, tmp_path)
+    assert (content["has_positions"], content["consensus"]) == (False, None)
+    assert content["fused"] is not None
+    assert "rerank.decision=consensus: none, no position of a photo is known" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run" / "index")
+    assert calibrated(url, tmp_path) == content
 
 
 def test_halves_are_blocks_of_neighbours() -> None:
@@ -180,7 +269,7 @@ def test_what_is_no_finished_evaluation(tmp_path: Path) -> None:
     assert "not the settings of an evaluation" in mistake(url, tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["gone", "text", "other", "infinite"])
+@pytest.mark.parametrize("damage", ["gone", "text", "other", "infinite", "distance", "id"])
 def test_damaged_predictions(tmp_path: Path, damage: str) -> None:
     its = queries()
     url = write_run(tmp_path / "run", its)
@@ -192,9 +281,18 @@ def test_damaged_predictions(tmp_path: Path, damage: str) -> None:
     elif damage == "other":
         write_run(tmp_path / "other", its[:-1])
         file.write_bytes((tmp_path / "other" / "predictions.parquet").read_bytes())
-    else:
+    elif damage == "infinite":
         its[0].scores[3] = -np.inf
         write_run(tmp_path / "run", its)
+    else:
+        located = drawn(160)
+        url = write_located_run(tmp_path / "run", located)
+        if damage == "distance":
+            located[0].squared_distances[3] = np.nan
+            write_located_run(tmp_path / "other", located)
+        else:
+            write_located_run(tmp_path / "other", [*located, *drawn(1)])
+        file.write_bytes((tmp_path / "other" / "predictions.parquet").read_bytes())
     expected = "expected files of one run" if damage == "other" else "not the predictions of a run"
     assert expected in mistake(url, tmp_path)
 

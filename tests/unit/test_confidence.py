@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from pairvpr.config.schema import DecisionRule
 from pairvpr.errors import UserError
 from pairvpr.evaluation.confidence import (
     HIGHEST_TEMPERATURE,
@@ -31,6 +33,7 @@ from pairvpr.evaluation.confidence import (
     read_calibration,
     reliability,
 )
+from pairvpr.retrieval.decision import Decision, Votes, Weights
 from pairvpr.retrieval.early_stop import stopped_after
 
 MODEL = {"name": "small", "precision": "fp32", "image_size_px": 28, "weights_sha256": "ab" * 32}
@@ -221,7 +224,8 @@ def test_a_calibration_comes_back(tmp_path: Path, stop_margin: float | None) -> 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"format_version": 2}, "format version 2; expected 1"),
+        ({"format_version": 3}, "format version 3; expected 1 to 2"),
+        ({"format_version": "2"}, "format version 2; expected 1 to 2"),
         ({"temperature": 0}, "damaged"),
         ({"temperature": math.nan}, "damaged"),
         ({"midpoint": math.inf}, "damaged"),
@@ -261,3 +265,69 @@ def test_other_rounds_are_refused() -> None:
     endless = Calibration(**{**CALIBRATION.__dict__, "stop_margin": None})
     with pytest.raises(UserError, match=r"has no margin to stop at \(its run scored 10 candidates in rounds of 4\)"):
         endless.check_rounds("c.json", 4)
+
+
+FUSED = Decision(
+    weights=Weights(pair_score=0.7, squared_distance=9.0, log_rank=0.0),
+    votes=None,
+    nothing=-6.5,
+    temperature=0.5,
+    midpoint=-0.25,
+    stop_margin=-1.5,
+)
+CONSENSUS = replace(FUSED, votes=Votes(radius_m=25.0, softness=0.5, own=0.0, weight=1.5), stop_margin=None)
+DECIDED = replace(CALIBRATION, has_positions=True, fused=FUSED, consensus=CONSENSUS)
+
+
+@pytest.mark.parametrize("consensus", [CONSENSUS, None])
+def test_decisions_come_back(tmp_path: Path, consensus: Decision | None) -> None:
+    calibration = replace(DECIDED, consensus=consensus)
+    assert read_calibration(write(tmp_path, calibration.content())) == calibration
+
+
+def test_a_file_of_an_earlier_version_has_no_decisions(tmp_path: Path) -> None:
+    content = CALIBRATION.content() | {"format_version": 1}
+    for name in ("has_positions", "fused", "consensus"):
+        del content[name]
+    found = read_calibration(write(tmp_path, content))
+    assert found == CALIBRATION
+    assert found.decision("c.json", DecisionRule.pair, 99) is None
+    with pytest.raises(UserError, match=r"^rerank\.decision=fused: c\.json has no decisions: .*; expected .* pair$"):
+        found.decision("c.json", DecisionRule.fused, 10)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"has_positions": 1},
+        {"has_positions": None},
+        {"fused": CONSENSUS},
+        {"consensus": FUSED},
+        {"fused": []},
+        {"fused": asdict(FUSED) | {"nothing": math.nan}},
+        {"fused": asdict(FUSED) | {"nothing": "x"}},
+        {"fused": asdict(FUSED) | {"temperature": 0}},
+        {"fused": asdict(FUSED) | {"more": 1}},
+        {"fused": asdict(FUSED) | {"weights": asdict(FUSED.weights) | {"log_rank": -1.0}}},
+        {"consensus": asdict(CONSENSUS) | {"votes": {"radius_m": 25.0}}},
+        {"fused": None},
+    ],
+)
+def test_decisions_that_are_none(tmp_path: Path, changes: dict[str, Any]) -> None:
+    plain = {name: asdict(value) if isinstance(value, Decision) else value for name, value in changes.items()}
+    assert "damaged" in mistake(write(tmp_path, DECIDED.content() | plain))
+
+
+def test_decisions_of_another_run_are_refused() -> None:
+    assert DECIDED.decision("c.json", DecisionRule.fused, 10) == FUSED
+    assert DECIDED.decision("c.json", DecisionRule.consensus, 10) == CONSENSUS
+    for changes, num_candidates, words in (
+        ({}, 20, r"was made with 10 candidates, rerank\.num_candidates is 20; expected the same$"),
+        ({"consensus": None, "has_positions": False}, 10, r"photos have no positions.*expected .* pair, fused$"),
+        ({"consensus": None}, 10, r"has no votes: they did not prove themselves.*expected .* pair, fused$"),
+    ):
+        with pytest.raises(UserError, match=rf"^rerank\.decision=consensus: c\.json .*{words}"):
+            replace(DECIDED, **changes).decision("c.json", DecisionRule.consensus, num_candidates)
+    DECIDED.check_rounds("c.json", 4, FUSED)
+    with pytest.raises(UserError, match="has no margin to stop at"):
+        DECIDED.check_rounds("c.json", 4, CONSENSUS)

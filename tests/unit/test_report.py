@@ -14,10 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pairvpr.config.schema import DecisionRule
 from pairvpr.data.manifest import Benchmark, Manifest
 from pairvpr.evaluation.confidence import Judge
 from pairvpr.evaluation.predictions import predictions_table, write_predictions
 from pairvpr.evaluation.report import RunFacts, metrics, summary
+from pairvpr.retrieval.decision import Decided
 from pairvpr.retrieval.pipeline import Answer
 from tests.support.small import small_model_config
 
@@ -272,3 +274,66 @@ def test_the_summary_shows_the_numbers() -> None:
         "database 1   queries 1",
     ):
         assert part in text
+
+
+def decided_answers() -> list[Answer]:
+    """Query 0: the decision keeps the order. 1: it puts 11, a positive, first. 2: it reverses. 3: nothing."""
+    orders = ([5, 4, 3, 2, 1], [11, 5, 4, 2, 0], [0, 1, 2, 3, 4], [])
+    return [
+        replace(
+            answer,
+            decided=Decided(
+                np.array(order, np.int64),
+                np.linspace(2, -2, len(order), dtype=np.float32),
+                1.5 - answer.query_id if order else math.nan,
+                (10.0 * answer.query_id, 5.0) if order else (math.nan, math.nan),
+                2.5 if order else math.nan,
+            ),
+        )
+        for answer, order in zip(answers(), orders, strict=True)
+    ]
+
+
+def test_a_decision_stands_beside_the_published_order() -> None:
+    judge = Judge(0.5, 0.0, not_in_map_below=0.7)
+    table = predictions_table(benchmark(), decided_answers(), judge)
+    plain = predictions_table(benchmark(), answers(), judge)
+    names = ["decided", "evidence", "estimated_east_m", "estimated_north_m", "estimated_spread_m"]
+    assert table.column_names == [*plain.column_names, *names]
+    for name in ("candidates", "squared_distances", "reranked", "pair_scores", "positives"):
+        assert table.column(name).equals(plain.column(name))
+    rows = table.to_pylist()
+    assert [row["decided"] for row in rows] == [[5, 4, 3, 2, 1], [11, 5, 4, 2, 0], [0, 1, 2, 3, 4], []]
+    assert [row["estimated_east_m"] for row in rows] == [0.0, 10.0, 20.0, None]
+    assert [row["estimated_spread_m"] for row in rows] == [2.5, 2.5, 2.5, None]
+    wanted = [1 / (1 + math.exp(-odds)) for odds in (1.5, 0.5, -0.5)]
+    assert [row["confidence"] for row in rows] == [*(pytest.approx(its, rel=1e-6) for its in wanted), None]
+    assert [row["in_map"] for row in rows] == [True, False, False, None]
+
+
+def test_metrics_of_a_decision() -> None:
+    made = benchmark()
+    photos_m = np.stack([np.arange(12) * 10.0, np.zeros(12)], axis=1)
+    queries_m = np.array([[50.0, 4.0], [110.0, 30.0], [np.nan, 0.0], [0.0, 0.0]])
+    made = replace(
+        made, database=made.database.with_positions(photos_m), queries=made.queries.with_positions(queries_m)
+    )
+    facts = replace(FACTS, decision=DecisionRule.fused)
+    content = metrics(made, decided_answers(), small_model_config(), facts)
+    assert content["recall"] == metrics(made, answers(), small_model_config(), FACTS)["recall"]
+    assert "decision" not in metrics(made, answers(), small_model_config(), FACTS)
+    found = content["decision"]
+    assert found["recall"] == {"1": 25.0, "5": 25.0}
+    assert (found["corrected"], found["broken"], found["rule"]) == (1, 0, "fused")
+    # Photo 5 is 4 m from query 0, photo 11 is 30 m from query 1; query 2 has no position, query 3 no answer.
+    decided = found["error_m"]["decided"]
+    assert (decided["num_queries"], decided["median_m"]) == (3, 30.0)
+    assert [decided[f"within_{radius}_m"] for radius in (5, 25, 100)] == pytest.approx([100 / 3, 100 / 3, 200 / 3])
+    assert found["error_m"]["reranked"]["median_m"] == pytest.approx(math.hypot(60, 30))
+    assert found["error_m"]["estimated"]["median_m"] == pytest.approx(math.hypot(100, 25))
+    text = summary(content)
+    assert "decided, fused" in text
+    assert "fused decision: 1 queries corrected, 0 broken" in text
+    without = metrics(benchmark(ground_truth=False), decided_answers(), small_model_config(), facts)["decision"]
+    assert without["recall"] is None
+    assert set(without["error_m"].values()) == {None}

@@ -1,0 +1,204 @@
+"""Which candidate is the answer: pair score, descriptor distance and neighbours decide together. Needs numpy alone.
+
+Every candidate has an evidence, in nats: a weighted sum of its pair score, its squared distance and its place in
+retrieval. The shares of the candidates are the softmax of their evidence, with one more entry for "none of them". In a
+decision with votes, the share of all candidates within a radius counts as one more term. docs/decision.md says how a
+decision is fitted; it is a pure function of one query's candidates.
+
+K candidates, in the order of retrieval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+PLACE_RADIUS_M = 25.0
+"""The cluster around an answer, where a decision has no votes and so no radius of its own: the field's tolerance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """What a candidate's own evidence is made of; a weight of 0 leaves a term out. None is negative."""
+
+    pair_score: float
+    """Nats for each unit of the pair score: the inverse of the scores' temperature."""
+    squared_distance: float
+    """Nats for each unit of the squared distance, which count against a candidate."""
+    log_rank: float
+    """Nats for each unit of ln(1 + place in retrieval), which count against a candidate."""
+
+    def __post_init__(self) -> None:
+        if min(self.pair_score, self.squared_distance, self.log_rank) < 0:
+            raise ValueError("a weight is out of range")
+
+    def prior(self, squared_distances: NDArray[np.float32]) -> NDArray[np.float64]:
+        """(K,) what of the evidence is known before any pair is scored."""
+        places = np.arange(len(squared_distances))
+        return -self.squared_distance * np.asarray(squared_distances, np.float64) - self.log_rank * np.log1p(places)
+
+    def evidence(self, scores: NDArray[np.float32], prior: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(K,) from pair scores (K,) and `prior`; minus infinity where a score is not finite: it was not computed."""
+        is_scored = np.isfinite(scores)
+        return np.where(
+            is_scored, self.pair_score * np.where(is_scored, scores, 0.0).astype(np.float64) + prior, -np.inf
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Votes:
+    """How candidates at one place support each other."""
+
+    radius_m: float
+    """Candidates as near as this vote for each other; one whose position is not known votes for itself alone."""
+    softness: float
+    """A voter's share is the softmax of this times its own evidence: below 1, also weaker candidates are heard."""
+    own: float
+    """What a candidate's own evidence is multiplied with; 0 or more."""
+    weight: float
+    """Nats for each unit of ln(share of the votes); 0 or more."""
+
+    def __post_init__(self) -> None:
+        if not self.radius_m > 0 or not self.softness > 0 or self.own < 0 or self.weight < 0:
+            raise ValueError("a weight is out of range")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """A fitted decision: `fused` without votes, `consensus` with them."""
+
+    weights: Weights
+    votes: Votes | None
+    nothing: float
+    """Evidence, in nats, that no candidate is right."""
+    temperature: float
+    midpoint: float
+    """Of the confidence, sigmoid((log odds - midpoint) / (2 temperature))."""
+    stop_margin: float | None
+    """A query is finished when a candidate's own evidence reaches this; None where there is nothing to stop at."""
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError("the temperature is out of range")
+
+
+@dataclass(frozen=True)
+class Decided:
+    """One query's answer: ids (K,) and their evidence (K,) in nats, best first; equals keep the order of retrieval.
+
+    `log_odds` are those that the best answer's place is right, before they are calibrated; NaN without candidates.
+    `position_m` is the estimated (utm_east, utm_north) in metres and `spread_m` the root mean square distance of the
+    candidates that it is the mean of; NaN where the best answer's position is not known.
+    """
+
+    ids: NDArray[np.int64]
+    evidence: NDArray[np.float32]
+    log_odds: float
+    position_m: tuple[float, float]
+    spread_m: float
+
+
+NOTHING_DECIDED = Decided(
+    np.empty(0, np.int64), np.empty(0, np.float32), float("nan"), (float("nan"), float("nan")), float("nan")
+)
+"""For a query without candidates."""
+
+
+def decide(
+    decision: Decision,
+    candidates: NDArray[np.int64],
+    squared_distances: NDArray[np.float32],
+    scores: NDArray[np.float32],
+    utm_m: NDArray[np.float64],
+) -> Decided:
+    """Order a query's candidates (K,), given in the order of retrieval with distances, pair scores (K,), metres (K, 2).
+
+    A pair score that is not finite stands for a candidate that was not scored: it comes behind all others. A position
+    that is not known is NaN.
+    """
+    if not len(candidates):
+        return NOTHING_DECIDED
+    own = decision.weights.evidence(scores, decision.weights.prior(squared_distances))
+    if not np.isfinite(own).any():
+        return Decided(candidates, own.astype(np.float32), float("nan"), NOTHING_DECIDED.position_m, float("nan"))
+    votes = decision.votes
+    is_near = nearness(utm_m, PLACE_RADIUS_M if votes is None else votes.radius_m)
+    evidence = own if votes is None else combined(votes, own, is_near)
+    order = np.argsort(-evidence, kind="stable")
+    best = int(order[0])
+    place = is_near[best]
+    east_m, north_m, spread_m = _position(evidence, place, utm_m)
+    return Decided(
+        candidates[order],
+        evidence[order].astype(np.float32),
+        log_odds(evidence, place if votes is not None else np.arange(len(evidence)) == best, decision.nothing),
+        (east_m, north_m),
+        spread_m,
+    )
+
+
+def nearness(utm_m: NDArray[np.float64], radius_m: float) -> NDArray[np.bool_]:
+    """(K, K) whether candidates at (K, 2) metres are within a radius of each other; each is near itself."""
+    apart_m = np.hypot(*(utm_m[:, None] - utm_m[None, :]).transpose(2, 0, 1))
+    return (apart_m <= radius_m) | np.eye(len(utm_m), dtype=np.bool_)
+
+
+def log_share_near(softness: float, own: NDArray[np.float64], is_near: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """(K,) logarithm of the share of the voters near each candidate, from own evidence (K,) and nearness (K, K)."""
+    shares = np.exp(softness * (own - own.max()))
+    return np.log(np.maximum(is_near @ shares, np.finfo(np.float64).tiny) / shares.sum())
+
+
+def combined(votes: Votes, own: NDArray[np.float64], is_near: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """(K,) evidence with votes; of a candidate that was not scored it stays minus infinity."""
+    is_scored = np.isfinite(own)
+    with_votes = votes.own * np.where(is_scored, own, 0.0) + votes.weight * log_share_near(votes.softness, own, is_near)
+    return np.where(is_scored, with_votes, -np.inf)
+
+
+def log_odds(evidence: NDArray[np.float64], is_place: NDArray[np.bool_], nothing: float) -> float:
+    """Logarithm of the share of some candidates (K,) over that of all others and of "none of them"."""
+    return _log_sum(evidence[is_place]) - float(np.logaddexp(_log_sum(evidence[~is_place]), nothing))
+
+
+def _log_sum(evidence: NDArray[np.float64]) -> float:
+    """Logarithm of the sum of exponentials; minus infinity of nothing."""
+    highest = evidence.max(initial=-np.inf)
+    return float(highest) if np.isneginf(highest) else float(highest + np.log(np.exp(evidence - highest).sum()))
+
+
+def _position(
+    evidence: NDArray[np.float64], is_place: NDArray[np.bool_], utm_m: NDArray[np.float64]
+) -> tuple[float, float, float]:
+    """Mean position of the best answer's cluster, each candidate weighted by its share, and its spread, in metres."""
+    shares = np.exp(evidence[is_place] - evidence[is_place].max())
+    shares /= shares.sum()
+    metres = utm_m[is_place]
+    mean_m = shares @ metres
+    spread_m = np.sqrt(shares @ ((metres - mean_m) ** 2).sum(axis=1))
+    return float(mean_m[0]), float(mean_m[1]), float(spread_m)
+
+
+@dataclass(frozen=True)
+class Decider:
+    """A decision, and where the photos of the database were taken: metres (number of ids, 2), NaN where not known."""
+
+    decision: Decision
+    utm_m: NDArray[np.float64]
+
+    def decide(
+        self,
+        candidates: NDArray[np.int64],
+        squared_distances: NDArray[np.float32],
+        reranked: NDArray[np.int64],
+        pair_scores: NDArray[np.float32],
+    ) -> Decided:
+        """The answer from candidates by distance, the first K of which were `reranked` (K,) by their pair scores."""
+        score_of = dict(zip(reranked.tolist(), pair_scores.tolist(), strict=True))
+        places: Sequence[int] = [place for place, image_id in enumerate(candidates.tolist()) if image_id in score_of]
+        ids = candidates[places]
+        scores = np.array([score_of[image_id] for image_id in ids.tolist()], np.float32)
+        return decide(self.decision, ids, squared_distances[places], scores, self.utm_m[ids])
