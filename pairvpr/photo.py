@@ -29,17 +29,18 @@ class Asked:
     def pixels(self, network: ModelConfig) -> NDArray[np.uint8]:
         """(S, S, 3) uint8 as the network sees it. Raises `PhotoError`, which names the photo.
 
-        An image or an array is decoded already, so `scaled_decoding` has no say in it.
+        An image or an array is decoded already, so `scaled_decoding` and `max_megapixels` have no say in it.
         """
         try:
-            return self._pixels(network.image_size_px, network.scaled_decoding)
+            return self._pixels(network)
         except (images.BrokenImageError, ValueError) as error:  # a path with NUL is a `ValueError`
             raise PhotoError(self._name, str(error)) from error
 
-    def _pixels(self, side_px: int, scaled: bool) -> NDArray[np.uint8]:
+    def _pixels(self, network: ModelConfig) -> NDArray[np.uint8]:
+        side_px, scaled, max_megapixels = network.image_size_px, network.scaled_decoding, network.max_megapixels
         match self.photo:
             case bytes() as data:
-                return images.decode(data, side_px, scaled_decoding=scaled)
+                return images.decode(data, side_px, scaled_decoding=scaled, max_megapixels=max_megapixels)
             case Image.Image() as image:
                 return images.from_image(image, side_px)
             case np.ndarray() as array:
@@ -47,7 +48,8 @@ class Asked:
                     raise UserError("expected RGB pixels (H, W, 3) uint8")
                 return images.from_image(Image.fromarray(array), side_px)
             case str() | os.PathLike():
-                return images.load(os.fspath(self.photo), side_px, scaled_decoding=scaled)
+                url = os.fspath(self.photo)
+                return images.load(url, side_px, scaled_decoding=scaled, max_megapixels=max_megapixels)
         raise UserError("expected a path, URL, bytes, PIL.Image or an array (H, W, 3) uint8")
 
     @property

@@ -154,7 +154,7 @@ class ModelConfig:
     scaled_decoding: bool = False
     """Decode large JPEGs at 1/2, 1/4 or 1/8, sides at least 2 x image_size_px: faster, descriptors change a little."""
     max_megapixels: float = MAX_MEGAPIXELS
-    """Photos of more pixels are rejected before they are decoded, which takes up to 16 bytes of memory a pixel."""
+    """Photos of more pixels are rejected before they are decoded: memory grows with them."""
     descriptor_dim: int = 512
     """Width G of the global descriptor."""
     weights: str | None = None

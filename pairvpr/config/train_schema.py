@@ -8,6 +8,7 @@ from enum import StrEnum
 from pairvpr.config.benchmark_schema import BenchmarkConfig, BenchmarkJobConfig
 from pairvpr.config.checks import require, require_positive, require_text
 from pairvpr.config.schema import (
+    MAX_MEGAPIXELS,
     ClusterConfig,
     DenseFeatures,
     DescribePassConfig,
@@ -194,6 +195,11 @@ class TrainJobConfig(BenchmarkJobConfig):
         require(
             not self.model.scaled_decoding,
             "model.scaled_decoding=true: training crops and resizes whole photos; expected model.scaled_decoding=false",
+        )
+        require(
+            self.model.max_megapixels == MAX_MEGAPIXELS,
+            f"model.max_megapixels={self.model.max_megapixels:g}: training reads photos of up to {MAX_MEGAPIXELS:g} "
+            f"megapixels; expected model.max_megapixels={MAX_MEGAPIXELS:g}",
         )
 
 

@@ -135,8 +135,9 @@ def check_unchanged(photos: Manifest, directory: str) -> None:
     if len(changed):
         raise UserError(
             f"{photos.root}: {len(changed):,} of {len(photos):,} photos have changed since they were described in "
-            f"{directory}, the first is {photos.path(int(changed[0]))}; expected them as they were, or a new output "
-            "(an index takes them in by update_index add=...)"
+            f"{directory}, the first is {photos.path(int(changed[0]))}; expected them as they were, or another "
+            f"output=. An index of build_index takes them in by: update_index index.path={directory} add=FILE, where "
+            "FILE lists their paths"
         )
 
 

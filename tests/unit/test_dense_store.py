@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pairvpr.config.schema import ModelConfig, Precision, StoredAs
 from pairvpr.data import storage
+from pairvpr.data.images import BrokenImageError
 from pairvpr.errors import UserError
 from pairvpr.models.weights import build_model, load_weights
 from pairvpr.retrieval import dense_store
@@ -61,6 +62,18 @@ def _store() -> Iterator[None]:
     FlakyFileSystem.reset()
     yield
     FlakyFileSystem.reset()
+
+
+def test_an_image_whose_photo_could_not_be_read_says_why_and_costs_no_other(tmp_path: Path) -> None:
+    lost, url = int(IDS[1]), str(tmp_path / "store")
+    features = (features_of(image_id) for image_id in IDS)
+    dense_store.write_shard(url, 0, IDS, layout(), features, lambda: {lost: "a.jpg: gone", 1: "of another shard"})
+    dense_store.finish(url, [IDS], layout(), {"model": "made up"})
+    store = DenseStore.open(url)
+    with pytest.raises(BrokenImageError, match=r"^a\.jpg: gone$"):
+        store.read(lost)
+    for image_id in set(IDS.tolist()) - {lost}:
+        torch.testing.assert_close(store.read(image_id), as_stored(features_of(image_id), StoredAs.half))
 
 
 @given(bits=SIXTEEN_BITS, dtype=st.sampled_from([torch.bfloat16, torch.float16]))

@@ -10,6 +10,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.TiffImagePlugin import IFDRational
 
+from pairvpr.config.schema import ModelConfig
 from pairvpr.data import images
+from pairvpr.errors import PhotoError
+from pairvpr.photo import Asked
 from tests.support.shared import SHARED, needs_shared
 
 SIDE_PX = 14
@@ -277,6 +281,24 @@ def test_the_limit_bounds_memory(kind: str, side_px: int, max_megapixels: float,
     command = [sys.executable, "-c", PEAK, str(max_megapixels)]
     done = subprocess.run(command, input=bomb(kind, side_px), capture_output=True, check=True)
     assert int(done.stdout) <= most_bytes, done.stderr
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_the_limit_holds_for_a_photo_that_somebody_hands_over(tmp_path: Path, is_file: bool) -> None:
+    data = saved(picture(1000, 1001), "PNG")
+    (tmp_path / "a.png").write_bytes(data)
+    photo = Asked(str(tmp_path / "a.png") if is_file else data)
+    with pytest.raises(PhotoError, match=r"1\.0 megapixels, more than model\.max_megapixels=1"):
+        photo.pixels(ModelConfig(image_size_px=SIDE_PX, max_megapixels=1))
+    np.testing.assert_array_equal(photo.pixels(ModelConfig(image_size_px=SIDE_PX)), images.decode(data, SIDE_PX))
+
+
+@needs_shared
+def test_the_shared_panorama_is_read_with_a_larger_limit() -> None:
+    data = (SHARED / "cases" / "pano_16k" / "db" / "pano.png").read_bytes()
+    with pytest.raises(images.BrokenImageError, match=r"20,992 x 10,496 .* more than model\.max_megapixels=180"):
+        images.decode(data, SIDE_PX)
+    assert images.decode(data, SIDE_PX, max_megapixels=221).shape == (SIDE_PX, SIDE_PX, 3)
 
 
 @needs_shared
