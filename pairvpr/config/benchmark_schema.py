@@ -10,10 +10,10 @@ from pairvpr.config.checks import require, require_positive, require_text
 
 @dataclass(kw_only=True, slots=True)
 class BenchmarkJobConfig:
-    """What all jobs share that have a benchmark."""
+    """Settings of all jobs that use a benchmark."""
 
     datasets_root: str | None = None
-    """Folder (path or URL) of the data sets as downloaded; all benchmarks but folders and toy_city lie below it."""
+    """Folder (path or URL) of the downloaded datasets; used by all benchmarks except folders and toy_city."""
 
     def __post_init__(self) -> None:
         require_text(self, "", "datasets_root")
@@ -21,10 +21,10 @@ class BenchmarkJobConfig:
 
 @dataclass(kw_only=True, slots=True)
 class BenchmarkConfig:
-    """What every benchmark layout has."""
+    """Settings of every benchmark layout."""
 
     name: str = "???"
-    """What reports call the benchmark; with several benchmarks also the name of its output folder."""
+    """Name of the benchmark in reports; with several benchmarks also its output folder."""
 
     def __post_init__(self) -> None:
         require_text(self, "benchmark.", "name")
@@ -35,7 +35,7 @@ class BenchmarkConfig:
 
 
 class PositionSource(StrEnum):
-    """What says where photos were taken."""
+    """The source of photo positions."""
 
     names = "names"
     table = "table"
@@ -44,20 +44,20 @@ class PositionSource(StrEnum):
 
 @dataclass(kw_only=True, slots=True)
 class PositionColumns:
-    """What the columns of a table of positions are called."""
+    """The column names of a table of positions."""
 
     path: str = "path"
     """Paths of photos, relative to their folder."""
     utm_east: str = "utm_east"
-    """Metres, all of one UTM zone."""
+    """UTM coordinate in metres; all photos in one zone."""
     utm_north: str = "utm_north"
-    """Metres, all of one UTM zone."""
+    """UTM coordinate in metres; all photos in one zone."""
     latitude: str = "latitude"
-    """Degrees of WGS84; used where a table has no UTM columns."""
+    """WGS84 degrees; used if the table has no UTM columns."""
     longitude: str = "longitude"
-    """Degrees of WGS84; used where a table has no UTM columns."""
+    """WGS84 degrees; used if the table has no UTM columns."""
     heading: str = "heading"
-    """Degrees clockwise from north; the column and each of its cells may be missing."""
+    """Degrees clockwise from north; the column is optional, and its cells may be empty."""
 
     def __post_init__(self) -> None:
         names = ("path", "utm_east", "utm_north", "latitude", "longitude", "heading")
@@ -71,22 +71,22 @@ class PositionColumns:
 
 @dataclass(kw_only=True, slots=True)
 class FoldersConfig(BenchmarkConfig):
-    """Two folders of photos. Positives from a CSV, from positions and a radius, or none."""
+    """Two folders of photos. Positives come from a table, from positions and a radius, or there are none."""
 
     database: str = "???"
     """Folder of database photos (path or URL), searched recursively."""
     queries: str = "???"
     """Folder of query photos (path or URL), searched recursively."""
     positives: str | None = None
-    """CSV or Parquet with the columns query,database (relative paths, a pair a row): who shows the same place."""
+    """CSV or Parquet with columns query,database (relative paths): one row per pair that shows the same place."""
     radius_m: float | None = None
     """Photos at most this far apart show the same place; needs positions."""
     positions: PositionSource = PositionSource.names
-    """Names `@utm_east@utm_north@...` (read for a radius only), tables, or the GPS entries of each photo's EXIF."""
+    """Source of positions: names (`@utm_east@utm_north@...`, read only with a radius), table, or exif (GPS tags)."""
     database_table: str | None = None
-    """CSV or Parquet (path or URL): the database photos and where each was taken; others take no part."""
+    """CSV or Parquet (path or URL) of database photos and their positions; photos not listed are ignored."""
     queries_table: str | None = None
-    """The same for the query photos; without a radius it may be missing."""
+    """The same for query photos; optional without a radius."""
     columns: PositionColumns = field(default_factory=PositionColumns)
 
     def __post_init__(self) -> None:
@@ -108,16 +108,16 @@ class FoldersConfig(BenchmarkConfig):
 
 @dataclass(kw_only=True, slots=True)
 class ToyCityConfig(BenchmarkConfig):
-    """A small city drawn by code: no download, deterministic by seed."""
+    """A small synthetic city, generated from a seed: no download."""
 
     seed: int = 0
-    """Another seed is another city."""
+    """Seed of the city."""
     num_places: int = 60
-    """Places along the streets of the city."""
+    """Number of places along the city's streets."""
     photos_per_place: int = 3
-    """Database photos of each place."""
+    """Database photos per place."""
     queries_per_place: int = 1
-    """Query photos of each place, taken on another day."""
+    """Query photos per place, taken on another day."""
     radius_m: float = 25.0
     """Photos at most this far apart show the same place."""
 
@@ -151,13 +151,13 @@ class MslsConfig(BenchmarkConfig):
     """Mapillary Street-Level Sequences from its CSV files: several cities in one index."""
 
     root: str = "???"
-    """Folder (path or URL) that holds train_val/ and test/."""
+    """Folder (path or URL) that contains train_val/ and test/."""
     split: MslsSplit = MslsSplit.train_val
     """train_val or test; test has neither positions nor ground truth."""
     cities: list[str] = field(default_factory=list)
-    """Folders below the split, in the order of ids."""
+    """City folders of the split; their order determines photo ids."""
     subtask: MslsSubtask = MslsSubtask.all
-    """Which rows of the CSV files take part: all, s2w, w2s, o2n, n2o, d2n or n2d."""
+    """Rows of the CSV files to use: all, s2w, w2s, o2n, n2o, d2n or n2d."""
     radius_m: float = 25.0
     """Photos of one city at most this far apart show the same place (train_val)."""
 
@@ -183,9 +183,9 @@ class NordlandConfig(BenchmarkConfig):
     queries: str = "???"
     """Folder (path or URL) of the query frames."""
     frames_per_query: int = 1
-    """Query i shows reference frame i times this."""
+    """Query i corresponds to reference frame i * frames_per_query."""
     tolerance_frames: int = 1
-    """Reference frames at most this far from the query's show the same place."""
+    """Reference frames at most this far from the query's frame show the same place."""
 
     def __post_init__(self) -> None:
         BenchmarkConfig.__post_init__(self)
@@ -196,12 +196,12 @@ class NordlandConfig(BenchmarkConfig):
 
 @dataclass(kw_only=True, slots=True)
 class PittsburghConfig(BenchmarkConfig):
-    """Pittsburgh: photos and positions as a MATLAB file lists them."""
+    """Pittsburgh: photos and positions listed in a MATLAB file."""
 
     root: str = "???"
     """Folder (path or URL) of the database photos (000/, 001/, ...) and of queries_real/."""
     db_struct: str = "???"
-    """MATLAB file (path or URL) with dbStruct: names and UTM of database and queries."""
+    """MATLAB file (path or URL) with dbStruct: names and UTM positions of database and queries."""
     radius_m: float = 25.0
     """Photos at most this far apart show the same place."""
 

@@ -1,6 +1,6 @@
-"""Hydra in, dataclasses out: the command line and `configs/` become the objects of `schema.py`.
+"""Turns the command line and `configs/` into the dataclasses of `schema.py`, using Hydra.
 
-Nothing else imports hydra. Every mistake of a user becomes a `UserError` that names the valid choices.
+No other module imports hydra. User mistakes raise a `UserError` that names the valid choices.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ DIRECTORIES: dict[type, dict[str, str]] = {
     train_schema.TrainStageOneConfig: {"train": "train/stage_one", "train.validation": "benchmark"},
     train_schema.TrainStageTwoConfig: {"train": "train/stage_two", "train.validation": "benchmark"},
 }
-"""Groups of a job that are not simply a directory and a section of one name."""
+"""Config groups whose directory is not named like their section."""
 LAYOUTS: dict[str, type[benchmark_schema.BenchmarkConfig]] = {
     "folders": benchmark_schema.FoldersConfig,
     "msls": benchmark_schema.MslsConfig,
@@ -59,10 +59,10 @@ LAYOUTS: dict[str, type[benchmark_schema.BenchmarkConfig]] = {
     "pittsburgh": benchmark_schema.PittsburghConfig,
     "toy_city": benchmark_schema.ToyCityConfig,
 }
-"""The schemas of benchmarks. The file of each one in `configs/benchmark/` names its schema: `<layout>_schema`."""
+"""Benchmark schemas. Each file in `configs/benchmark/` names its own: `<layout>_schema`."""
 
 FLAGS = ("true", "yes", "y", "on", "1", "false", "no", "n", "off", "0")
-"""What a setting that is true or false may be given, in any case."""
+"""Accepted spellings of booleans, in upper or lower case."""
 
 
 def load(job: type[T], arguments: Sequence[str]) -> T:
@@ -85,8 +85,8 @@ def load(job: type[T], arguments: Sequence[str]) -> T:
 def load_evaluations(arguments: Sequence[str]) -> list[schema.EvaluateConfig]:
     """One configuration for each benchmark of `benchmarks=[a,b]`, or the one of `benchmark=a`.
 
-    Where the command line names none, an experiment's `benchmarks` count. With several, a `benchmark.key=value` goes
-    to those benchmarks that have this key.
+    If the command line names none, the experiment's `benchmarks` apply. With several benchmarks, `benchmark.key=value`
+    applies to those that have this key.
     """
     with _hydra():
         overrides = _parse(arguments)
@@ -110,7 +110,7 @@ def load_evaluations(arguments: Sequence[str]) -> list[schema.EvaluateConfig]:
 
 
 def _several_benchmarks(overrides: Sequence[Override]) -> list[str] | None:
-    """What `benchmarks=` says, or else the experiment; None where it is one benchmark."""
+    """The names in `benchmarks=` or else the experiment's; None for a single benchmark."""
     given = {override.key_or_group: override.value() for override in overrides}
     if "benchmarks" in given:
         if "benchmark" in given:
@@ -126,7 +126,7 @@ def _several_benchmarks(overrides: Sequence[Override]) -> list[str] | None:
 
 
 def _belongs_to_another(key: str, benchmark: str, benchmarks: Sequence[str]) -> bool:
-    """Whether `benchmark.key` is a key of another of these benchmarks and not of this one."""
+    """Whether `benchmark.key` exists in another of these benchmarks but not in this one."""
     if not key.startswith("benchmark."):
         return False
     name = key.removeprefix("benchmark.").split(".")[0]
@@ -135,7 +135,7 @@ def _belongs_to_another(key: str, benchmark: str, benchmarks: Sequence[str]) -> 
 
 
 def documented_keys(job: type) -> dict[str, str]:
-    """What each key of a job means, its groups and the keys of every benchmark included."""
+    """The doc line of each key of a job, including its groups and the keys of every benchmark."""
     found = {key: doc for key, _, doc in _documented_keys(job, "")}
     with _hydra():
         for group, directory in _groups(job).items():
@@ -169,7 +169,7 @@ def _register_schemas() -> None:
         store.store(name=f"{name}_schema", node=job)
     for name, layout in LAYOUTS.items():
         store.store(group="benchmark", name=f"{name}_schema", node=layout)
-    # `${pairvpr.configs:NAME}` is a file that lies beside the YAML files, wherever they are installed.
+    # `${pairvpr.configs:NAME}` is a file next to the YAML files, wherever they are installed.
     OmegaConf.register_new_resolver("pairvpr.configs", lambda name: str(config_directory() / name), replace=True)
 
 
@@ -178,7 +178,7 @@ _LOCK = threading.RLock()
 
 @contextmanager
 def _hydra() -> Iterator[None]:
-    """Hydra with our `configs/`, also in a process that uses Hydra itself: it finds its own as it was."""
+    """Initialise Hydra with our `configs/`, and restore the state of a process that uses Hydra itself."""
     _register_schemas()
     with _LOCK:
         process, base = GlobalHydra.instance(), VersionBase.instance()
@@ -194,14 +194,14 @@ def _hydra() -> Iterator[None]:
 
 @cache
 def _benchmarks() -> dict[str, type[benchmark_schema.BenchmarkConfig]]:
-    """Every benchmark by name, and the schema that its file names."""
+    """The schema of each benchmark, by the benchmark's name."""
     files = sorted((config_directory() / "benchmark").glob("*.yaml"))
     schemas = {path.stem: cast(Any, OmegaConf.load(path)).defaults[0] for path in files}
     return {name: LAYOUTS[its_schema.removesuffix("_schema")] for name, its_schema in schemas.items()}
 
 
 def _parse(arguments: Sequence[str]) -> list[Override]:
-    """The arguments as Hydra reads them; what is no single value to it is a text."""
+    """The arguments as parsed by Hydra; anything that it can't parse as a single value is a string."""
     parser = OverridesParser.create(config_loader=None)
     parsed = []
     for argument in arguments:
@@ -220,15 +220,15 @@ def _parse(arguments: Sequence[str]) -> list[Override]:
 
 
 def _with_text(key: str, text: str) -> str:
-    """An override, in Hydra's words, that sets `key` to exactly this text."""
+    """A Hydra override that sets `key` to exactly this string."""
     return f"{key}={QuotedString(text=text, quote=Quote.single).with_quotes()}"
 
 
 def _line(override: Override, node: Node) -> str:
-    """The override in Hydra's words, by the type of the setting that it is for.
+    """The override in Hydra's syntax, quoted according to the type of its setting.
 
-    A text is what was typed, whatever Hydra would read in it: `2026_11_26`, `1.10`, `yes`, `[a`. Two things stand for
-    something else: quotation marks around all of it are taken off, and `null` is no text where there may be none.
+    Strings are taken literally, even where Hydra would parse them as something else: `2026_11_26`, `1.10`, `yes`, `[a`.
+    Two exceptions: enclosing quotation marks are removed, and `null` means None for optional settings.
     """
     line = override.input_line or ""
     key, _, typed = line.partition("=")
@@ -249,14 +249,14 @@ def _line(override: Override, node: Node) -> str:
 
 
 def _groups(job: type) -> dict[str, str]:
-    """The groups of a job, as a user writes them, and the directory of each one's choices."""
+    """The groups of a job as users write them, each with the directory of its choices."""
     keys = {field.name for field in fields(job)}
     plain = {path.name for path in config_directory().iterdir() if path.is_dir() and list(path.glob("*.yaml"))}
     return {name: name for name in sorted(plain & keys)} | DIRECTORIES.get(job, {})
 
 
 def _for_hydra(job: type, override: Override) -> str:
-    """The override in Hydra's own words."""
+    """The override in Hydra's syntax."""
     line, key = override.input_line or "", override.key_or_group
     directory = _groups(job).get(key, key)
     if directory == key or override.value() is None:
@@ -294,7 +294,7 @@ def _check_choices(job: type, overrides: Sequence[Override]) -> None:
 
 
 def _lines(job: type, overrides: Sequence[Override]) -> list[str]:
-    """The overrides in Hydra's own words. Each `a.b.c` must be a key of the schema; the choices made decide which."""
+    """The overrides in Hydra's syntax. Each `a.b.c` must be a key of the schema selected by the chosen groups."""
     groups = _groups(job)
     chosen = [_for_hydra(job, override) for override in overrides if override.key_or_group in groups]
     config = compose(JOBS[job], chosen)
@@ -307,7 +307,7 @@ def _lines(job: type, overrides: Sequence[Override]) -> list[str]:
 
 
 def _node(config: DictConfig, key: str) -> Node:
-    """The setting of this name. Raises `UserError` where there is none, or a whole section."""
+    """The setting of this name. Raises `UserError` if it does not exist or is a whole section."""
     node: Any = config
     parts = key.split(".")
     for depth, part in enumerate(parts):
@@ -323,7 +323,7 @@ def _node(config: DictConfig, key: str) -> Node:
 
 
 def _check_missing(config: DictConfig) -> None:
-    """Raise `UserError` that names every key without a value, `datasets_root` where the benchmark lies below it."""
+    """Raise `UserError` naming every key without a value, and `datasets_root` if the benchmark needs it."""
     plain = OmegaConf.to_container(config, resolve=False)
     used = config.get("datasets_root") is None and "${datasets_root}" in str(plain)
     missing = sorted({*_missing_keys(plain), *(["datasets_root"] if used else [])})
@@ -334,7 +334,7 @@ def _check_missing(config: DictConfig) -> None:
 
 
 def _strip_slashes(config: DictConfig) -> None:
-    """Paths of other settings lie below these two, and on an object store `a//b` is not `a/b`."""
+    """Strip trailing slashes of paths that others are appended to: on an object store `a//b` is not `a/b`."""
     for name in ("datasets_root", "output"):
         value = config.get(name)
         if value is not None and not value.endswith("://"):
@@ -342,7 +342,7 @@ def _strip_slashes(config: DictConfig) -> None:
 
 
 def _missing_keys(node: object, prefix: str = "") -> Iterator[str]:
-    """Dotted names of the values `???`. OmegaConf's own function fails where a `${...}` names one of them."""
+    """Dotted names of missing values (`???`). OmegaConf's own function fails if a `${...}` refers to one."""
     if isinstance(node, dict):
         for key, value in node.items():
             yield from _missing_keys(value, f"{prefix}.{key}" if prefix else str(key))
@@ -357,7 +357,7 @@ def _suggest(word: str, valid: Sequence[str], prefix: str = "") -> str:
 
 
 def _one_line(error: Exception) -> str:
-    """Hydra's and OmegaConf's messages, with the key in front and without their internals."""
+    """A Hydra or OmegaConf error as one line: the key first, without internals."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     key = getattr(cause, "full_key", None)
     text = str(cause).strip().splitlines()[0]
@@ -382,7 +382,7 @@ def _default_text(item: Field[Any]) -> str:
 
 
 def _field_docs(config: type) -> dict[str, str]:
-    """The string under each field, which Python itself throws away."""
+    """The string below each field, read from the source: Python does not keep it."""
     docs: dict[str, str] = {}
     for owner in reversed(config.__mro__[:-1]):
         body = cast(ast.ClassDef, ast.parse(inspect.getsource(owner)).body[0]).body

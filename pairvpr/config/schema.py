@@ -1,6 +1,6 @@
 """The settings of the inference jobs, as dataclasses; YAML and the command line fill them in.
 
-Units are in the names (`_m`, `_px`, `_gib`), `num_` counts things. A field's doc line is what `--help` prints.
+Units are in the names (`_m`, `_px`, `_gib`), `num_` counts things. `--help-all` prints each field's doc line.
 Settings marked *scheduling* decide where and when work runs and never change a result.
 """
 
@@ -15,9 +15,9 @@ from pairvpr.config.benchmark_schema import BenchmarkConfig, BenchmarkJobConfig,
 from pairvpr.config.checks import require, require_positive, require_text
 
 NUM_CANDIDATES = 100
-"""K, unless it is set: those that are re-ranked for each query."""
+"""Default number K of candidates to re-rank for each query."""
 EVALUATED_CANDIDATES = 1000
-"""Kept for each query of an evaluation, unless it is set."""
+"""Default number of candidates to keep for each query of an evaluation."""
 
 
 class Ffn(StrEnum):
@@ -36,7 +36,7 @@ class Precision(StrEnum):
 
 
 class IndexKind(StrEnum):
-    """How the descriptors of an index are kept for search (docs/index.md)."""
+    """How an index stores its descriptors for search (docs/index.md)."""
 
     auto = "auto"
     flat = "flat"
@@ -48,7 +48,7 @@ class IndexKind(StrEnum):
 
 
 class DenseFeatures(StrEnum):
-    """Where re-ranking gets the database photos' dense features from."""
+    """Where re-ranking gets the dense features of database photos."""
 
     recompute = "recompute"
     cache = "cache"
@@ -56,7 +56,7 @@ class DenseFeatures(StrEnum):
 
 
 class DecisionRule(StrEnum):
-    """What orders the candidates that were re-ranked."""
+    """How re-ranked candidates are ordered."""
 
     pair = "pair"
     fused = "fused"
@@ -93,13 +93,13 @@ class EncoderConfig:
     num_registers: int = 4
     """Register tokens, dropped from the output."""
     pretrain_image_size_px: int = 518
-    """Image side that the stored position table is for."""
+    """Image side for which the position embeddings were trained."""
     pos_embed_antialias: bool = True
-    """Whether the position table is resized with anti-aliasing (true for models with registers)."""
+    """Resize the position embeddings with anti-aliasing (true for models with registers)."""
     pos_embed_offset: float = 0.0
-    """Added to the grid size in the resize factor (0.1 for models without registers, 0 = explicit size)."""
+    """Added to the grid size in the scale factor (0.1 for models without registers); 0 = resize to the exact size."""
     num_trainable_blocks: int = 6
-    """The last blocks, which training changes; the rest is frozen."""
+    """Train only this many of the last blocks; earlier blocks stay frozen."""
 
     def __post_init__(self) -> None:
         require_positive(self, "model.encoder", "embed_dim", "depth", "num_heads", "pretrain_image_size_px")
@@ -138,7 +138,7 @@ class DecoderConfig:
 
 
 MAX_MEGAPIXELS = 180.0
-"""Of a photo, unless `model.max_megapixels` says otherwise: panoramas of 16,384 x 8,192 and somewhat more."""
+"""Default of `model.max_megapixels`: allows panoramas of 16,384 x 8,192 and somewhat more."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -146,13 +146,13 @@ class ModelConfig:
     """The network and its weights."""
 
     name: str = "vitb"
-    """What reports call the model."""
+    """Name of the model in reports."""
     image_size_px: int = 322
-    """Side of the square that every photo is resized to."""
+    """Every photo is resized to a square of this side."""
     patch_size_px: int = 14
     """Side of a patch; must divide image_size_px."""
     scaled_decoding: bool = False
-    """Decode large JPEGs at 1/2, 1/4 or 1/8, sides at least 2 x image_size_px: faster, descriptors change a little."""
+    """Decode large JPEGs at 1/2, 1/4 or 1/8 (sides >= 2 x image_size_px): faster, changes descriptors slightly."""
     max_megapixels: float = MAX_MEGAPIXELS
     """Photos of more pixels are rejected before they are decoded: memory grows with them."""
     descriptor_dim: int = 512
@@ -201,9 +201,9 @@ class DescribePassConfig:
     """Photos -> global descriptors: one forward pass."""
 
     batch_size: int = 16
-    """Photos in one forward pass; cut from the manifest by position, so it decides rounding."""
+    """Photos per forward pass, batched in manifest order; affects rounding."""
     num_threads_per_actor: int = 2
-    """CPU threads of the network in one actor; decides rounding."""
+    """CPU threads of the network per actor; affects rounding."""
 
     def __post_init__(self) -> None:
         require_positive(self, "describe", "batch_size", "num_threads_per_actor")
@@ -214,11 +214,11 @@ class DescribeConfig(DescribePassConfig):
     """Photos -> global descriptors, with Ray Data."""
 
     num_actors: int | None = None
-    """Scheduling: model actors; null = one for each GPU, or one for every two CPUs."""
+    """Scheduling: number of model actors; null = one per GPU, or one per two CPUs without GPUs."""
     num_gpus_per_actor: float | None = None
-    """GPUs of one actor, 0 = its CPU threads; null = 1 where the cluster has GPUs. A GPU rounds unlike a CPU."""
+    """GPUs per actor; 0 = run on the CPU; null = 1 if the cluster has GPUs. GPUs and CPUs round differently."""
     memory_gib: float = 1.0
-    """Scheduling: object-store memory for decoded photos in flight, whatever the number of photos."""
+    """Scheduling: limit on object-store memory for decoded photos waiting for the network."""
 
     def __post_init__(self) -> None:
         DescribePassConfig.__post_init__(self)
@@ -228,24 +228,24 @@ class DescribeConfig(DescribePassConfig):
 
 @dataclass(kw_only=True)
 class SearchConfig:
-    """Descriptors of queries -> candidates, from the shards of an index."""
+    """Query descriptors -> candidates, found in the shards of an index."""
 
     num_retrieved: int | None = None
-    """Candidates kept for each query, if more than rerank.num_candidates; null = 1,000 in evaluate, else no more."""
+    """Candidates to keep per query, if more than rerank.num_candidates; null = 1,000 in evaluate, else no more."""
     num_probes: int | None = None
-    """Lists that a query visits in an index of kind ivf_*; null = as many as the index was measured to need."""
+    """Lists to scan per query in an ivf_* index; null = the number measured to reach the index's target recall."""
     num_threads_per_actor: int = 2
-    """CPU threads of faiss in one shard actor."""
+    """CPU threads of faiss per shard actor."""
     num_actors: int | None = None
-    """Scheduling: shard actors; null = one for each shard (of ivf_rabitq: group), at most one for every two CPUs."""
+    """Scheduling: number of shard actors; null = one per shard (ivf_rabitq: per group), at most one per two CPUs."""
     num_gpus_per_actor: float = 0.0
-    """Scheduling: GPUs of a shard actor; they make the short lists of a flat index, and need faiss-gpu."""
+    """Scheduling: GPUs per shard actor, used to shortlist candidates in a flat index; needs faiss-gpu."""
     memory_map: bool = False
-    """Scheduling: shards stay in local files and are mapped, but for groups of ivf_rabitq; false = they are read."""
+    """Scheduling: memory-map shard files instead of loading them (grouped ivf_rabitq shards are always loaded)."""
     cache_dir: str | None = None
-    """Scheduling: folder for shards of an index that lies elsewhere; null = pairvpr-cache among temporary ones."""
+    """Scheduling: local cache folder for shards of a remote index; null = pairvpr-cache in the temporary folder."""
     cache_gib: float = 20.0
-    """Scheduling: most bytes kept in it, the least recently used are deleted; one shard always fits."""
+    """Scheduling: size limit of that cache; the least recently used files are deleted. One shard always fits."""
 
     def __post_init__(self) -> None:
         require_text(self, "index.", "cache_dir")
@@ -255,11 +255,11 @@ class SearchConfig:
         require_gpus(self, "index")
 
     def num_kept(self, num_candidates: int) -> int:
-        """Candidates that are kept for each query, of which the first `num_candidates` are re-ranked."""
+        """Candidates to keep for each query; the first `num_candidates` of them are re-ranked."""
         return max(num_candidates, self.num_retrieved or 0)
 
     def settings(self) -> dict[str, Any]:
-        """What of it decides which candidates are found, in plain values."""
+        """The settings that affect which candidates are found, as plain values."""
         return {
             "num_retrieved": self.num_retrieved,
             "num_probes": self.num_probes,
@@ -272,17 +272,17 @@ class ShardsConfig:
     """How the shards of an index are built."""
 
     num_shards: int | None = None
-    """Contiguous shards of the photos that are described; null = one for every 250,000 photos."""
+    """Number of contiguous shards for the described photos; null = one per 250,000 photos."""
     memory_budget_gib: float | None = None
-    """Memory that all shards together may take in search; null = half of that of the cluster."""
+    """Memory limit for all shards together during search; null = half of the cluster's memory."""
     target_recall: float = 0.95
-    """Wanted recall of the exact 100 nearest, measured after the build; for ivf_* kinds."""
+    """For ivf_* kinds: target recall of the exact 100 nearest neighbours, measured after the build."""
     num_lists: int | None = None
-    """Lists of an ivf_* index; null = by the number of photos."""
+    """Number of lists of an ivf_* index; null = chosen from the number of photos."""
     num_build_threads: int = 2
-    """CPU threads that learn an index and fill a shard; decides rounding of ivf_* kinds."""
+    """CPU threads used to train the index and build each shard; affects rounding of ivf_* kinds."""
     allow_overcommit: bool = False
-    """Scheduling: build also what memory or disk can't hold."""
+    """Scheduling: build the index even if it exceeds the cluster's memory or disk."""
 
     def __post_init__(self) -> None:
         require_positive(self, "index", "num_shards", "memory_budget_gib", "num_lists", "num_build_threads")
@@ -291,7 +291,7 @@ class ShardsConfig:
 
 @dataclass(kw_only=True)
 class BuildConfig(ShardsConfig):
-    """How an index is cut, and what kind it is."""
+    """The kind of an index and how it is sharded."""
 
     kind: IndexKind = IndexKind.auto
     """flat, flat_fp16, flat_8bit (exact), ivf_fp16, ivf_8bit, ivf_rabitq (approximate); auto = by memory and recall."""
@@ -310,10 +310,10 @@ IVF_KINDS = (IndexKind.ivf_fp16, IndexKind.ivf_8bit, IndexKind.ivf_rabitq)
 
 @dataclass(kw_only=True)
 class IndexConfig(SearchConfig, BuildConfig):
-    """The index of an evaluation: built where it is missing, reused where it is finished."""
+    """The index of an evaluation: built if it is missing or incomplete, otherwise reused."""
 
     path: str | None = None
-    """Index directory (path or URL), which runs may share, one after another until it is finished; null = OUT/index."""
+    """Index directory (path or URL); null = OUT/index. Runs may share an index; only one at a time may build it."""
 
     def __post_init__(self) -> None:
         SearchConfig.__post_init__(self)
@@ -321,11 +321,11 @@ class IndexConfig(SearchConfig, BuildConfig):
         require_text(self, "index.", "path")
 
     def num_kept(self, num_candidates: int) -> int:
-        """As `SearchConfig` says; an evaluation keeps as many as curves of recall@N are drawn for."""
+        """As in `SearchConfig`; by default an evaluation keeps enough candidates for its recall@N curves."""
         return max(num_candidates, self.num_retrieved or EVALUATED_CANDIDATES)
 
     def settings(self) -> dict[str, Any]:
-        """What of it decides which candidates are found, in plain values."""
+        """The settings that affect which candidates are found, as plain values."""
         built = ("kind", "memory_budget_gib", "target_recall", "num_lists", "num_build_threads")
         return {
             **super().settings(),
@@ -336,7 +336,7 @@ class IndexConfig(SearchConfig, BuildConfig):
 
 @dataclass(kw_only=True)
 class OpenIndexConfig(SearchConfig):
-    """An index that exists."""
+    """An existing index."""
 
     path: str = "???"
     """Index directory (path or URL) written by build_index or evaluate."""
@@ -351,43 +351,43 @@ class RerankConfig:
     """Candidates -> pair scores, in a pool of Ray actors."""
 
     num_candidates: int = NUM_CANDIDATES
-    """Candidates K re-ranked for each query (at most the number of database photos)."""
+    """Number K of candidates to re-rank per query (at most the number of database photos)."""
     batch_size: int = 16
-    """Pairs in one forward pass: some candidates with all queries of the unit that have them. Decides rounding."""
+    """Pairs per forward pass: a few candidates with all queries of the unit that have them. Affects rounding."""
     queries_per_unit: int = 8
-    """Queries of one work unit, which share candidates; what a dying actor loses. Decides rounding."""
+    """Queries per work unit; they share candidates. A dying actor loses one unit. Affects rounding."""
     num_threads_per_actor: int = 2
-    """CPU threads of the network in one actor; decides rounding."""
+    """CPU threads of the network per actor; affects rounding."""
     num_actors: int | None = None
-    """Scheduling: re-ranking actors; null = one for each GPU, or one for every two CPUs."""
+    """Scheduling: number of re-ranking actors; null = one per GPU, or one per two CPUs without GPUs."""
     num_gpus_per_actor: float | None = None
-    """GPUs of one actor, 0 = its CPU threads; null = 1 where the cluster has GPUs. A GPU rounds unlike a CPU."""
+    """GPUs per actor; 0 = run on the CPU; null = 1 if the cluster has GPUs. GPUs and CPUs round differently."""
     dense_features: DenseFeatures = DenseFeatures.cache
-    """Scheduling: recompute them in each unit, cache those used last, or store all candidates' before re-ranking."""
+    """Scheduling: recompute in every unit, cache the most recently used, or store those of all candidates first."""
     cache_gib: float = 0.5
-    """Scheduling: what an actor of dense_features=cache keeps in memory from unit to unit."""
+    """Scheduling: with dense_features=cache: memory per actor for dense features kept between units."""
     gpu_cache_gib: float = 2.0
-    """Scheduling: what it keeps on its GPU, if it has one; what is dropped there goes to memory."""
+    """Scheduling: with dense_features=cache: GPU memory per actor for the same; evicted features move to CPU memory."""
     stored_as: StoredAs = StoredAs.half
-    """With dense_features=store: 16 bits a value, or 8 with a scale for each patch."""
+    """With dense_features=store: half = 16 bits per value; int8 = 8 bits and a scale per patch."""
     store_path: str | None = None
     """Scheduling: with dense_features=store: directory (path or URL) of the store; null = OUT/dense."""
     store_whole_database: bool = False
-    """Scheduling: with dense_features=store: keep every photo of the database, so that other runs can use the store."""
+    """Scheduling: with dense_features=store: store all database photos, so that other runs can use the store."""
     num_loading_threads: int = 1
-    """Scheduling: threads of an actor that read and decode photos, or stored features, ahead of the network."""
+    """Scheduling: threads per actor that load photos or stored features ahead of the network."""
     second_direction: int | None = None
-    """Candidates with the best logit(query, candidate) that are also scored the other way round; null = all."""
+    """Also score (candidate, query) for this many candidates of best logit(query, candidate); null = all."""
     calibration: str | None = None
-    """File (path or URL) of ray_jobs.calibrate: predictions get a confidence, the probability of being right."""
+    """File (path or URL) from ray_jobs.calibrate; adds a confidence (probability of being right) to each answer."""
     not_in_map_below: float | None = None
-    """A query whose confidence is below this is answered "not in this map" (in_map); needs rerank.calibration."""
+    """Answer "not in this map" (in_map) if the confidence is below this; needs rerank.calibration."""
     adaptive: bool = False
-    """Score a query's candidates batch by batch, until the best one is beyond the calibrated margin."""
+    """Score candidates in batches; stop once the best one leads by the margin in rerank.calibration."""
     decision: DecisionRule = DecisionRule.pair
-    """What orders the answers: pair (scores alone, as published), fused (and distance), consensus (and neighbours)."""
+    """Order answers by: pair = pair score (as published); fused = also distance; consensus = also neighbours."""
     report_candidates: list[int] | None = None
-    """Numbers of candidates, ascending, that the audit of a run reports on; null = those of 10, 20, 50, ... and K."""
+    """Ascending numbers of candidates for which the audit reports recall; null = 10, 20, 50, ... and K."""
 
     def __post_init__(self) -> None:
         require_positive(
@@ -454,9 +454,9 @@ class ClusterConfig:
     """Which Ray cluster runs the job."""
 
     address: str | None = None
-    """Scheduling: address of a running cluster; null = RAY_ADDRESS, or a Ray of its own on this machine."""
+    """Scheduling: address of a running cluster; null = RAY_ADDRESS, or a new local Ray instance."""
     num_cpus: int | None = None
-    """Scheduling: CPUs of a Ray of its own; null = those of this machine."""
+    """Scheduling: CPUs of a new local Ray instance; null = all CPUs of this machine."""
 
     def __post_init__(self) -> None:
         require_positive(self, "cluster", "num_cpus")
@@ -467,9 +467,9 @@ class EvaluateConfig(BenchmarkJobConfig):
     """`python -m ray_jobs.evaluate`: describe, index, retrieve, re-rank, report."""
 
     output: str = "???"
-    """Directory (path or URL) of everything that the run writes; the same line again resumes it."""
+    """Output directory (path or URL) of the run; run the same command again to resume."""
     benchmarks: list[str] = field(default_factory=list)
-    """One or more benchmarks in one run, by name, each in its own folder of the output."""
+    """Names of one or more benchmarks to run; each gets its own folder in the output."""
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     describe: DescribeConfig = field(default_factory=DescribeConfig)
@@ -484,11 +484,11 @@ class EvaluateConfig(BenchmarkJobConfig):
 
 @dataclass(kw_only=True, slots=True)
 class CheckBenchmarkConfig(BenchmarkJobConfig):
-    """`python -m ray_jobs.check_benchmark`: is a download whole? Counts, and one line for each problem."""
+    """`python -m ray_jobs.check_benchmark`: is a download complete? Prints counts, and one line per problem."""
 
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     num_opened: int = 100
-    """Database photos, and as many query photos, that are opened: a sample, the same one each time."""
+    """Number of database photos, and of query photos, to open: a fixed sample."""
 
     def __post_init__(self) -> None:
         BenchmarkJobConfig.__post_init__(self)
@@ -497,14 +497,14 @@ class CheckBenchmarkConfig(BenchmarkJobConfig):
 
 @dataclass(kw_only=True, slots=True)
 class CalibrateConfig:
-    """`python -m ray_jobs.calibrate`: from an evaluation, how sure an answer is and when re-ranking may stop."""
+    """`python -m ray_jobs.calibrate`: fit confidences and the rule for early stopping to an evaluation."""
 
     predictions: str = "???"
-    """Output directory (path or URL) of a finished evaluation with ground truth, which scored all pairs both ways."""
+    """Output directory (path or URL) of a finished evaluation with ground truth and all pairs scored both ways."""
     output: str = "???"
-    """File (path or URL) to write, for rerank.calibration; one that is there is replaced."""
+    """File (path or URL) to write, for use as rerank.calibration; an existing file is replaced."""
     max_loss: float = 0.1
-    """Most points of recall@1 that stopping early may lose on the queries that are fitted to."""
+    """Percentage points of recall@1 that early stopping may lose on the queries used for fitting."""
 
     def __post_init__(self) -> None:
         require_text(self, "", "predictions", "output")
@@ -513,12 +513,12 @@ class CalibrateConfig:
 
 @dataclass(kw_only=True)
 class PositionsConfig:
-    """Where the photos of an index were taken, for queries that search some places only."""
+    """Where the photos of an index were taken; needed to search only some places."""
 
     positions: PositionSource | None = None
-    """names (`@utm_east@utm_north@...`), table or exif; null = not known."""
+    """Source of positions: names (`@utm_east@utm_north@...`), table or exif; null = unknown positions."""
     positions_table: str | None = None
-    """CSV or Parquet (path or URL) of the photos and where each was taken; others take no part."""
+    """CSV or Parquet (path or URL) of the photos and their positions; photos not listed are ignored."""
     columns: PositionColumns = field(default_factory=PositionColumns)
 
     def __post_init__(self) -> None:
@@ -537,7 +537,7 @@ class BuildIndexConfig(PositionsConfig):
     database: str = "???"
     """Folder of database photos (path or URL), searched recursively."""
     output: str = "???"
-    """Index directory to write (path or URL); the same line again resumes it."""
+    """Index directory to write (path or URL); run the same command again to resume."""
     model: ModelConfig = field(default_factory=ModelConfig)
     describe: DescribeConfig = field(default_factory=DescribeConfig)
     index: BuildConfig = field(default_factory=BuildConfig)
@@ -550,14 +550,14 @@ class BuildIndexConfig(PositionsConfig):
 
 @dataclass(kw_only=True)
 class ChangedIndexConfig(ShardsConfig):
-    """The index that is changed. Budget, recall and lists are those of a new kind."""
+    """The index to change. Memory budget, recall and lists apply to a new kind."""
 
     path: str = "???"
     """Index directory (path or URL) written by build_index or evaluate."""
     kind: IndexKind | None = None
-    """Kind of index from now on, built anew for all photos; null = as it is."""
+    """Rebuild the index of all photos as this kind; null = keep its kind."""
     compact_share: float = 0.2
-    """A shard of which more than this share is removed is written anew by compact=true."""
+    """compact=true rewrites shards of which more than this fraction has been removed."""
 
     def __post_init__(self) -> None:
         require_text(self, "index.", "path")
@@ -569,23 +569,23 @@ class ChangedIndexConfig(ShardsConfig):
         self.as_build_config()
 
     def as_build_config(self) -> BuildConfig:
-        """How shards are built."""
+        """The same settings as a `BuildConfig`."""
         shared = {item.name: getattr(self, item.name) for item in fields(ShardsConfig)}
         return BuildConfig(kind=self.kind or IndexKind.auto, **shared)
 
 
 @dataclass(kw_only=True)
 class UpdateIndexConfig(PositionsConfig):
-    """`python -m ray_jobs.update_index`: add photos to an index, remove some, each change a new generation."""
+    """`python -m ray_jobs.update_index`: add or remove photos of an index; each change is a new generation."""
 
     add: str | None = None
-    """Folder below that of the index's photos, or list of photos in it (.txt, a path a line; .csv, .parquet: path)."""
+    """Subfolder of the index's photos, or a list of photos in it (.txt: one per line; .csv, .parquet: column path)."""
     remove: str | None = None
-    """The same; photos that are removed need not exist any more."""
+    """Photos to remove, given in the same way; they need not exist any more."""
     compact: bool = False
-    """Write shards anew, without their removed photos, of which many are removed (index.compact_share)."""
+    """Rewrite shards with many removed photos (more than index.compact_share) without them."""
     single_writer: bool = False
-    """Your word that nobody else changes the index now: needed where a store can't tell two writers apart."""
+    """Confirm that nobody else is changing the index; needed on stores without atomic creation of files."""
     model: ModelConfig = field(default_factory=ModelConfig)
     describe: DescribeConfig = field(default_factory=DescribeConfig)
     index: ChangedIndexConfig = field(default_factory=ChangedIndexConfig)
@@ -606,20 +606,20 @@ class UpdateIndexConfig(PositionsConfig):
 
 @dataclass(kw_only=True, slots=True)
 class FilterConfig:
-    """Which photos of an index a query may find; a photo whose position is not known meets no condition on it."""
+    """Which photos of an index a query may find. Photos with an unknown position match no condition on it."""
 
     near_m: float | None = None
-    """At most this far from filter.center, or from each query's own prior position."""
+    """Search at most this far from filter.center, or from each query's prior position if there is no center."""
     center: list[float] | None = None
-    """[utm_east, utm_north] of all queries' prior position, in metres."""
+    """[utm_east, utm_north] in metres: the prior position of all queries."""
     priors: str | None = None
-    """CSV or Parquet of each query's prior (path, utm_east, utm_north, heading); null = from `@` names, if needed."""
+    """CSV or Parquet of priors per query (path, utm_east, utm_north, heading); null = read from `@` names if needed."""
     box: list[float] | None = None
-    """[west, south, east, north] in metres of UTM."""
+    """[west, south, east, north] in UTM metres: search only this box."""
     heading_deg: float | None = None
-    """Direction of view, clockwise from north, of all queries; null = from each query's prior."""
+    """Viewing direction of all queries, clockwise from north; null = from each query's prior."""
     within_deg: float | None = None
-    """At most this far from that direction, to either side."""
+    """Search photos whose direction differs by at most this, to either side."""
 
     def __post_init__(self) -> None:
         require_text(self, "filter.", "priors")
@@ -647,12 +647,12 @@ class FilterConfig:
 
     @property
     def is_set(self) -> bool:
-        """Whether there is any condition."""
+        """Whether any condition is set."""
         return self.near_m is not None or self.box is not None or self.within_deg is not None
 
     @property
     def needs_priors(self) -> bool:
-        """Whether a condition is another one for each query."""
+        """Whether a condition needs a prior for each query."""
         return (self.near_m is not None and self.center is None) or (
             self.within_deg is not None and self.heading_deg is None
         )
@@ -660,12 +660,12 @@ class FilterConfig:
 
 @dataclass(kw_only=True, slots=True)
 class QueryConfig:
-    """`python -m ray_jobs.query`: where was each of these photos taken? Against an index that exists."""
+    """`python -m ray_jobs.query`: where was each of these photos taken? Searches an existing index."""
 
     queries: str = "???"
     """Folder of query photos (path or URL), searched recursively."""
     output: str = "???"
-    """Directory (path or URL) of the predictions; the same line again resumes it."""
+    """Output directory (path or URL) of the predictions; run the same command again to resume."""
     filter: FilterConfig = field(default_factory=FilterConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     describe: DescribeConfig = field(default_factory=DescribeConfig)
@@ -684,18 +684,18 @@ class QueryConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PlanSettings:
-    """What is planned, and how fast the cluster is."""
+    """The size of the planned index, and the speed of the cluster."""
 
     num_images: int | None = None
-    """Photos of the database; null = those of benchmark=..."""
+    """Number of database photos; null = counted in benchmark=..."""
     images_per_s: float | None = None
-    """Photos that the whole cluster describes in a second; null = measured on the cluster at hand."""
+    """Photos per second that the whole cluster describes; null = measure this on the current cluster."""
     calibration_photos: int | None = None
-    """Photos drawn and described to measure that; null = 64, then as many as take some seconds."""
+    """Number of synthetic photos for that measurement; null = 64, then enough to take a few seconds."""
     num_queries: int | None = None
-    """Queries of a run, for the cost of its dense features; null = those of benchmark=..., or not planned."""
+    """Number of queries, to plan dense features; null = counted in benchmark=..., or not planned without one."""
     num_candidates: int = NUM_CANDIDATES
-    """Candidates that it re-ranks for each query."""
+    """Candidates to re-rank per query."""
 
     def __post_init__(self) -> None:
         require_positive(
@@ -705,13 +705,13 @@ class PlanSettings:
 
 @dataclass(kw_only=True, slots=True)
 class PlanConfig(BenchmarkJobConfig):
-    """`python -m ray_jobs.plan`: what an index of so many photos takes, before it is built: sizes, memory, hours."""
+    """`python -m ray_jobs.plan`: estimate the size, memory and hours of an index before building it."""
 
     output: str | None = None
-    """File (path or URL) for the plan as JSON; on several machines the calibration's photos lie beside it meanwhile."""
+    """File (path or URL) for the plan as JSON; on several machines, temporary calibration photos are put next to it."""
     plan: PlanSettings = field(default_factory=PlanSettings)
     benchmark: BenchmarkConfig | None = None
-    """A benchmark whose database photos are counted; or plan.num_images=..."""
+    """Benchmark whose database photos are counted; alternatively set plan.num_images=..."""
     model: ModelConfig = field(default_factory=ModelConfig)
     describe: DescribeConfig = field(default_factory=DescribeConfig)
     index: BuildConfig = field(default_factory=BuildConfig)

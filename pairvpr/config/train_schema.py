@@ -1,4 +1,4 @@
-"""The settings of training, and of what follows it. The published recipes are `configs/train/`."""
+"""The settings of training, checkpoint search and export. The published recipes are `configs/train/`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pairvpr.config.schema import (
 
 
 class TrainingSetName(StrEnum):
-    """Photos to train on, each read from its own download layout."""
+    """A training set, read in the layout of its download."""
 
     sfxl = "sfxl"
     gsv_cities = "gsv_cities"
@@ -27,48 +27,48 @@ class TrainingSetName(StrEnum):
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
-    """What both stages share."""
+    """Settings of both stages."""
 
     root: str = "???"
-    """Folder (path or URL) of the training sets: sf_xl/, gsv_cities/, gldv2/ below it."""
+    """Folder (path or URL) that contains the training sets sf_xl/, gsv_cities/ and gldv2/."""
     start: str | None = None
-    """Weights to start from (path or URL); null = seeded random ones."""
+    """Initial weights (path or URL); null = random, from the seed."""
     seed: int = 0
-    """Of everything drawn: places, views, crops, masks, new weights."""
+    """Seed of all random draws: places, views, crops, masks, new weights."""
     epochs: int = 10
     """Passes over the places."""
     max_steps: int | None = None
-    """Stop after so many steps; null = after the epochs. The schedules don't change."""
+    """Stop after this many steps; null = after all epochs. Schedules don't change."""
     global_batch_size: int = 64
-    """Samples of one step over all workers; the batch of a worker follows from their number."""
+    """Samples per step over all workers; each worker takes an equal share."""
     clip_grad: float | None = None
-    """Largest norm of the gradient; null = any."""
+    """Clip gradients to this norm; null = no clipping."""
     train_everything: bool = False
-    """Also train the embedding, tokens and earlier blocks of the encoder: for training from nothing."""
+    """Also train the encoder's embedding, tokens and earlier blocks, for training from scratch."""
     activation_checkpointing: bool = False
-    """Compute activations a second time in the backward pass: less memory, more time, the same numbers."""
+    """Recompute activations in the backward pass: less memory, more time, identical results."""
     keep_every_epochs: int = 1
-    """Keep a checkpoint of its own every so many epochs."""
+    """Keep a permanent checkpoint every this many epochs."""
     checkpoint_every_steps: int | None = None
-    """Write the rolling checkpoint also every so many steps; null = at the end of an epoch."""
+    """Also write the rolling checkpoint every this many steps; null = only at the end of each epoch."""
     log_every_steps: int = 10
     """Steps between two rows of metrics.jsonl."""
     validation: BenchmarkConfig | None = None
     """Benchmark whose recall@1/5/10 by global descriptor is measured after each epoch; null = none."""
     validation_batch_size: int = 16
-    """Photos of one forward pass of the validation."""
+    """Photos per forward pass in validation."""
     wandb: bool = False
-    """Send metrics to Weights & Biases as well (needs the wandb package)."""
+    """Also log metrics to Weights & Biases (needs the wandb package)."""
     num_workers: int | None = None
-    """Scheduling: processes of DistributedDataParallel; null = one for each GPU, or one."""
+    """Scheduling: DistributedDataParallel processes; null = one per GPU, or one without GPUs."""
     num_gpus_per_worker: float | None = None
-    """GPUs of one worker, 0 = its CPU threads; null = 1 where the cluster has GPUs."""
+    """GPUs per worker; 0 = train on the CPU; null = 1 if the cluster has GPUs."""
     num_threads_per_worker: int = 2
-    """CPU threads of the network in one worker; decides rounding."""
+    """CPU threads of the network per worker; affects rounding."""
     loader_processes: int = 0
-    """Scheduling: processes that decode photos for each worker, 0 = the worker itself."""
+    """Scheduling: data-loading processes per worker; 0 = the worker loads its own data."""
     max_failures: int = 100
-    """Scheduling: how often a worker or its node may die before the run gives up."""
+    """Scheduling: number of worker or node failures before the run gives up."""
 
     def __post_init__(self) -> None:
         require_text(self, "train.", "root", "start")
@@ -106,29 +106,29 @@ class StageOneConfig(TrainConfig):
     epochs: int = 500
     """Passes over the places."""
     datasets: list[TrainingSetName] = field(default_factory=lambda: list(TrainingSetName))
-    """Any of sfxl, gsv_cities and gldv2."""
+    """Training sets to use: any of sfxl, gsv_cities and gldv2."""
     gldv2_csv: str | None = None
-    """Google Landmarks v2's train_clean.csv (path or URL); null = beside its train/ folder."""
+    """Google Landmarks v2's train_clean.csv (path or URL); null = next to its train/ folder."""
     mask_ratio: float = 0.9
-    """Share of the first view's patches that is hidden."""
+    """Fraction of the first view's patches to mask."""
     norm_pix_loss: bool = True
     """Normalise each target patch by its own mean and variance."""
     lr: float = 3e-4
     """Learning rate at a global batch of 1024; scaled by sqrt(global_batch_size / 1024)."""
     min_lr: float = 1e-6
-    """Where the cosine of the learning rate ends."""
+    """Final learning rate of the cosine schedule."""
     warmup_epochs: float = 10
     """Epochs of linear warm-up from 0."""
     weight_decay: float = 0.04
-    """Where the cosine of the weight decay begins."""
+    """Initial weight decay of the cosine schedule."""
     weight_decay_end: float = 0.4
-    """Where it ends."""
+    """Final weight decay of the cosine schedule."""
     layerwise_decay: float = 0.9
-    """Factor of the learning rate from one encoder block to the one before it."""
+    """Learning-rate multiplier per layer, from the head down to the first encoder block."""
     patch_embed_lr_mult: float = 0.2
-    """Factor of the learning rate of the patch embedding."""
+    """Learning-rate multiplier of the patch embedding."""
     accumulation_steps: int = 1
-    """Parts that a worker cuts its batch into, one after another: less memory, the same step."""
+    """Micro-batches per step of each worker: less memory, the same step."""
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
@@ -153,17 +153,17 @@ class StageTwoConfig(TrainConfig):
     """Descriptor and pair classifier together, on GSV-Cities (method, section 5); a sample is a place of 4 photos."""
 
     lr: float = 8e-5
-    """Learning rate at the start."""
+    """Initial learning rate."""
     lr_end_factor: float = 0.2
-    """Share of it that is left after decay_steps."""
+    """Final learning rate, after decay_steps, as a fraction of lr."""
     decay_steps: int = 6225
-    """Steps of the linear decay; constant afterwards."""
+    """Steps of linear decay; the learning rate is constant afterwards."""
     weight_decay: float = 0.05
-    """On every parameter."""
+    """Weight decay of all parameters."""
     pair_loss_weight: float = 2.0
-    """Weight of the pair classifier's loss beside the descriptor's."""
+    """Weight of the pair classifier's loss relative to the descriptor's."""
     num_augment_operations: int = 3
-    """Operations of RandAugment on each photo; 0 = none."""
+    """RandAugment operations per photo; 0 = none."""
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
@@ -178,10 +178,10 @@ class StageTwoConfig(TrainConfig):
 
 @dataclass(kw_only=True, slots=True)
 class TrainJobConfig(BenchmarkJobConfig):
-    """What the jobs of both stages share."""
+    """Settings of the jobs of both stages."""
 
     output: str = "???"
-    """Directory (path or URL) of checkpoints and metrics; the same line again resumes it."""
+    """Output directory (path or URL) for checkpoints and metrics; run the same command again to resume."""
     model: ModelConfig = field(default_factory=ModelConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
@@ -224,7 +224,7 @@ class SearchCheckpointsConfig(BenchmarkJobConfig):
     checkpoints: str = "???"
     """Folder (path or URL) of stage-two checkpoints or exported weights."""
     output: str = "???"
-    """Directory (path or URL) of the table and of each checkpoint's evaluation; the same line again resumes it."""
+    """Output directory (path or URL) for the table and all evaluations; run the same command again to resume."""
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     describe: DescribePassConfig = field(default_factory=DescribePassConfig)
@@ -254,14 +254,14 @@ class SearchCheckpointsConfig(BenchmarkJobConfig):
 
 @dataclass(kw_only=True, slots=True)
 class ExportWeightsConfig:
-    """`python -m ray_jobs.export_weights`: a stage-two checkpoint becomes weights that evaluate loads."""
+    """`python -m ray_jobs.export_weights`: convert a stage-two checkpoint to weights for evaluate."""
 
     checkpoint: str = "???"
     """Stage-two checkpoint (path or URL)."""
     output: str = "???"
     """File to write (path or URL), ending in .pth or .safetensors."""
     half: bool = False
-    """16-bit floats: half the size, rounded."""
+    """Store 16-bit floats: half the size, rounded."""
 
     def __post_init__(self) -> None:
         require_text(self, "", "checkpoint", "output")
