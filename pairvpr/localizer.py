@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from threading import Lock
 from typing import Any, overload
 
@@ -38,10 +37,11 @@ from pairvpr.config.schema import (
 from pairvpr.data import claim, storage
 from pairvpr.data.images import BrokenImageError
 from pairvpr.data.local_cache import LocalCache, cache_directory
-from pairvpr.data.manifest import Manifest
+from pairvpr.data.manifest import Manifest, check_photos_are_seen
 from pairvpr.data.photo_batches import PhotoBatch
 from pairvpr.errors import PhotoError, UserError
 from pairvpr.evaluation.confidence import Calibration, Judge, read_calibration
+from pairvpr.index.described import CHANGED, DescribedPhotos
 from pairvpr.index.manifest import IndexManifest, check_model, read_generation, read_images, read_manifest
 from pairvpr.index.merge import Found
 from pairvpr.index.reader import WarmIndex, search_index
@@ -49,10 +49,11 @@ from pairvpr.index.search import NO_ID, Effort
 from pairvpr.models.weights import build_model, find_weights, load_weights
 from pairvpr.photo import Asked, Photo, asked, is_many
 from pairvpr.retrieval.describe import Describer
-from pairvpr.retrieval.features import PhotoFeatures
-from pairvpr.retrieval.pipeline import feature_cache, load_pixels
+from pairvpr.retrieval.features import FeatureCache, PhotoFeatures
+from pairvpr.retrieval.pipeline import feature_cache, load_pixels, no_pixels
 from pairvpr.retrieval.rerank import Features, Reranked, Reranker, WorkUnit, work_units
 from pairvpr.retrieval.small_index import build_small_index
+from pairvpr.retrieval.unreadable import Unreadable
 from pairvpr.where import Map, Position, Utm, Where
 
 
@@ -75,7 +76,10 @@ class Match:
     squared_distance: float
     """Of the two global descriptors, which are of unit length."""
     pair_score: float | None
-    """Sum of both directions' logits, higher = same place; None from `retrieve`, which scores no pairs."""
+    """Sum of both directions' logits, higher = same place; None from `retrieve`, which scores no pairs.
+
+    Minus infinity for a photo of the index that can't be read any more or has changed since it was described.
+    """
     confidence: float | None
     """Probability that the best match shows the place, which its pair score has after calibration; None without one.
 
@@ -89,6 +93,7 @@ class _Generation:
 
     manifest: IndexManifest
     photos: Manifest
+    described: DescribedPhotos
     index: WarmIndex
     map: Map
 
@@ -360,7 +365,8 @@ class Localizer:
             has_gpu=self._search.num_gpus_per_actor > 0,
             before=before,
         )
-        return _Generation(manifest, photos, index, Map(photos, self._utm_epsg))
+        described = DescribedPhotos(self._directory, manifest, photos)
+        return _Generation(manifest, photos, described, index, Map(photos, self._utm_epsg))
 
     def _located(self, photos: Sequence[Asked], k: int, where: Where) -> list[list[Match] | PhotoError]:
         """The steps of the job `query`, with the same photos in each forward pass."""
@@ -371,11 +377,12 @@ class Localizer:
         rows = self._nearest(now, described.descriptors, described.places, num_kept, where, len(photos))
         nearest = {place: _found(*row) for place, *row in zip(places, *rows, strict=True)}
         candidates = {place: ids[:num_candidates].tolist() for place, (_, ids) in nearest.items()}
-        scored = self._scored(now, photos, described.embedded, candidates)
+        scored, broken = self._scored(now, photos, described.embedded, candidates)
+        broken |= described.broken
         answers: list[list[Match] | PhotoError] = []
         for place in range(len(photos)):
-            if place in described.broken:
-                answers.append(described.broken[place])
+            if place in broken:
+                answers.append(broken[place])
                 continue
             distances, ids = nearest[place]
             best, scores = scored[place].ids[:k], scored[place].pair_scores[:k]
@@ -441,34 +448,57 @@ class Localizer:
         photos: Sequence[Asked],
         embedded: Tensor | None,
         candidates: Mapping[int, Sequence[int]],
-    ) -> dict[int, Reranked]:
-        """Every photo's candidates by its place; `embedded` is the features of the only photo, where they are known."""
-        describer, num_loading = self._pair_describer, self._rerank.num_loading_threads
+    ) -> tuple[dict[int, Reranked], dict[int, PhotoError]]:
+        """Every photo's candidates by its place, and the photos that can't be read any more.
+
+        `embedded` is the features of the only photo, where they are known. A candidate that can't be read, or has
+        changed since it was described, costs itself alone.
+        """
+        describer, network = self._pair_describer, self._network
+        queries, database = Unreadable(), Unreadable()
 
         def read_again(place: int) -> NDArray[np.uint8]:
-            return photos[place].pixels(self._network)
+            try:
+                return photos[place].pixels(network)
+            except PhotoError as error:
+                raise BrokenImageError(error.reason) from error
 
-        of_queries: Features = PhotoFeatures(
-            read_again, describer.embedded, device=describer.device, num_threads=num_loading
+        def candidate(image_id: int) -> NDArray[np.uint8]:
+            if len(now.described.changed(np.array([image_id]))):
+                raise BrokenImageError(CHANGED)
+            return load_pixels(now.photos, network, image_id)
+
+        def features(
+            load: Callable[[int], NDArray[np.uint8]], unreadable: Unreadable, cache: FeatureCache | None = None
+        ) -> Features:
+            return PhotoFeatures(
+                unreadable.guarded(load, lambda: no_pixels(network)),
+                describer.embedded,
+                device=describer.device,
+                num_threads=self._rerank.num_loading_threads,
+                cache=cache,
+                lost=unreadable.reasons,
+            )
+
+        reranker = self._reranker(
+            features(read_again, queries) if embedded is None else _given(embedded),
+            features(candidate, database, self._features),
+            queries.reasons,
+            database.reasons,
         )
-        of_database: Features = PhotoFeatures(
-            partial(load_pixels, now.photos, self._network),
-            describer.embedded,
-            device=describer.device,
-            num_threads=num_loading,
-            cache=self._features,
-        )
-        reranker = self._reranker(of_queries if embedded is None else _given(embedded), of_database)
         units = work_units(candidates, self._rerank.queries_per_unit)
-        try:
-            return {answer.query_id: answer for unit in units for answer in reranker.rerank(unit)}
-        except BrokenImageError as error:
-            raise UserError(
-                f"{error}: a photo of the index can't be read any more; expected it where the index was built, or an "
-                "index without it (update_index remove=...)"
-            ) from error
+        scored = {answer.query_id: answer for unit in units for answer in reranker.rerank(unit)}
+        if database.reasons:
+            check_photos_are_seen(now.photos)
+        return scored, {place: PhotoError(photos[place].name, why) for place, why in queries.reasons.items()}
 
-    def _reranker(self, queries: Features, database: Features) -> Reranker:
+    def _reranker(
+        self,
+        queries: Features,
+        database: Features,
+        lost_queries: Mapping[int, str] | None = None,
+        lost_candidates: Mapping[int, str] | None = None,
+    ) -> Reranker:
         stops = self._calibration is not None and self._rerank.adaptive
         return Reranker(
             self._pair_describer.model,
@@ -477,6 +507,8 @@ class Localizer:
             database_features=database,
             second_direction=self._rerank.second_direction,
             stop_margin=self._calibration.stop_margin if self._calibration is not None and stops else None,
+            lost_queries=lost_queries,
+            lost_candidates=lost_candidates,
         )
 
     def _matches(

@@ -34,7 +34,7 @@ class Asked:
         try:
             return self._pixels(network)
         except (images.BrokenImageError, ValueError) as error:  # a path with NUL is a `ValueError`
-            raise PhotoError(self._name, str(error)) from error
+            raise PhotoError(self.name, str(error)) from error
 
     def _pixels(self, network: ModelConfig) -> NDArray[np.uint8]:
         side_px, scaled, max_megapixels = network.image_size_px, network.scaled_decoding, network.max_megapixels
@@ -53,7 +53,8 @@ class Asked:
         raise UserError("expected a path, URL, bytes, PIL.Image or an array (H, W, 3) uint8")
 
     @property
-    def _name(self) -> str:
+    def name(self) -> str:
+        """What messages call it."""
         match self.photo:
             case bytes() as data:
                 name = f"{len(data):,} bytes"

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from pairvpr.config.schema import BuildConfig, DescribeConfig
 from pairvpr.data import stamps, storage
 from pairvpr.data.manifest import Manifest
 from pairvpr.distributed.capacity import node_rooms, room
 from pairvpr.distributed.dense import about_store, make_store
-from pairvpr.distributed.describe import Description, check_unchanged, describe
+from pairvpr.distributed.describe import Description, describe
 from pairvpr.distributed.index import RayRunner
 from pairvpr.distributed.rerank import rerank, unfinished
 from pairvpr.distributed.retrieve import retrieve
@@ -25,8 +23,9 @@ from pairvpr.evaluation.predictions import predictions_table, write_predictions
 from pairvpr.evaluation.report import RunFacts, metrics, summary
 from pairvpr.evaluation.submission import write_submission
 from pairvpr.index import choose, make, store
+from pairvpr.index.described import CHANGED, DescribedPhotos, described_tables
 from pairvpr.index.filters import Filters, Places
-from pairvpr.index.manifest import ImageTable, IndexManifest, commit, read_manifest
+from pairvpr.index.manifest import IndexManifest, commit, read_manifest
 from pairvpr.index.plan import check_fits, plan_index
 from pairvpr.index.reader import live_ids
 from pairvpr.retrieval.decision import Decider
@@ -52,7 +51,7 @@ def ensure_index(
     """Describe the database and build its index in a directory claimed with `settings`; what is finished is kept."""
     finished = read_manifest(directory)
     if finished is not None and make.is_wanted(finished, index):
-        check_unchanged(database, directory)
+        stamps.check_unchanged(database, directory)
         say("index: finished earlier, skipped")
         return finished
     if finished is not None and not storage.has_atomic_creation(directory):
@@ -173,28 +172,14 @@ def _changed_candidates(run: Run, units: Sequence[WorkUnit], manifest: IndexMani
     """Candidates whose photos are other ones than those in the index, by id, with what is to be said of them."""
     pending = unfinished(units, run.output)
     candidates = np.array(sorted({i for unit in pending for row in unit.candidates.values() for i in row}), np.int64)
-    changed: dict[int, str] = {}
-    for table, directory in _described_tables(run.index, manifest):
-        before = stamps.read(directory)
-        ids = candidates[(candidates >= table.first_id) & (candidates < table.first_id + table.count)]
-        if before is not None and len(ids):
-            then = before.take(pa.array(ids - table.first_id))
-            found = ids[stamps.changed(then, stamps.stamps_of(run.benchmark.database, ids))]
-            changed |= dict.fromkeys(found.tolist(), "it has changed since it was described")
-    if changed:
+    changed = DescribedPhotos(run.index, manifest, run.benchmark.database).changed(candidates)
+    if len(changed):
         say(f"index: {len(changed):,} candidates have changed since they were described, and are not scored")
-    return changed
+    return dict.fromkeys(changed.tolist(), CHANGED)
 
 
 def _num_remarked(index: str, manifest: IndexManifest) -> int:
-    return sum(len(store.read_remarks(directory)) for _, directory in _described_tables(index, manifest))
-
-
-def _described_tables(index: str, manifest: IndexManifest) -> list[tuple[ImageTable, str]]:
-    """The tables of photos of an index, and where each was described."""
-    folders = [posixpath.dirname(table.file.path) for table in manifest.images]
-    directories = [storage.join(index, folder) if folder else index for folder in folders]
-    return list(zip(manifest.images, directories, strict=True))
+    return sum(len(store.read_remarks(directory)) for _, directory in described_tables(index, manifest))
 
 
 def _stored_candidates(run: Run, units: Sequence[WorkUnit], source: ModelSource, manifest: IndexManifest) -> str | None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -229,3 +231,20 @@ def folder_manifest(folder: str, key: str) -> Manifest:
             escaped = path.encode(errors="surrogateescape").decode(errors="backslashreplace")
             raise UserError(f"{key}={folder}: the name {escaped} is not UTF-8; expected UTF-8 names") from error
     return Manifest.of(root, found.photos)
+
+
+def check_photos_are_seen(manifest: Manifest) -> None:
+    """Raise `UserError` where this node does not see the folder of the photos: then no photo is to blame."""
+    if storage.is_local(manifest.root) and not _holds_something(storage.local_path(manifest.root)):
+        raise UserError(
+            f"{manifest.root}: this folder of photos is missing or empty on node {socket.gethostname()}; expected a "
+            "folder that every node sees, or a URL"
+        )
+
+
+def _holds_something(folder: Path) -> bool:
+    """An empty folder is, most likely, a mount point without its mount."""
+    try:
+        return any(folder.iterdir())
+    except OSError:
+        return False

@@ -18,6 +18,7 @@ from pyarrow import compute
 
 from pairvpr.data import sealed, storage
 from pairvpr.data.manifest import Manifest
+from pairvpr.errors import UserError
 
 pc: Any = compute  # its functions are made at run time, so their types are not known
 
@@ -44,6 +45,8 @@ def stamps_of(photos: Manifest, image_ids: NDArray[np.int64]) -> pa.ChunkedArray
 
 
 def _each(root: str, paths: Sequence[str]) -> list[str | None]:
+    if len(paths) == 1:
+        return [storage.stamp(storage.join(root, paths[0]))]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return list(pool.map(lambda path: storage.stamp(storage.join(root, path)), paths))
 
@@ -65,3 +68,21 @@ def changed(before: pa.ChunkedArray, now: pa.ChunkedArray) -> NDArray[np.int64]:
     same = pc.fill_null(pc.equal(before, now), False)
     other = pc.and_(pc.invert(same), pc.is_valid(now))
     return np.flatnonzero(other.to_numpy())
+
+
+def check_unchanged(photos: Manifest, directory: str) -> None:
+    """Raise `UserError` where photos have changed since the description in `directory` was begun.
+
+    One that is gone has not changed: whoever needs it says so.
+    """
+    before = read(directory)
+    if before is None:
+        return
+    found = changed(before, stamps(photos))
+    if len(found):
+        raise UserError(
+            f"{photos.root}: {len(found):,} of {len(photos):,} photos have changed since they were described in "
+            f"{directory}, the first is {photos.path(int(found[0]))}; expected them as they were, or another "
+            f"output=. An index of build_index takes them in by: update_index index.path={directory} add=FILE, where "
+            "FILE lists their paths"
+        )

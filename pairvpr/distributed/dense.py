@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 from pairvpr.config.schema import RerankConfig
 from pairvpr.data import storage
 from pairvpr.data.claim import check_claim, check_writable, claim, differences
-from pairvpr.data.manifest import Manifest
+from pairvpr.data.manifest import Manifest, check_photos_are_seen
 from pairvpr.distributed.capacity import disk_bytes
-from pairvpr.distributed.parts import check_photos_are_seen
 from pairvpr.distributed.pool import PoolActor, SupervisedPool
 from pairvpr.distributed.progress import Progress
 from pairvpr.distributed.runtime import ModelSource, plan_actors

@@ -81,7 +81,7 @@ def describe(
     """
     manifest, parts = description.manifest, description.parts
     if store.read_description(description.directory) is not None:
-        check_unchanged(manifest, description.directory)
+        stamps.check_unchanged(manifest, description.directory)
         say(f"describe {label}: finished earlier, skipped")
         storage.remove_tree(parts.directory)
         return
@@ -121,24 +121,6 @@ def describe(
         say(f"describe {label}: {line}")
     storage.remove_tree(parts.directory)
     progress.finish()
-
-
-def check_unchanged(photos: Manifest, directory: str) -> None:
-    """Raise `UserError` where photos have changed since the description in `directory` was begun.
-
-    One that is gone has not changed: whoever needs it says so.
-    """
-    before = stamps.read(directory)
-    if before is None:
-        return
-    changed = stamps.changed(before, stamps.stamps(photos))
-    if len(changed):
-        raise UserError(
-            f"{photos.root}: {len(changed):,} of {len(photos):,} photos have changed since they were described in "
-            f"{directory}, the first is {photos.path(int(changed[0]))}; expected them as they were, or another "
-            f"output=. An index of build_index takes them in by: update_index index.path={directory} add=FILE, where "
-            "FILE lists their paths"
-        )
 
 
 def _forget_changed(description: Description, label: str) -> None:

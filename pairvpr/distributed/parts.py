@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import io
 import json
-import socket
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,9 +21,9 @@ from numpy.typing import NDArray
 
 from pairvpr.config.schema import ModelConfig
 from pairvpr.data import storage
-from pairvpr.data.manifest import Manifest
+from pairvpr.data.manifest import Manifest, check_photos_are_seen
 from pairvpr.data.photo_batches import PhotoBatch, load_batch, num_batches
-from pairvpr.errors import IncompleteRunError, UserError
+from pairvpr.errors import IncompleteRunError
 from pairvpr.index import store
 
 Rows = Any
@@ -97,23 +95,6 @@ def decode(rows: Rows, *, manifest: ray.ObjectRef[Manifest], photos_per_part: in
         decoded["remarks"].append(json.dumps(loaded.remarks))
         decoded["seconds"].append(time.perf_counter() - started_s)
     return decoded
-
-
-def check_photos_are_seen(manifest: Manifest) -> None:
-    """Raise `UserError` where this node does not see the folder of the photos: then no photo is to blame."""
-    if storage.is_local(manifest.root) and not _holds_something(storage.local_path(manifest.root)):
-        raise UserError(
-            f"{manifest.root}: this folder of photos is missing or empty on node {socket.gethostname()}; expected a "
-            "folder that every node sees, or a URL"
-        )
-
-
-def _holds_something(folder: Path) -> bool:
-    """An empty folder is, most likely, a mount point without its mount."""
-    try:
-        return any(folder.iterdir())
-    except OSError:
-        return False
 
 
 def write(url: str, photos: PhotoBatch, descriptors: NDArray[np.float32], seconds: float) -> None:

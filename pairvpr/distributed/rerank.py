@@ -14,8 +14,7 @@ import ray
 
 from pairvpr.config.schema import RerankConfig
 from pairvpr.data import storage
-from pairvpr.data.manifest import Benchmark
-from pairvpr.distributed.parts import check_photos_are_seen
+from pairvpr.data.manifest import Benchmark, check_photos_are_seen
 from pairvpr.distributed.pool import PoolActor, SupervisedPool
 from pairvpr.distributed.progress import Progress
 from pairvpr.distributed.runtime import ModelSource, plan_actors

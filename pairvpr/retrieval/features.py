@@ -6,7 +6,7 @@ L patches, D decoder width.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 from typing import Generic, TypeVar
@@ -81,7 +81,8 @@ class PhotoFeatures(Generic[Loaded]):
     """Features (L, D) of photos in a given order: `load` runs ahead on threads of its own, `embed` in the caller's.
 
     `load` reads a photo (pixels, or a stored record) and must be safe to call from several threads; `embed` brings
-    it to the device and through the network there. What `cache` still has is not loaded.
+    it to the device and through the network there. What `cache` still has is not loaded; it does not get the features
+    of photos that are `lost`, for which `load` returns a stand-in.
     """
 
     def __init__(
@@ -92,12 +93,14 @@ class PhotoFeatures(Generic[Loaded]):
         device: torch.device,
         num_threads: int = 1,
         cache: FeatureCache | None = None,
+        lost: Collection[int] = (),
     ) -> None:
         self._load = load
         self._embed = embed
         self._device = device
         self._num_threads = num_threads
         self._cache = cache or FeatureCache(0)
+        self._lost = lost
 
     def __call__(self, image_ids: Sequence[int]) -> Iterator[Tensor]:
         """(L, D) of each photo, one at a time."""
@@ -118,5 +121,6 @@ class PhotoFeatures(Generic[Loaded]):
         if features is None:
             # What was in the cache when the order began may have been dropped since.
             features = self._embed(self._load(image_id) if loading is None else loading.result())
-            self._cache.put(image_id, features)
+            if image_id not in self._lost:
+                self._cache.put(image_id, features)
         return features

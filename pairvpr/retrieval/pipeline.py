@@ -30,11 +30,15 @@ from pairvpr.retrieval.unreadable import Unreadable
 
 @dataclass(frozen=True)
 class Described:
-    """Ids (n,) and global descriptors (n, G) of the photos that could be read; why the others could not."""
+    """Ids (n,) and global descriptors (n, G) of the photos that could be read; why the others could not.
+
+    `remarks` say what is odd about photos that were read, by id.
+    """
 
     ids: NDArray[np.int64]
     descriptors: NDArray[np.float32]
     rejected: dict[int, str]
+    remarks: dict[int, str]
 
 
 @dataclass(frozen=True)
@@ -86,14 +90,15 @@ def run(
 
 def describe(manifest: Manifest, describer: Describer, config: DescribeConfig) -> Described:
     """Global descriptors of all photos of a manifest, batch by batch."""
-    ids, rows, rejected = [], [], {}
+    ids, rows, rejected, remarks = list[NDArray[np.int64]](), list[NDArray[np.float32]](), {}, {}
     for number in range(num_batches(len(manifest), config.batch_size)):
         batch = load_batch(manifest, number, config.batch_size, describer.model.config)
         batch_ids, batch_rows = batch.kept(describer.descriptors(batch.pixels))
         ids.append(batch_ids)
         rows.append(batch_rows)
         rejected |= batch.rejected
-    return Described(np.concatenate(ids), np.concatenate(rows), rejected)
+        remarks |= batch.remarked
+    return Described(np.concatenate(ids), np.concatenate(rows), rejected, remarks)
 
 
 def photo_reranker(
@@ -125,7 +130,9 @@ def photo_reranker(
 
         is_rounded = photos is benchmark.database and settings.dense_features is DenseFeatures.store
         load = unreadable.guarded(partial(load_pixels, photos, network), lambda: no_pixels(network))
-        return PhotoFeatures(load, embedded, device=device, num_threads=num_threads, cache=cache)
+        return PhotoFeatures(
+            load, embedded, device=device, num_threads=num_threads, cache=cache, lost=unreadable.reasons
+        )
 
     def no_features() -> Tensor:
         layout = Layout.of_model(network, settings.stored_as)

@@ -11,7 +11,7 @@ import numpy as np
 import psutil
 
 from pairvpr.config.schema import BuildConfig, DescribeConfig, PositionsConfig
-from pairvpr.data import storage
+from pairvpr.data import stamps, storage
 from pairvpr.data.claim import check_claim, check_writable, claim
 from pairvpr.data.located import located
 from pairvpr.data.manifest import Manifest, folder_manifest
@@ -52,6 +52,7 @@ def build_small_index(
             raise UserError(
                 f"index={directory}: the finished index there is {finished.kind}; expected another directory"
             )
+        stamps.check_unchanged(database, directory)
         return finished
     claim(directory, settings, "index")
     _describe(database, directory, num_shards, describer, config)
@@ -69,6 +70,7 @@ def _describe(
     database: Manifest, directory: str, num_shards: int, describer: Describer, config: DescribeConfig
 ) -> None:
     database.write(storage.join(directory, "images.parquet"))
+    stamps.write(directory, stamps.stamps(database))
     started_s = time.perf_counter()
     described = describe(database, describer, config)
     if not len(described.ids):
@@ -78,6 +80,12 @@ def _describe(
     shards = []
     for shard in store.shard_ranges(len(database), num_shards):
         first, stop = np.searchsorted(described.ids, [shard.first_id, shard.stop_id])
+        rejected, remarks = (
+            {image_id: text for image_id, text in texts.items() if shard.first_id <= image_id < shard.stop_id}
+            for texts in (described.rejected, described.remarks)
+        )
+        if remarks:
+            store.write_shard_remarks(directory, shard.shard, remarks)
         shards.append(
             store.write_shard_description(
                 directory,
@@ -86,7 +94,7 @@ def _describe(
                 described.descriptors[first:stop],
                 first_id=shard.first_id,
                 count=shard.count,
-                rejected={one: why for one, why in described.rejected.items() if shard.first_id <= one < shard.stop_id},
+                rejected=rejected,
                 seconds=seconds,
             )
         )

@@ -128,6 +128,44 @@ def test_one_photo_equals_a_folder_of_one(index: str, city: Path, tmp_path: Path
     assert_same([localizer.locate(photo, k=10, within_deg=40, heading_deg=90)], rows)
 
 
+def test_build_equals_the_job(city: Path, flat_index: str, tmp_path: Path) -> None:
+    """Every file but those that say how long it took; then a photo is gone, and one is another."""
+    shutil.copytree(city / "database", tmp_path / "database")
+    line = [f"database={tmp_path}/database", f"output={tmp_path}/job", "positions=names", *SMALL_NETWORK]
+    settings = ("index.kind=flat", "describe.batch_size=4", "describe.num_threads_per_actor=1")
+    build_index(load(BuildIndexConfig, [*line, *settings]))
+    network = load(QueryConfig, ["index.path=x", "queries=x", "output=x", *SMALL_NETWORK]).model
+    Localizer.build(
+        tmp_path / "database",
+        tmp_path / "built",
+        model=network,
+        positions="names",
+        kind="flat",
+        device="cpu",
+        describe=SECTIONS["describe"],
+    )
+    by_job, built = (_files(tmp_path / name) for name in ("job", "built"))
+    assert by_job == built
+
+    photos = sorted((tmp_path / "database").iterdir())
+    photos[1].unlink()
+    shutil.copy(photos[3], photos[4])
+    rows = asked_by_the_job(f"{tmp_path}/job", city / "queries", tmp_path / "all")
+    localizer = localizer_of(f"{tmp_path}/built")
+    assert_same(localizer.locate([city / "queries" / row["query_path"] for row in rows], k=10), rows)
+    assert sum(score == -np.inf for row in rows for score in row["pair_scores"]) > 0
+
+
+def _files(directory: Path) -> dict[str, bytes | dict[str, Any]]:
+    """The content of every file by its path, without seconds."""
+    found: dict[str, bytes | dict[str, Any]] = {}
+    for file in (path for path in directory.rglob("*") if path.is_file()):
+        found[str(file.relative_to(directory))] = file.read_bytes()
+        if file.name == "described.json":
+            found[str(file.relative_to(directory))] = json.loads(file.read_text()) | {"seconds": None}
+    return found
+
+
 @needs_shared
 @pytest.mark.parametrize("kind", KINDS)
 def test_corridor(kind: IndexKind, tmp_path: Path) -> None:

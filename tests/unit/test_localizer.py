@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -372,15 +373,58 @@ def test_refresh(other_kind: Path, folder: Path, queries: list[Path], tmp_path: 
     assert len(after) == 6
 
 
-def test_a_photo_of_the_index_that_is_gone_is_named(folder: Path, queries: list[Path], tmp_path: Path) -> None:
+def test_candidates_that_are_gone_or_changed_cost_themselves_alone(
+    folder: Path, queries: list[Path], tmp_path: Path
+) -> None:
+    """The others keep their scores, also in later calls; a photo that comes back is scored again."""
     shutil.copytree(folder / "photos", tmp_path / "photos")
-    localizer = Localizer.build(tmp_path / "photos", tmp_path / "index", **BUILD)
-    photo = localizer.locate(queries[0])[0]
+    Localizer.build(tmp_path / "photos", tmp_path / "index", **BUILD)
+    before = Localizer.open(tmp_path / "index", **OPTIONS)
+    whole, (_, among) = before.locate(queries[0], k=6), before.locate([b"", queries[0]], k=6)
+    gone, changed = (Path(match.url) for match in (whole[0], whole[2]))
+    kept = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (gone, changed)}
+    gone.unlink()
+    changed.write_bytes(queries[1].read_bytes())
+
     localizer = Localizer.open(tmp_path / "index", **OPTIONS)
-    Path(photo.url).unlink()
-    with pytest.raises(UserError, match="can't be read any more") as caught:
-        localizer.locate(queries[0])
-    assert photo.path in str(caught.value)
+    for answer, expected in (
+        (localizer.locate(queries[0], k=6), whole),
+        (localizer.locate([b"", queries[0]], k=6)[1], among),
+    ):
+        assert not isinstance(answer, PhotoError)
+        assert not isinstance(expected, PhotoError)
+        assert {match.database_id for match in answer} == {match.database_id for match in whole}
+        assert answer[:4] == [match for match in expected if Path(match.url) not in (gone, changed)]
+        assert [match.pair_score for match in answer[4:]] == [-np.inf] * 2
+    for path, (data, time_ns) in kept.items():
+        path.write_bytes(data)
+        os.utime(path, ns=(time_ns, time_ns))
+    assert localizer.locate(queries[0], k=6) == whole
+
+    recomputing = Localizer.open(tmp_path / "index", **OPTIONS)  # with no features in its cache
+    shutil.rmtree(tmp_path / "photos")
+    with pytest.raises(UserError, match="this folder of photos is missing or empty"):
+        recomputing.locate(queries[0])
+
+
+class _Vanishing(os.PathLike[str]):
+    """The path of a photo that is there the first time that somebody asks, and then no more."""
+
+    def __init__(self, path: Path) -> None:
+        self._paths = [str(path)]
+
+    def __fspath__(self) -> str:
+        return self._paths.pop() if self._paths else "gone.jpg"
+
+
+def test_a_photo_that_breaks_between_two_readings_is_reported_in_its_place(
+    localizer: Localizer, queries: list[Path]
+) -> None:
+    first, gone, last = localizer.locate([queries[0], _Vanishing(queries[1]), queries[2]])
+    assert isinstance(gone, PhotoError)
+    assert (gone.photo, "FileNotFoundError" in gone.reason) == ("photos[1]: gone.jpg", True)
+    whole = localizer.locate(queries[:3])
+    assert [first, last] == [whole[0], whole[2]]
 
 
 def test_an_index_without_ray_is_that_of_the_settings(folder: Path) -> None:

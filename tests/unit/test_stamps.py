@@ -11,7 +11,6 @@ import pytest
 
 from pairvpr.data import stamps, storage
 from pairvpr.data.manifest import Manifest
-from pairvpr.distributed.describe import check_unchanged
 from pairvpr.errors import UserError
 
 NAMES = ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]
@@ -34,7 +33,7 @@ def test_what_was_replaced_or_has_come_is_changed_and_what_is_gone_is_not(photos
     assert before is not None
     assert before.null_count == 1
     assert stamps.changed(before, stamps.stamps(photos)).tolist() == []
-    check_unchanged(photos, directory)
+    stamps.check_unchanged(photos, directory)
     storage.remove_file(photos.url(0))
     assert stamps.changed(before, stamps.stamps(photos)).tolist() == []
     storage.write_bytes(photos.url(1), b"another photo")
@@ -43,7 +42,7 @@ def test_what_was_replaced_or_has_come_is_changed_and_what_is_gone_is_not(photos
     with pytest.raises(
         UserError, match=r"2 of 4 photos have changed since they were described in .*, the first is b\.j"
     ):
-        check_unchanged(photos, directory)
+        stamps.check_unchanged(photos, directory)
 
 
 def test_a_listing_and_a_single_answer_agree(photos: Manifest) -> None:

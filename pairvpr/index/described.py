@@ -1,0 +1,46 @@
+"""Photos of an index that are other files than they were when they were described. n photos."""
+
+from __future__ import annotations
+
+import posixpath
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pairvpr.data import stamps, storage
+from pairvpr.data.manifest import Manifest
+from pairvpr.index.manifest import ImageTable, IndexManifest
+
+CHANGED = "it has changed since it was described"
+
+
+class DescribedPhotos:
+    """The photos of an index with the stamps they had when they were described, which stay in memory.
+
+    Photos without stamps, those that an earlier version described, never count as changed.
+    """
+
+    def __init__(self, directory: str, manifest: IndexManifest, photos: Manifest) -> None:
+        self._photos = photos
+        self._tables = [(table, stamps.read(folder)) for table, folder in described_tables(directory, manifest)]
+
+    def changed(self, image_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Those of some photos (n,) that have changed. Asks for each of them; one that is gone has not changed.
+
+        Raises `StorageError` where a store can't be asked.
+        """
+        changed = [np.empty(0, np.int64)]
+        for table, before in self._tables:
+            ids = image_ids[(image_ids >= table.first_id) & (image_ids < table.first_id + table.count)]
+            if before is not None and len(ids):
+                then = before.take(pa.array(ids - table.first_id))
+                changed.append(ids[stamps.changed(then, stamps.stamps_of(self._photos, ids))])
+        return np.concatenate(changed)
+
+
+def described_tables(directory: str, manifest: IndexManifest) -> list[tuple[ImageTable, str]]:
+    """The tables of photos of an index, and where each was described."""
+    folders = [posixpath.dirname(table.file.path) for table in manifest.images]
+    directories = [storage.join(directory, folder) if folder else directory for folder in folders]
+    return list(zip(manifest.images, directories, strict=True))
