@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 import math
 import re
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 from PIL.ExifTags import GPS, IFD
 
-from pairvpr.data.images import FORMATS
+from pairvpr.data.images import FORMATS, ignore_warnings_of_metadata
 
 NUM_HEAD_BYTES = 1 << 17
 """A JPEG's EXIF block, of at most 64 KiB, stands at its beginning: this much of a file is enough for nearly all."""
@@ -35,20 +34,19 @@ class GpsPosition:
 
 def gps_position(data: bytes) -> GpsPosition:
     """From the bytes of a photo, or the first of them. Raises `GpsError`; more bytes may help."""
-    with warnings.catch_warnings(record=True, action="always") as complaints:
-        try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                entries = image.getexif().get_ifd(IFD.GPSInfo)
-        except Exception as error:  # Pillow raises nearly anything on foreign bytes
-            raise GpsError(
-                f"can't be opened ({type(error).__name__}), not a photo or cut short; expected a whole one of "
-                f"{', '.join(FORMATS)} with GPSLatitude and GPSLongitude in its EXIF"
-            ) from error
+    ignore_warnings_of_metadata()
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            entries = image.getexif().get_ifd(IFD.GPSInfo)
+    except Exception as error:  # Pillow raises nearly anything on foreign bytes
+        raise GpsError(
+            f"can't be opened ({type(error).__name__}), not a photo or cut short; expected a whole one of "
+            f"{', '.join(FORMATS)} with GPSLatitude and GPSLongitude in its EXIF"
+        ) from error
     needed = (GPS.GPSLatitude, GPS.GPSLatitudeRef, GPS.GPSLongitude, GPS.GPSLongitudeRef)
     missing = [tag.name for tag in needed if tag not in entries]
     if missing:
-        why = "its EXIF block is cut short or damaged" if complaints else "no GPS position in its EXIF"
-        raise GpsError(f"{why}: expected {', '.join(missing)}")
+        raise GpsError(f"no GPS position in its EXIF, or a damaged one: expected {', '.join(missing)}")
     _check_datum(entries)
     latitude_deg = _degrees(entries, GPS.GPSLatitude, GPS.GPSLatitudeRef, "NS")
     longitude_deg = _degrees(entries, GPS.GPSLongitude, GPS.GPSLongitudeRef, "EW")

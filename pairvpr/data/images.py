@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import io
 import stat
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +21,7 @@ from pairvpr.config.schema import MAX_MEGAPIXELS
 from pairvpr.data import storage
 from pairvpr.data.jpeg_end import lacks_end, with_end
 from pairvpr.data.photo_file import orientation_of, webp_size_px, without_metadata
+from pairvpr.quiet import ignore_warnings
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "AVIF")
 """Pillow's names. Of a file of several pictures (MPO, GIF, animated WebP and PNG, TIFF) the first one is the photo."""
@@ -29,8 +29,6 @@ FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "AVIF")
 SCALED_SIDES = 2
 """Scaled decoding leaves both sides of a photo at least so many times the network's side. With 1 more photos would be
 scaled, some decoded twice as fast, but descriptors change five times as much (benchmarks/scaled_decoding.py)."""
-
-warnings.filterwarnings("ignore", module=r"PIL\.")  # of metadata; once, as a filter of a thread would leak into others
 
 BROKEN_LOCALLY = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
@@ -145,6 +143,7 @@ def _open(data: bytes, max_megapixels: float) -> Image.Image:
 
     `Image.open` would measure it by a limit of its own, one for the whole process.
     """
+    ignore_warnings_of_metadata()
     _check_size(webp_size_px(data), max_megapixels)
     Image.init()
     if Image.MAX_IMAGE_PIXELS is not None and max_megapixels * 1e6 > 2 * Image.MAX_IMAGE_PIXELS:
@@ -156,6 +155,11 @@ def _open(data: bytes, max_megapixels: float) -> Image.Image:
             _check_size(image.size, max_megapixels)
             return image
     raise UnidentifiedImageError
+
+
+def ignore_warnings_of_metadata() -> None:
+    """Pillow warns of damaged metadata, which decides about nothing here."""
+    ignore_warnings(module=r"PIL\.")
 
 
 def _check_size(size_px: tuple[int, int] | None, max_megapixels: float) -> None:
@@ -204,6 +208,7 @@ def from_image(image: Image.Image, image_size_px: int) -> NDArray[np.uint8]:
 
     Raises `BrokenImageError` as `decode_upright`.
     """
+    ignore_warnings_of_metadata()
     try:
         return np.array(_resized(_turned(_to_rgb(image).image, orientation_of(image)), image_size_px))
     except BrokenImageError:

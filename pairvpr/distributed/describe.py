@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,6 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 from ray.exceptions import RayActorError
-from ray.util.annotations import RayDeprecationWarning
 
 from pairvpr.config.schema import DescribeConfig
 from pairvpr.data import stamps, storage
@@ -32,6 +30,7 @@ from pairvpr.distributed.runtime import ActorPlan, ModelSource, cpus_of_a_shard,
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.index import store
 from pairvpr.machine import in_a_line
+from pairvpr.quiet import ignore_warnings
 from pairvpr.terminal import say
 
 MAX_TRIES = 3
@@ -210,10 +209,9 @@ def _finished_parts(description: Description, pending: Sequence[int]) -> Iterato
         object_store_memory=description.config.memory_gib * 2**30
     )
     plan = plan_actors(description.config)
-    with warnings.catch_warnings():
-        # The retry limits have no other spelling in this Ray, which warns that they will get one.
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        finished = _described(description, pending, plan)
+    # The retry limits have no other spelling in this Ray, which warns that they will get one.
+    ignore_warnings(module=r"pairvpr\.", message="`ray_remote_args` is deprecated")
+    finished = _described(description, pending, plan)
     complaint = threading.Timer(SECONDS_BEFORE_COMPLAINT, _complain, (plan,))
     complaint.daemon = True
     complaint.start()

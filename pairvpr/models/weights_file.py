@@ -14,7 +14,6 @@ import os
 import pickle
 import re
 import tempfile
-import warnings
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from pairvpr.data import storage
 from pairvpr.errors import UserError
+from pairvpr.quiet import ignore_warnings
 from pairvpr.secrets import without_secrets
 from pairvpr.terminal import say
 
@@ -41,10 +41,6 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HUB_FILE = re.compile(
     r"hf://(?:(models|datasets|spaces)/)?([^/@]+/[^/@]+)(?:@(refs/(?:pr|convert)/[^/]+|[^/]+))?/(.+)"
 )
-
-# Once for the process: both are state of the process, which loading in one thread must not take from another.
-torch.serialization.add_safe_globals([*SAFE_CLASSES])
-warnings.filterwarnings("ignore", "Detected pickle protocol", module=r"torch\.")
 
 
 @dataclass(frozen=True)
@@ -117,6 +113,9 @@ def _tensors_of_torch(data: bytes) -> object:
     """What `torch.save` wrote. Its unpickler knows tensors, plain values and `SAFE_CLASSES`, and runs nothing."""
     if data.startswith(b"PK"):
         _check_zip(data)
+    ignore_warnings(module=r"torch\.", message="Detected pickle protocol")
+    # For the process, and for good: torch's context manager would take the classes from other threads.
+    torch.serialization.add_safe_globals([*SAFE_CLASSES])
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -741,7 +741,7 @@ def test_an_exif_block_cut_anywhere_never_says_another_place() -> None:
             assert (found.latitude_deg, found.longitude_deg) == (expected.latitude_deg, expected.longitude_deg)
         except GpsError as error:
             messages.add(str(error).split(":")[0])
-    assert messages == {"no GPS position in its EXIF", "its EXIF block is cut short or damaged"}
+    assert messages == {"no GPS position in its EXIF, or a damaged one"}
     messages = set[str]()
     for cut in range(len(whole)):
         try:
@@ -756,7 +756,7 @@ def test_photos_that_do_not_say_where_are_named_one_by_one(tmp_path: Path) -> No
     put(tmp_path, "queries/q.jpg", photo(**WEST))
     whole = photo(**EAST)
     wrong = {
-        "a.jpg": (photo(), "no GPS position in its EXIF: expected GPSLatitude, GPSLatitudeRef, GPSLongitude"),
+        "a.jpg": (photo(), "no GPS position in its EXIF, or a damaged one: expected GPSLatitude, GPSLatitudeRef"),
         "b.jpg": (whole[: whole.index(b"Exif\0\0") + 60], "can't be opened (OSError), not a photo or cut short"),
         "c.jpg": (b"", "can't be opened (UnidentifiedImageError), not a photo or cut short; expected a whole one of"),
         "d.jpg": (east({"GPSLatitude": (95, 0, 0)}), "GPSLatitude is 95; expected degrees from -90 to 90"),
@@ -778,7 +778,7 @@ def test_photos_that_do_not_say_where_are_named_one_by_one(tmp_path: Path) -> No
     for line, (_, message) in zip(found, wrong.values(), strict=False):
         assert line.split(": ", 1)[1].startswith(message)
     assert "can't be read: " in found[-1]
-    with pytest.raises(UserError, match=r"a\.jpg: no GPS position in its EXIF: .* \(and 8 more; ray_jobs"):
+    with pytest.raises(UserError, match=r"a\.jpg: no GPS position in its EXIF.* \(and 8 more; ray_jobs"):
         load(tmp_path, "exif")
 
 
