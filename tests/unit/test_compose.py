@@ -566,7 +566,7 @@ def test_help_explains_every_key(job: type) -> None:
         expected |= {key for layout in layouts for key in _leaves(layout, f"{section}.")}
     assert set(explained) == expected
     assert [key for key, doc in explained.items() if not doc or " = " in doc.split(" ")[0]] == []
-    assert f"usage: python -m ray_jobs.{JOBS[job]} " in lines[0]
+    assert f"usage: pairvpr {JOBS[job]} " in lines[0]
     has_model = job not in (ExportWeightsConfig, CheckBenchmarkConfig, CalibrateConfig)
     assert ("  model=  one of tiny, vitb, vitg, vitl, vits" in lines) == has_model
     assert any(line.startswith(f"  {section}=  one of amstertime, ") for line in lines) == has_benchmark
