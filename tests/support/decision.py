@@ -29,7 +29,7 @@ def drawn(
         distances = rng.normal(0.6, 0.1, K) - 0.1 * (distance / 8) * is_positive
         places = np.arange(K) if not clusters else np.where(is_positive, 0, np.arange(K))
         order = np.argsort(distances)
-        utm_m = np.stack([100.0 * places, rng.normal(0, 2, K)], axis=1)
+        utm_m = np.stack([100.0 * places, rng.normal(0, 2, K)], axis=1).astype(np.float64)
         queries.append(
             LocatedQuery(
                 scores[order].astype(np.float32),

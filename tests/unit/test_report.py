@@ -313,7 +313,7 @@ def test_a_decision_stands_beside_the_published_order() -> None:
 
 def test_metrics_of_a_decision() -> None:
     made = benchmark()
-    photos_m = np.stack([np.arange(12) * 10.0, np.zeros(12)], axis=1)
+    photos_m = np.stack([np.arange(12) * 10.0, np.zeros(12)], axis=1).astype(np.float64)
     queries_m = np.array([[50.0, 4.0], [110.0, 30.0], [np.nan, 0.0], [0.0, 0.0]])
     made = replace(
         made, database=made.database.with_positions(photos_m), queries=made.queries.with_positions(queries_m)
