@@ -65,8 +65,10 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
 def _start(num_cpus: int | None) -> None:
     """A Ray of its own. Raises `UserError` or `IncompleteRunError` where this machine does not let it start."""
     # Ray listens on all network interfaces. It answers those who know the token that it draws for this user, unless
-    # RAY_AUTH_MODE says otherwise; but its metrics need none.
+    # RAY_AUTH_MODE says otherwise; but its metrics need none, so no port serves them: Ray logs that -1 can't be opened.
     os.environ.setdefault("RAY_enable_metrics_collection", "0")
+    os.environ.setdefault("AUTOSCALER_METRIC_PORT", "-1")
+    os.environ.setdefault("DASHBOARD_METRIC_PORT", "-1")
     folder, variable = _ray_folder()
     _check_limits(folder, variable)
     stop = signal.getsignal(signal.SIGTERM)
