@@ -21,6 +21,8 @@ from pairvpr.data.claim import FILE as SETTINGS_FILE
 from pairvpr.data.claim import check_claim, check_writable, claim
 from pairvpr.data.located import located
 from pairvpr.data.manifest import Benchmark, Manifest, folder_manifest
+from pairvpr.data.positions import zone_of_names
+from pairvpr.data.utm import UtmZone
 from pairvpr.distributed.runtime import ModelSource, ray_session
 from pairvpr.errors import UserError
 from pairvpr.index.filters import Filters, Places
@@ -115,7 +117,7 @@ def _filters(config: FilterConfig, benchmark: Benchmark) -> tuple[Filters, Place
                 f"filter: the index knows no photo's {what}; expected one built with positions=names, table, exif or "
                 "by evaluate"
             )
-    near, heading_deg = _priors(config, benchmark.queries)
+    near, heading_deg = _priors(config, benchmark.queries, zone_of_names(benchmark.database))
     return (
         Filters.of(
             len(benchmark.queries),
@@ -129,14 +131,19 @@ def _filters(config: FilterConfig, benchmark: Benchmark) -> tuple[Filters, Place
     )
 
 
-def _priors(config: FilterConfig, queries: Manifest) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
-    """Prior position (2,) or (Q, 2), and heading () or (Q,), where there is a condition on them."""
+def _priors(
+    config: FilterConfig, queries: Manifest, zone: UtmZone | None
+) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
+    """Prior position (2,) or (Q, 2), and heading () or (Q,), where there is a condition on them.
+
+    `zone` is that of the index's positions, where their names state it.
+    """
     near = None if config.center is None else np.array(config.center)
     heading_deg = None if config.heading_deg is None else np.array(config.heading_deg)
     if not config.needs_priors:
         return near, heading_deg
     source = PositionSource.names if config.priors is None else PositionSource.table
-    known = located(queries, PositionsConfig(positions=source, positions_table=config.priors), "queries")
+    known = located(queries, PositionsConfig(positions=source, positions_table=config.priors), "queries", zone)
     rows = known.ids_of(queries.path_column)
     own = {"position": known.utm_m[rows], "heading": known.heading_deg[rows]}
     if config.near_m is not None and near is None:

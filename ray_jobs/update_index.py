@@ -30,6 +30,7 @@ from pairvpr.data.claim import check_writable
 from pairvpr.data.located import located
 from pairvpr.data.manifest import Manifest, folder_manifest
 from pairvpr.data.photo_files import IMAGE_SUFFIXES
+from pairvpr.data.positions import zone_of_names
 from pairvpr.data.problems import Problems
 from pairvpr.data.tables import TableFile
 from pairvpr.distributed.describe import Description, describe
@@ -161,7 +162,7 @@ def _added(config: UpdateIndexConfig, images: Manifest) -> Manifest | None:
     else:
         folder = _below_root(config.add, "add", images.root)
         paths = [f"{folder}{path}" for path in folder_manifest(config.add, "add").paths]
-    return located(Manifest.of(images.root, sorted(set(paths))), config, "add")
+    return located(Manifest.of(images.root, sorted(set(paths))), config, "add", zone_of_names(images))
 
 
 def _less_those_there(

@@ -9,12 +9,14 @@ from pairvpr.config.schema import PositionsConfig
 from pairvpr.data.manifest import Manifest
 from pairvpr.data.positions import positions_from_exif, positions_from_names, positions_from_tables
 from pairvpr.data.problems import Problems
+from pairvpr.data.utm import UtmZone
 from pairvpr.errors import UserError
 
 
-def located(photos: Manifest, config: PositionsConfig, key: str) -> Manifest:
+def located(photos: Manifest, config: PositionsConfig, key: str, zone: UtmZone | None = None) -> Manifest:
     """The photos with positions from where `config` says they are known; those without one take no part.
 
+    `zone` is that of the metres they are compared with, where it is known: names of other zones are projected into it.
     Raises `UserError` for the first photo, row or file that can't be used.
     """
     if config.positions is None:
@@ -31,7 +33,7 @@ def located(photos: Manifest, config: PositionsConfig, key: str) -> Manifest:
     try:
         match config.positions:
             case PositionSource.names:
-                placed = positions_from_names(photos, key, problems)
+                placed = positions_from_names(photos, key, problems, zone)
             case PositionSource.table:
                 placed = positions_from_tables(folders, photos, nobody, problems)[0]
             case PositionSource.exif:

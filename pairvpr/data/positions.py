@@ -22,8 +22,8 @@ from pairvpr.data.exif import NUM_HEAD_BYTES, GpsError, GpsPosition, gps_positio
 from pairvpr.data.manifest import Manifest
 from pairvpr.data.problems import Problems
 from pairvpr.data.tables import NO_PHOTO, Rows, TableFile, find_photos, no_photo_text
+from pairvpr.data.utm import UtmZone
 from pairvpr.errors import UserError
-from pairvpr.terminal import say
 
 pc: Any = compute  # its functions are made at run time, so their types are not known
 
@@ -38,16 +38,18 @@ _ZONE = r"(?s)^(?:.*/)?@[^/@]*@[^/@]*@0?(?P<zone>[1-9]|[1-5]\d|60)@(?P<band>[C-H
 _NUM_READERS = 16
 _PHOTOS_AT_A_TIME = 256
 
+ZONE_COLUMNS = ("utm_zone", "utm_zone_number", "utm_zone_letter", "zone", "hemisphere")
+"""Columns of a table that say which UTM zone its metres are of."""
 _LIMITS_DEG = (90.0, 180.0)
 _MOST_UTM_M = 1e8  # farther than any point of the Earth from any zone's origin
 
 
-def positions_from_names(photos: Manifest, key: str, problems: Problems) -> Manifest:
+def positions_from_names(photos: Manifest, key: str, problems: Problems, zone: UtmZone | None = None) -> Manifest:
     """The photos whose names are `@utm_east@utm_north@...`, with their UTM and, where field 9 gives it, heading.
 
-    Another name is a problem, which names the setting `key` of the folder.
+    Coordinates are those of `zone`, by default of the zone that most names state; photos of other zones are projected
+    into it. Another name is a problem, which names the setting `key` of the folder.
     """
-    _say_zones(photos, key)
     fields = pc.extract_regex(photos.path_column, _NAME)
     east, north, heading = (_field(fields, name) for name in ("east", "north", "heading"))
     has_position = (np.abs(east) <= _MOST_UTM_M) & (np.abs(north) <= _MOST_UTM_M)  # NaN is not
@@ -57,17 +59,73 @@ def positions_from_names(photos: Manifest, key: str, problems: Problems) -> Mani
             "expected @utm_east@utm_north@... for a radius"
         )
     utm_m, heading_deg = np.stack([east, north], axis=1), heading % 360.0
+    has_position &= _projected(utm_m, has_position, zone, photos, key, problems)
     if has_position.all():
         return photos.with_positions(utm_m, heading_deg)
     return photos.only(np.flatnonzero(has_position)).with_positions(utm_m[has_position], heading_deg[has_position])
 
 
-def _say_zones(photos: Manifest, key: str) -> None:
-    """Coordinates of two zones don't mix; names that state several are said."""
-    zones = pc.struct_field(pc.extract_regex(photos.path_column, _ZONE), "zone").unique().drop_null().to_pylist()
-    if len(zones) > 1:
-        listed = ", ".join(sorted(zones, key=int))
-        say(f"{key}: names state the UTM zones {listed}, whose coordinates do not mix; expected those of one zone")
+def zone_of_names(photos: Manifest) -> UtmZone | None:
+    """The zone that most of the photos' names state; None where none states any."""
+    return _most_stated(_stated_zones(photos))
+
+
+_NOT_STATED = 0
+
+
+def _stated_zones(photos: Manifest) -> NDArray[np.int64]:
+    """(n,) the zone that each photo's name states: twice its number, and one more in the south; 0 where it states none.
+
+    Bands C to M are south of the equator, N to X north of it.
+    """
+    fields = pc.extract_regex(photos.path_column, _ZONE)
+    number = pc.struct_field(fields, "zone").cast(pa.int64())
+    is_south = pc.less(pc.utf8_upper(pc.struct_field(fields, "band")), "N").cast(pa.int64())
+    return pc.fill_null(pc.add(pc.multiply(number, 2), is_south), _NOT_STATED).to_numpy()
+
+
+def _most_stated(zones: NDArray[np.int64]) -> UtmZone | None:
+    found, counts = np.unique(zones[zones != _NOT_STATED], return_counts=True)
+    return _zone(int(found[counts.argmax()])) if len(found) else None
+
+
+def _zone(stated: int) -> UtmZone:
+    return UtmZone(stated // 2, south=bool(stated % 2))
+
+
+def _projected(
+    utm_m: NDArray[np.float64],
+    has_position: NDArray[np.bool_],
+    zone: UtmZone | None,
+    photos: Manifest,
+    key: str,
+    problems: Problems,
+) -> NDArray[np.bool_]:
+    """Project the positions (n, 2) of other zones into `zone`, in place; (n,) which positions can be compared.
+
+    Not where a name states no zone beside others that state several, nor far from the zone: these are problems.
+    """
+    zones = _stated_zones(photos)
+    target = zone or _most_stated(zones)
+    is_fine = np.ones(len(zones), np.bool_)
+    others = [stated for stated in np.unique(zones).tolist() if stated != _NOT_STATED and _zone(stated) != target]
+    if target is None or not others:
+        return is_fine
+    for stated in others:
+        rows = np.flatnonzero(zones == stated)
+        with np.errstate(all="ignore"):  # coordinates that are none of this zone
+            degrees = utm.to_degrees(utm_m[rows], _zone(stated))
+            utm_m[rows] = utm.to_utm(degrees[:, 0], degrees[:, 1], target)
+            is_fine[rows] = utm.is_near(utm_m[rows])
+    for i in np.flatnonzero(has_position & ~is_fine).tolist():
+        problems.add(
+            f"{key}: {photos.path(i)} is too far from UTM zone {target.number}, where the database lies; expected "
+            f"photos within {utm.MOST_EAST_M / 1000:.0f} km of longitude {target.central_meridian_deg:g}"
+        )
+    is_unstated = zones == _NOT_STATED
+    for i in np.flatnonzero(has_position & is_unstated).tolist():
+        problems.add(f"{key}: {photos.path(i)} states no UTM zone, and other names state several; expected it in all")
+    return is_fine & ~is_unstated
 
 
 def _field(fields: pa.ChunkedArray, name: str) -> NDArray[np.float64]:
@@ -109,6 +167,8 @@ def positions_from_tables(
     if len(located) < len(sources):
         problems.raise_if_any()
     is_utm = pair == _pairs(columns)[0]
+    if is_utm:
+        _check_one_zone(list(files.values()), problems)
     placed = [_in_utm(part) for part in located] if is_utm else _in_one_zone(located, problems)
     return placed[0], placed[1] if len(placed) > 1 else queries
 
@@ -177,6 +237,23 @@ def _common_pair(files: list[TableFile], columns: PositionColumns) -> tuple[str,
         f"{files[0].url} and {files[1].url}: one has {utm_pair}, the other {degrees_pair}; expected the same in both, "
         "because the zone of the former is not known"
     )
+
+
+def _check_one_zone(files: list[TableFile], problems: Problems) -> None:
+    """Raise `UserError` where columns of the tables state several zones: metres of two zones can't be compared."""
+    for name in ZONE_COLUMNS:
+        stated = {
+            text.strip().upper()
+            for file in files
+            if file.has(name)
+            for text in file.read([name], problems).texts(name).unique().drop_null().to_pylist()
+        }
+        if len(stated) > 1:
+            listed = ", ".join(sorted(stated)[:4])
+            raise UserError(
+                f"{' and '.join(file.url for file in files)}: the column {name} states {listed}; expected metres of "
+                "one UTM zone, or latitude and longitude"
+            )
 
 
 def _read_table(

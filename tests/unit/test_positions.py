@@ -10,6 +10,7 @@ import struct
 import tempfile
 import unicodedata
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -25,11 +26,11 @@ from PIL.ExifTags import GPS, IFD
 from PIL.TiffImagePlugin import IFDRational
 
 from pairvpr.config.benchmark_schema import FoldersConfig, PositionColumns, PositionSource
-from pairvpr.data import storage
-from pairvpr.data.benchmarks import load_benchmark, read_benchmark
+from pairvpr.data import storage, utm
+from pairvpr.data.benchmarks import folders, load_benchmark, read_benchmark
 from pairvpr.data.exif import NUM_HEAD_BYTES, GpsError, GpsPosition, gps_position
 from pairvpr.data.manifest import Benchmark, Manifest
-from pairvpr.data.positions import positions_from_names, positions_from_tables
+from pairvpr.data.positions import positions_from_names, positions_from_tables, zone_of_names
 from pairvpr.data.problems import FoundProblemsError, Problems
 from pairvpr.errors import UserError
 from pairvpr.toy import city as toy_city
@@ -105,12 +106,95 @@ def test_positions_and_heading_come_from_names(
     assert problems.lines == []
 
 
-def test_names_of_several_zones_are_said(capfd: pytest.CaptureFixture[str]) -> None:
-    one = ["@1@2@10@S@a@.jpg", "@1@2@010@T@b@.jpg", "@1@2@7@.jpg", "@1@2@7@8@.jpg", "@1@2@99@S@.jpg"]
-    positions_from_names(Manifest.of("root", one), "database", Problems())
-    assert capfd.readouterr().err == ""
-    positions_from_names(Manifest.of("root", [*one, "@1@2@33@U@c@.jpg"]), "database", Problems())
-    assert capfd.readouterr().err.startswith("database: names state the UTM zones 10, 33, whose coordinates do not mix")
+POINT_DEG = (48.0, 12.0), (48.0002, 12.0)
+"""On the border of zones 32 and 33; 22 m apart."""
+
+
+def zone_names(latitude_deg: float, longitude_deg: float, number: int, band: str, label: str = "a") -> str:
+    """The name of a photo at this place, in metres of a zone that need not be its own."""
+    zone = utm.UtmZone(number, south=band < "N")
+    ((east_m, north_m),) = utm.to_utm(np.array([latitude_deg]), np.array([longitude_deg]), zone)
+    return f"@{east_m:.3f}@{north_m:.3f}@{number}@{band}@{label}@.jpg"
+
+
+def test_names_of_another_zone_are_projected_into_that_of_the_database() -> None:
+    database = Manifest.of("d", [zone_names(*POINT_DEG[0], 32, "U"), zone_names(*POINT_DEG[1], 32, "U")])
+    queries = Manifest.of("q", [zone_names(*POINT_DEG[0], 33, "U")])
+    zone = zone_of_names(database)
+    assert zone == utm.UtmZone(32, south=False)
+    placed = positions_from_names(database, "database", Problems())
+    asked = positions_from_names(queries, "queries", Problems(), zone)
+    apart_m = np.hypot(*(placed.utm_m - asked.utm_m).T)
+    np.testing.assert_allclose(apart_m, [0.0, 22.24], atol=0.05)
+
+
+def test_places_of_equal_metres_in_two_zones_are_not_one_place() -> None:
+    names = [zone_names(48.0, 12.0, 32, "U"), zone_names(48.0, 18.0, 33, "U", "b")]
+    assert names[0].split("@")[1:3] == names[1].split("@")[1:3]
+    (first, second) = positions_from_names(Manifest.of("d", names), "database", Problems()).utm_m
+    assert np.hypot(*(first - second)) > 400_000
+
+
+@pytest.mark.parametrize("bands", ["MN", "mn", "NM"])
+def test_names_on_both_sides_of_the_equator_are_neighbours(bands: str) -> None:
+    sides = {"M": -0.0001, "N": 0.0001}
+    names = [zone_names(sides[band.upper()], 12.0, 32, band.upper(), f"x{i}") for i, band in enumerate(bands)]
+    (first, second) = positions_from_names(Manifest.of("d", sorted(names)), "database", Problems()).utm_m
+    np.testing.assert_allclose(np.hypot(*(first - second)), 22.1, atol=0.1)
+
+
+def test_names_of_far_zones_and_names_without_one_beside_several_are_problems() -> None:
+    near = [zone_names(48.0, 12.0, 32, "U", label) for label in "ab"]
+    problems = Problems()
+    kept = positions_from_names(Manifest.of("d", [*near, zone_names(37.0, -122.0, 10, "S")]), "database", problems)
+    assert sorted(kept.paths) == sorted(near)
+    assert len(problems.lines) == 1
+    assert "too far from UTM zone 32, where the database lies" in problems.lines[0]
+    problems = Problems()
+    positions_from_names(Manifest.of("d", [*near, "@1@2@.jpg", zone_names(48.0, 18.0, 33, "U")]), "database", problems)
+    assert problems.lines == [
+        "database: @1@2@.jpg states no UTM zone, and other names state several; expected it in all"
+    ]
+
+
+@given(
+    number=st.integers(1, 60), latitude=st.floats(-79.0, 83.0), longitude=st.floats(-3.0, 3.0), by=st.integers(-1, 1)
+)
+def test_a_name_in_a_neighbouring_zone_says_the_same_place(
+    number: int, latitude: float, longitude: float, by: int
+) -> None:
+    here = utm.UtmZone(number, south=latitude < 0).central_meridian_deg + longitude
+    hemisphere = "M" if latitude < 0 else "N"
+    names = [zone_names(latitude, here, one, hemisphere) for one in (number, (number + by - 1) % 60 + 1)]
+    zone = zone_of_names(Manifest.of("d", names[:1]))
+    placed = [positions_from_names(Manifest.of("d", [name]), "k", Problems(), zone).utm_m[0] for name in names]
+    np.testing.assert_allclose(placed[0], placed[1], atol=0.01)
+
+
+@pytest.mark.parametrize("column", ["utm_zone", "zone", "hemisphere", "UTM_Zone"])
+def test_a_table_that_states_several_zones_is_refused(tmp_path: Path, column: str) -> None:
+    for part in ("db", "q"):
+        (tmp_path / part).mkdir()
+        for name in "ab":
+            photo = Image.new("RGB", (8, 8))
+            photo.save(tmp_path / part / f"{name}.jpg")
+    tables = {}
+    for part, values in (("db", "XX"), ("q", "XY")):
+        tables[part] = f"{tmp_path}/{part}.csv"
+        rows = [f"{name}.jpg,1,2,{value}" for name, value in zip("ab", values, strict=True)]
+        Path(tables[part]).write_text("\n".join([f"path,utm_east,utm_north,{column}", *rows]))
+    config = FoldersConfig(
+        name="f",
+        database=f"{tmp_path}/db",
+        queries=f"{tmp_path}/q",
+        radius_m=25.0,
+        positions=PositionSource.table,
+        database_table=tables["db"],
+        queries_table=tables["q"],
+    )
+    with pytest.raises(UserError, match="states X, Y; expected metres of one UTM zone, or latitude and longitude"):
+        folders.load(config, Problems())
+    folders.load(replace(config, queries_table=tables["db"]), Problems())
 
 
 def test_the_toy_citys_names_say_what_it_knows() -> None:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from pairvpr.config.benchmark_schema import FoldersConfig, PositionSource
 from pairvpr.data.manifest import Benchmark, Manifest, folder_manifest
-from pairvpr.data.positions import positions_from_exif, positions_from_names, positions_from_tables
+from pairvpr.data.positions import positions_from_exif, positions_from_names, positions_from_tables, zone_of_names
 from pairvpr.data.positives import within_radius
 from pairvpr.data.problems import Problems
 from pairvpr.data.tables import Rows, TableFile, find_photos, no_photo_text
@@ -54,7 +54,7 @@ def _with_positions(
                 return database, queries
             return (
                 positions_from_names(database, "benchmark.database", problems),
-                positions_from_names(queries, "benchmark.queries", problems),
+                positions_from_names(queries, "benchmark.queries", problems, zone_of_names(database)),
             )
 
 
