@@ -85,8 +85,8 @@ class HeldIndex(OpenIndex):
                 self.descriptors(number)
 
 
-def describe(directory: str, file: Path, num_rows: int, num_shards: int, first_id: int = 0) -> None:
-    """A finished description of photos whose descriptors are the first rows of a file."""
+def describe(directory: str, file: Path, num_rows: int, num_shards: int, first_id: int = 0) -> Manifest:
+    """A finished description of photos whose descriptors are the first rows of a file; returns these photos."""
     images = Manifest.of("/photos", [f"{i:09d}.jpg" for i in range(first_id, first_id + num_rows)])
     images.write(storage.join(directory, "images.parquet"), first_id)
     rows, described = np.load(file, mmap_mode="r"), []
@@ -99,6 +99,7 @@ def describe(directory: str, file: Path, num_rows: int, num_shards: int, first_i
             )
         )
     store.finish_description(directory, images, described, first_id)
+    return images
 
 
 def draft(directory: str) -> IndexManifest:
@@ -106,7 +107,7 @@ def draft(directory: str) -> IndexManifest:
     images = Manifest.read(storage.join(directory, "images.parquet"), "/photos")
     about = store.read_description(directory)
     assert about is not None, f"{directory} is not described"
-    return first_generation(directory, images, about["num_shards"], MODEL, NUM_VALUES)
+    return first_generation(directory, images, about.num_shards, MODEL, NUM_VALUES)
 
 
 def build_index(
@@ -220,10 +221,10 @@ def update(
 ) -> Updated:
     """Photos added and removed, as the job update_index does with descriptors that are there."""
     prefix, times_s = f"updates/{generation:06d}/", [time.perf_counter()]
-    describe(storage.join(directory, prefix.rstrip("/")), added_file, num_added, 1, manifest.num_images)
+    added = describe(storage.join(directory, prefix.rstrip("/")), added_file, num_added, 1, manifest.num_images)
     times_s.append(time.perf_counter())
     changed = replace(manifest, generation=generation)
-    changed = with_added(directory, changed, prefix, num_added, 1, NUM_THREADS, LocalRunner())
+    changed = with_added(directory, changed, prefix, added, 1, NUM_THREADS, LocalRunner())
     times_s.append(time.perf_counter())
     changed = without(directory, changed, prefix, gone)
     times_s.append(time.perf_counter())

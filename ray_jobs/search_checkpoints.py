@@ -22,7 +22,7 @@ from pairvpr.cli import run_job
 from pairvpr.config.compose import load
 from pairvpr.config.schema import DescribeConfig, EvaluateConfig, IndexConfig
 from pairvpr.config.train_schema import SearchCheckpointsConfig
-from pairvpr.data import storage
+from pairvpr.data import sealed, storage
 from pairvpr.data.benchmarks import load_benchmark, prepare_benchmark
 from pairvpr.data.claim import check_claim, check_writable, claim
 from pairvpr.data.manifest import Benchmark
@@ -160,7 +160,7 @@ class _SearchActor(PoolActor):
         ):
             recalls = recall_at(ranked, self.benchmark.positives, SEARCHED_N)
             result |= {f"{step}_recall@{n}": value for n, value in recalls.items()}
-        storage.write_json(result_url, result)
+        sealed.write_json(result_url, result)
 
 
 def _result_url(output: str, name: str) -> str:
@@ -168,9 +168,11 @@ def _result_url(output: str, name: str) -> str:
 
 
 def _read_result(url: str) -> dict[str, Any]:
+    """A checkpoint's result; empty where there is none, or a damaged one, which is said."""
     try:
-        return storage.read_json(url)
-    except FileNotFoundError:
+        return sealed.read_json(url, "its checkpoint is evaluated again") or {}
+    except sealed.DamagedFileError as error:
+        sealed.warn(error)
         return {}
 
 

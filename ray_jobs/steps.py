@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pairvpr.config.schema import BuildConfig, DescribeConfig
-from pairvpr.data import stamps, storage
+from pairvpr.data import sealed, stamps, storage
 from pairvpr.data.manifest import Manifest
 from pairvpr.distributed.capacity import node_rooms, room
 from pairvpr.distributed.dense import about_store, make_store
@@ -147,11 +147,11 @@ def answer(
         weights_sha256=run.weights.sha256,
         untrained=run.weights.untrained,
         num_candidates=num_candidates,
-        seconds_describe=queries_about["seconds"],
+        seconds_describe=queries_about.seconds,
         seconds_retrieve=found.seconds,
         seconds_rerank=scored.seconds,
         num_rejected_database=manifest.num_rejected,
-        num_rejected_queries=queries_about["num_rejected"] + len(scored.lost.queries),
+        num_rejected_queries=queries_about.num_rejected + len(scored.lost.queries),
         num_remarked={"database": _num_remarked(run.index, manifest), "queries": len(store.read_remarks(queries))},
         unscored={benchmark.database.path(i): reason for i, reason in sorted(scored.lost.candidates.items())},
         report_candidates=config.rerank.report_candidates,
@@ -162,7 +162,7 @@ def answer(
         index=about_index(manifest, config.index.num_probes),
     )
     content = metrics(benchmark, final, config.model, facts)
-    storage.write_json(storage.join(run.output, "metrics.json"), content)
+    sealed.write_json(storage.join(run.output, "metrics.json"), content)
     files = ", ".join(["predictions.parquet", *submission, "metrics.json"])
     print(without_secrets(f"\n{summary(content)}\n\n{run.output}: {files}"), flush=True)
     return content

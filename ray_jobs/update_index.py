@@ -6,7 +6,6 @@ Each change is a new generation of the index.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import posixpath
 import sys
@@ -17,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 from numpy.typing import NDArray
 from pyarrow import compute
@@ -37,7 +35,7 @@ from pairvpr.distributed.describe import Description, describe
 from pairvpr.distributed.index import RayRunner
 from pairvpr.distributed.runtime import ModelSource, ray_session
 from pairvpr.errors import UserError
-from pairvpr.index import choose
+from pairvpr.index import choose, store
 from pairvpr.index.make import is_wanted, next_generation
 from pairvpr.index.manifest import (
     IndexManifest,
@@ -105,7 +103,7 @@ def update_index(config: UpdateIndexConfig) -> IndexManifest:
                 write_versions(below, added, versions)
                 what = Description(added, below, num_shards, source, config.describe, draft.num_images)
                 describe(what, "added photos", needs_a_readable_photo=True)
-                draft = with_added(directory, draft, prefix, len(added), num_shards, threads, runner)
+                draft = with_added(directory, draft, prefix, added, num_shards, threads, runner)
                 gone = _less_unreadable(gone, images, added, below)
             if len(gone):
                 draft = without(directory, draft, prefix, gone)
@@ -234,7 +232,7 @@ def _below(photos: Manifest, folder: str) -> NDArray[np.bool_]:
 
 def _less_unreadable(gone: NDArray[np.int64], images: Manifest, added: Manifest, described: str) -> NDArray[np.int64]:
     """A photo that was to be replaced stays where what replaces it could not be read."""
-    rejected = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(described, "rejected.parquet"))))
+    rejected = store.read_rejected(described)
     if not len(rejected):
         return gone
     unread = pc.is_in(images.path_column.take(pa.array(gone)), value_set=rejected.column("path"))

@@ -1,8 +1,8 @@
 """Copies of remote files on this machine's disk, by content: named for their sha256 and bounded in bytes.
 
-Several processes may share a directory. A file appears when it is complete and verified, whoever fetched it; whichever
-process finds too much there deletes the least recently used. What another process has open or mapped stays readable to
-it, as Linux keeps a deleted file until the last of its users lets go.
+Several processes may share a directory. A copy appears when it is complete and verified. Whichever process finds too
+much there deletes the least recently used copies. A caller gets an open file, never a name: what another process
+deletes meanwhile stays readable until the last descriptor is closed.
 """
 
 from __future__ import annotations
@@ -10,72 +10,91 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 import tempfile
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 
 from pairvpr.data import storage
 from pairvpr.errors import UserError
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_State = tuple[int, int, int, int]
+"""Device, inode, size and time of the last write of a file."""
 
 
 def cache_directory(given: str | None) -> Path:
     """Where copies are kept on this machine, unless a directory is given."""
-    return Path(given) if given else Path(tempfile.gettempdir()) / "pairvpr-cache"
+    return Path(given) if given else private_directory("pairvpr-cache")
 
 
 class LocalCache:
-    """Local paths of files known by their sha256: of local ones their own, of remote ones a copy in `directory`.
+    """Opens files known by their sha256: local ones where they lie, remote ones as a copy in `directory`.
 
-    Keep one for the whole process: each instance verifies a file that it did not fetch when it is first asked for it.
+    Every process reads and hashes a file before it hands it out for the first time, and again whenever inode, size or
+    time of the last write have changed since. Keep one instance for the whole process.
     """
 
     def __init__(self, directory: Path, capacity_bytes: int) -> None:
         self._directory = directory
         self._capacity_bytes = capacity_bytes
-        self._verified = set[tuple[Path, str]]()
+        self._verified = dict[str, _State]()
 
-    def path(self, url: str, sha256: str, num_bytes: int) -> Path:
-        """The path of a file with this content; it is there on return, and another process may delete it later.
+    @contextmanager
+    def open(self, url: str, sha256: str, num_bytes: int) -> Iterator[str]:
+        """A path to a file with this content, which leads to it until the block ends, whoever deletes the file.
 
         Raises `UserError` where what `url` holds is another content, `FileNotFoundError` where it holds nothing.
         """
+        with self._opened(url, sha256, num_bytes) as file:
+            yield f"/dev/fd/{file.fileno()}"
+
+    def _opened(self, url: str, sha256: str, num_bytes: int) -> BufferedReader:
         if storage.is_local(url):
-            path = storage.local_path(url)
-            if not self._is_whole(path, sha256, num_bytes):
-                raise damaged(url)
-            return path
+            file = storage.local_path(url).open("rb")
+            if self._is_whole(file, sha256, num_bytes):
+                return file
+            file.close()
+            raise damaged(url)
         if not _SHA256.fullmatch(sha256):
             raise UserError(f"{url}: the manifest's sha256 of it, {sha256!r}, is not one; build the index again")
         path = self._directory / sha256
-        while not self._is_cached(path, sha256, num_bytes):
+        while (file := self._copy(path, sha256, num_bytes)) is None:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             storage.remove_abandoned(str(self._directory))
             self._make_room(path, num_bytes)
             _fetch(url, path, sha256, num_bytes)
-            self._verified.add((path, sha256))
         self._make_room(path, num_bytes)
-        return path
+        return file
 
-    def _is_cached(self, path: Path, sha256: str, num_bytes: int) -> bool:
-        """Whether the copy is there, used just now; a damaged one is deleted."""
+    def _copy(self, path: Path, sha256: str, num_bytes: int) -> BufferedReader | None:
+        """The copy, open and marked as used just now; None where there is none. A damaged one is deleted."""
         try:
-            os.utime(path)
-            if self._is_whole(path, sha256, num_bytes):
-                return True
-            path.unlink()
+            file = path.open("rb")
         except FileNotFoundError:
-            pass
-        return False
+            return None
+        if self._is_whole(file, sha256, num_bytes):
+            with suppress(OSError):  # deleted since
+                os.utime(path, ns=(time.time_ns(), os.fstat(file.fileno()).st_mtime_ns))
+            return file
+        file.close()
+        path.unlink(missing_ok=True)
+        return None
 
-    def _is_whole(self, path: Path, sha256: str, num_bytes: int) -> bool:
-        """Whether a file has this content; its bytes are read once. Raises `FileNotFoundError`."""
-        if path.stat().st_size != num_bytes:
+    def _is_whole(self, file: BufferedReader, sha256: str, num_bytes: int) -> bool:
+        """Whether an open file has this content; afterwards its position is the start."""
+        status = os.fstat(file.fileno())
+        state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        if status.st_size != num_bytes:
             return False
-        if (path, sha256) not in self._verified:
-            if storage.sha256(str(path)) != sha256:
+        if self._verified.get(sha256) != state:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                 return False
-            self._verified.add((path, sha256))
+            file.seek(0)
+            self._verified[sha256] = state
         return True
 
     def _make_room(self, kept: Path, num_bytes: int) -> None:
@@ -89,6 +108,22 @@ class LocalCache:
             total_bytes -= size
 
 
+def private_directory(name: str) -> Path:
+    """A folder of this user's own among the temporary ones, which nobody else can read or write.
+
+    Raises `UserError` where another user has taken the name, or others may write to it.
+    """
+    directory = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
+    with suppress(FileExistsError):
+        directory.mkdir(mode=0o700)
+    status = directory.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise UserError(
+            f"{directory}: not a folder that this user alone can read and write; expected that, or index.cache_dir=..."
+        )
+    return directory
+
+
 def _copies(directory: Path, kept: Path) -> list[tuple[int, int, Path]]:
     """Time of last use, size and path of every copy but `kept`; nothing else that lies there."""
     found = list[tuple[int, int, Path]]()
@@ -97,7 +132,7 @@ def _copies(directory: Path, kept: Path) -> list[tuple[int, int, Path]]:
         if _SHA256.fullmatch(name) and path != kept:
             with suppress(FileNotFoundError):  # another process makes room too
                 status = path.stat()
-                found.append((status.st_mtime_ns, status.st_size, path))
+                found.append((status.st_atime_ns, status.st_size, path))
     return found
 
 

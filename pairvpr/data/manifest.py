@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyarrow import compute
 
-from pairvpr.data import storage
+from pairvpr.data import sealed, storage
 from pairvpr.data.photo_files import IMAGE_SUFFIXES, find_photos
 from pairvpr.errors import UserError
 from pairvpr.secrets import without_secrets
@@ -138,24 +138,33 @@ class Manifest:
 
     def write(self, url: str, first_id: int = 0) -> None:
         """Publish as Parquet (columns of `SCHEMA`; the root is not part of it); ids count from `first_id`."""
+        storage.write_bytes(url, self.parquet_bytes(first_id))
+
+    def parquet_bytes(self, first_id: int = 0) -> bytes:
+        """What `write` publishes. The same photos give the same bytes; an index keeps their sha256."""
         sink = io.BytesIO()
         ids = pa.array(np.arange(first_id, first_id + len(self)))
         pq.write_table(self.table.set_column(0, SCHEMA.field(0), ids), sink)
-        storage.write_bytes(url, sink.getvalue())
+        return sink.getvalue()
 
     @classmethod
     def read(cls, url: str, root: str) -> Manifest:
-        """The manifest that `write` published. Raises `UserError` where columns are missing."""
+        """The manifest that `write` published. Raises `FileNotFoundError`, and as `parse`."""
         return cls.parse(storage.read_bytes(url), url, root)
 
     @classmethod
     def parse(cls, data: bytes, url: str, root: str) -> Manifest:
-        """The manifest of these bytes, which `url` held. Raises `UserError` where columns are missing."""
-        table = pq.read_table(io.BytesIO(data))
-        missing = set(SCHEMA.names) - set(table.column_names)
-        if missing:
-            raise UserError(f"{url}: no column {', '.join(sorted(missing))}; expected {', '.join(SCHEMA.names)}")
-        return cls(root, table.select(SCHEMA.names).cast(SCHEMA))
+        """The manifest of these bytes, which `url` held.
+
+        Raises `UserError` for what is no table of photos, and for a path that leaves the root.
+        """
+        remedy = "build the index again"
+        table = sealed.parse_parquet(data, url, SCHEMA, remedy)
+        paths = table.column("path")
+        if paths.null_count or pc.any(pc.match_substring_regex(paths, storage.OUTSIDE)).as_py():
+            outside = paths.filter(pc.fill_null(pc.match_substring_regex(paths, storage.OUTSIDE), True))[0].as_py()
+            raise sealed.DamagedFileError(url, f"the path {outside!r} leaves the folder of photos", remedy)
+        return cls(root, table)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -14,11 +14,11 @@ import hashlib
 import io
 import json
 import math
+import sys
 import types
 import zipfile
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import IO, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import pyarrow as pa
@@ -45,6 +45,11 @@ class DamagedFileError(UserError):
 
     def __reduce__(self) -> tuple[type[DamagedFileError], tuple[str, str, str]]:
         return type(self), self.arguments
+
+
+def warn(error: DamagedFileError) -> None:
+    """Say in one line that a damaged file is made anew, as its remedy says."""
+    print(f"warning: {error}", file=sys.stderr, flush=True)
 
 
 def write_json(url: str, content: Mapping[str, Any]) -> None:
@@ -133,14 +138,13 @@ def _check_size(metadata: Any, num_bytes: int) -> None:
         raise ValueError(f"{metadata.num_rows:,} rows in {num_bytes:,} bytes")
 
 
-def seal_archive(path: Path) -> None:
-    """Seal a zip archive (.npz, .pt) on this machine, before it is published. It is read in pieces."""
-    with zipfile.ZipFile(path, "a") as archive:
+def seal_archive(file: IO[bytes]) -> None:
+    """Seal a zip archive (.npz, .pt), open for reading and writing, before it is published. It is read in pieces."""
+    with zipfile.ZipFile(file, "a") as archive:
         archive.comment = _NO_SEAL.encode()
-    with path.open("r+b") as file:
-        digest = _archive_digest(file)
-        file.seek(-_NUM_DIGITS, io.SEEK_END)
-        file.write(digest.encode())
+    digest = _archive_digest(file)
+    file.seek(-_NUM_DIGITS, io.SEEK_END)
+    file.write(digest.encode())
 
 
 def check_archive(file: IO[bytes], url: str, remedy: str) -> None:

@@ -77,6 +77,15 @@ def join(url: str, *names: str) -> str:
     return "/".join([url.rstrip("/") or "/", *names]) if url != "/" else "/" + "/".join(names)
 
 
+OUTSIDE = r"^$|^[/\\\\]|^[A-Za-z]:[/\\\\]|(^|[/\\\\])\.\.([/\\\\]|$)|://|\x00"
+"""What a path relative to a root never matches, as a pattern that Python's `re` and pyarrow's RE2 both read."""
+
+
+def is_inside(path: str) -> bool:
+    """Whether a path that a file names stays below the root it is relative to: not empty, absolute or with `..`."""
+    return re.search(OUTSIDE, path) is None
+
+
 def read_bytes(url: str) -> bytes:
     """All bytes of a file. Raises `FileNotFoundError`."""
     if is_local(url):

@@ -19,7 +19,7 @@ import ray
 from numpy.typing import NDArray
 
 from pairvpr.config.schema import RerankConfig
-from pairvpr.data import storage
+from pairvpr.data import sealed, storage
 from pairvpr.data.claim import check_claim, check_writable, claim, differences
 from pairvpr.data.manifest import Manifest, check_photos_are_seen
 from pairvpr.distributed.capacity import disk_bytes
@@ -175,7 +175,7 @@ def _fill(wanted: WantedStore, ids: NDArray[np.int64], source: ModelSource, sett
         with SupervisedPool[_Unit](lambda: make_actor(*args), num_actors, "store") as pool:
             failed = pool.run(pending, lambda shard, _: progress.add(len(shards[shard])))
     _raise_failures(failed)
-    storage.write_json(storage.join(wanted.url, SECONDS), {"seconds": sum(_seconds(wanted.url, len(shards)))})
+    sealed.write_json(storage.join(wanted.url, SECONDS), {"seconds": sum(_seconds(wanted.url, len(shards)))})
     dense_store.finish(wanted.url, shards, wanted.layout, settings)
     progress.finish()
 
@@ -218,7 +218,7 @@ class _StoreActor(PoolActor):
             return  # an earlier try published it and was never heard
         features = self.features(ids.tolist())
         dense_store.write_shard(self.url, shard, ids, self.layout, features, self._checked_reasons)
-        storage.write_json(_seconds_url(self.url, shard), {"seconds": time.perf_counter() - started_s})
+        sealed.write_json(_seconds_url(self.url, shard), {"seconds": time.perf_counter() - started_s})
 
     def _checked_reasons(self) -> Mapping[int, str]:
         """Of the photos that could not be read. Raises `UserError` where this node sees none of them."""
@@ -235,22 +235,27 @@ def _seconds(store: str, num_shards: int) -> Sequence[float]:
     """What each shard took; 0 where its writer died before it had said so."""
 
     def of_shard(shard: int) -> float:
-        try:
-            return storage.read_json(_seconds_url(store, shard))["seconds"]
-        except FileNotFoundError:
-            return 0.0
+        return _read_seconds(_seconds_url(store, shard)) or 0.0
 
     with ThreadPoolExecutor(dense_store.READ_AT_ONCE) as pool:
         return list(pool.map(of_shard, range(num_shards)))
 
 
+def _read_seconds(url: str) -> float | None:
+    """The seconds in a file; None, as for one that is not there, where it is damaged, which is said."""
+    try:
+        found = sealed.read_json(url, "seconds of work are reported without it")
+        seconds = None if found is None else found.get("seconds")
+        return float(seconds) if isinstance(seconds, int | float) else None
+    except sealed.DamagedFileError as error:
+        sealed.warn(error)
+        return None
+
+
 def about_store(wanted: WantedStore) -> dict[str, Any]:
     """What a report says of the store: number format, images, seconds of work of all actors; null where it is gone."""
     manifest = dense_store.read_manifest(wanted.url)
-    try:
-        seconds = storage.read_json(storage.join(wanted.url, SECONDS))["seconds"]
-    except FileNotFoundError:
-        seconds = None
+    seconds = _read_seconds(storage.join(wanted.url, SECONDS))
     return {
         "values": wanted.layout.values,
         "kib_per_image": wanted.layout.record_bytes / 1024,

@@ -79,7 +79,13 @@ def describe(
     all can be read but one is needed, and where photos have changed since they were all described.
     """
     manifest, parts = description.manifest, description.parts
-    if store.read_description(description.directory) is not None:
+    about = store.read_description(description.directory)
+    if about is not None:
+        if (about.num_images, about.num_shards) != (len(manifest), description.num_shards):
+            raise UserError(
+                f"{description.directory}: described are {about.num_images:,} photos in {about.num_shards} shards; "
+                f"expected {len(manifest):,} in {description.num_shards}; delete it, and the same line makes it anew"
+            )
         stamps.check_unchanged(manifest, description.directory)
         say(f"describe {label}: finished earlier, skipped")
         storage.remove_tree(parts.directory)

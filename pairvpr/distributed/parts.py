@@ -20,7 +20,7 @@ import ray
 from numpy.typing import NDArray
 
 from pairvpr.config.schema import ModelConfig
-from pairvpr.data import storage
+from pairvpr.data import sealed, storage
 from pairvpr.data.manifest import Manifest, check_photos_are_seen
 from pairvpr.data.photo_batches import PhotoBatch, load_batch, num_batches
 from pairvpr.errors import IncompleteRunError
@@ -113,6 +113,7 @@ def write(url: str, photos: PhotoBatch, descriptors: NDArray[np.float32], second
         remarks=np.array(list(photos.remarked.values()), np.str_),
         seconds=np.float64(seconds),
     )
+    sealed.seal_archive(sink)
     storage.write_bytes(url, sink.getvalue())
 
 
@@ -163,6 +164,7 @@ def commit_shard(
 def _arrays(url: str, data: bytes) -> dict[str, NDArray[Any]]:
     """What `write` put into a part."""
     try:
+        sealed.check_archive(io.BytesIO(data), url, "the same line describes its photos anew")
         with np.load(io.BytesIO(data), allow_pickle=False) as part:
             return {name: part[name] for name in ARRAYS} | {
                 name: part.get(name, nothing) for name, nothing in REMARKS.items()

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
+import math
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 
 from pairvpr.config.schema import RerankConfig
-from pairvpr.data import storage
+from pairvpr.data import sealed, storage
 from pairvpr.data.manifest import Benchmark, check_photos_are_seen
 from pairvpr.distributed.pool import PoolActor, SupervisedPool
 from pairvpr.distributed.progress import Progress
@@ -26,6 +27,11 @@ from pairvpr.retrieval.rerank import Reranked, WorkUnit
 
 FAILED_UNITS = "failed_units.json"
 NUM_FAILURES_NAMED = 5
+UNITS_READ_AT_ONCE = 16
+UNIT_SCHEMA = pa.schema(
+    [("query_id", pa.int64()), ("reranked", pa.list_(pa.int64())), ("pair_scores", pa.list_(pa.float32()))]
+)
+MADE_ANEW = "the same line scores its queries anew"
 
 
 @dataclass(frozen=True)
@@ -79,13 +85,22 @@ def rerank(
             failed = pool.run(pending, lambda key, _: progress.add(len(pending[key].candidates)))
     _report_failures(failed, pending, benchmark, directory)
     progress.finish()
-    return _read_units(directory, (unit.unit for unit in units))
+    return _read_units(directory, units)
 
 
 def unfinished(units: Sequence[WorkUnit], directory: str) -> list[WorkUnit]:
-    """Those whose answers are not in `directory` yet."""
+    """Those whose answers are not in `directory` yet, or damaged there, which is said."""
     finished = set(storage.list_files(storage.join(directory, "reranked")))
-    return [unit for unit in units if unit_name(unit.unit) not in finished]
+
+    def is_finished(unit: WorkUnit) -> bool:
+        try:
+            return unit_name(unit.unit) in finished and _read_unit(directory, unit) is not None
+        except sealed.DamagedFileError as error:
+            sealed.warn(error)
+            return False
+
+    with ThreadPoolExecutor(UNITS_READ_AT_ONCE) as pool:
+        return [unit for unit, done in zip(units, pool.map(is_finished, units), strict=True) if not done]
 
 
 def unit_name(unit: int) -> str:
@@ -141,25 +156,49 @@ def _write_unit(directory: str, unit: int, answers: Sequence[Reranked], seconds:
             "query_id": pa.array([answer.query_id for answer in answers], pa.int64()),
             "reranked": pa.array([answer.ids for answer in answers], pa.list_(pa.int64())),
             "pair_scores": pa.array([answer.pair_scores for answer in answers], pa.list_(pa.float32())),
-        }
+        },
+        schema=UNIT_SCHEMA,
     ).replace_schema_metadata(metadata)
-    sink = io.BytesIO()
-    pq.write_table(table, sink)
-    storage.write_bytes(storage.join(directory, "reranked", unit_name(unit)), sink.getvalue())
+    sealed.write_parquet(storage.join(directory, "reranked", unit_name(unit)), table)
 
 
-def _read_units(directory: str, units: Iterable[int]) -> RerankResult:
+def _read_unit(directory: str, unit: WorkUnit) -> tuple[list[Reranked], float, dict[str, dict[str, str]]] | None:
+    """A unit's answers, the seconds they took and what was lost, by kind and id; None where they are not there.
+
+    Raises `UserError` where the file is damaged, and where it holds other queries or candidates than the unit's.
+    """
+    url = storage.join(directory, "reranked", unit_name(unit.unit))
+    table = sealed.read_parquet(url, UNIT_SCHEMA, MADE_ANEW)
+    if table is None:
+        return None
+    rows = zip(*(table.column(name) for name in UNIT_SCHEMA.names), strict=True)
+    try:
+        answers = [
+            Reranked(query_id.as_py(), ids.values.to_numpy(), scores.values.to_numpy())
+            for query_id, ids, scores in rows
+        ]
+        metadata = table.schema.metadata or {}
+        seconds, lost = float(metadata[b"seconds"]), json.loads(metadata.get(b"lost", b"{}"))
+    except (AttributeError, KeyError, ValueError, pa.ArrowException) as error:
+        raise sealed.DamagedFileError(url, storage.reason(error), MADE_ANEW) from error
+    here = {answer.query_id: sorted(answer.ids.tolist()) for answer in answers}
+    if here != {query_id: sorted(ids) for query_id, ids in unit.candidates.items()} or not math.isfinite(seconds):
+        raise sealed.DamagedFileError(url, "it is not of this unit's queries and candidates", MADE_ANEW)
+    if any(len(answer.ids) != len(answer.pair_scores) or np.isnan(answer.pair_scores).any() for answer in answers):
+        raise sealed.DamagedFileError(url, "its scores do not fit its candidates", MADE_ANEW)
+    return answers, seconds, lost
+
+
+def _read_units(directory: str, units: Iterable[WorkUnit]) -> RerankResult:
     by_query: dict[int, Reranked] = {}
     seconds, lost = 0.0, Lost()
     for unit in units:
-        table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(directory, "reranked", unit_name(unit)))))
-        columns = (table.column(name) for name in ("query_id", "reranked", "pair_scores"))
-        for query_id, ids, scores in zip(*columns, strict=True):
-            answer = Reranked(query_id.as_py(), ids.values.to_numpy(), scores.values.to_numpy())
-            by_query[answer.query_id] = answer
-        metadata = table.schema.metadata or {}
-        seconds += float(metadata[b"seconds"])
-        for name, reasons in json.loads(metadata.get(b"lost", b"{}")).items():
+        found = _read_unit(directory, unit)
+        if found is None:
+            raise IncompleteRunError(f"{directory}: unit {unit.unit} is gone; the same line makes it anew")
+        by_query |= {answer.query_id: answer for answer in found[0]}
+        seconds += found[1]
+        for name, reasons in found[2].items():
             getattr(lost, name).update({int(image_id): reason for image_id, reason in reasons.items()})
     return RerankResult(by_query, seconds, lost)
 

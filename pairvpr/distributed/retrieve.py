@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 from numpy.typing import NDArray
 
 from pairvpr.config.schema import IndexKind, SearchConfig
-from pairvpr.data import storage
+from pairvpr.data import sealed, storage
 from pairvpr.data.local_cache import LocalCache, cache_directory
 from pairvpr.distributed.pool import PoolActor, SupervisedPool
 from pairvpr.distributed.progress import Progress
@@ -28,6 +27,15 @@ from pairvpr.index.merge import Found, merge_top_k
 from pairvpr.index.reader import OpenIndex, groups_of_shards, short_list_length
 from pairvpr.index.search import NO_ID, Effort, rescore, search
 from pairvpr.terminal import say
+
+CANDIDATES_SCHEMA = pa.schema(
+    [
+        ("query_id", pa.int64()),
+        ("candidates", pa.list_(pa.int64())),
+        ("squared_distances", pa.list_(pa.float32())),
+    ]
+)
+MADE_ANEW = "the same line makes it anew"
 
 
 @dataclass(frozen=True)
@@ -74,8 +82,9 @@ def retrieve(
 
     `filters` has a line for each query photo, readable or not.
     """
-    if storage.exists(url):
-        candidates = read_candidates(url)
+    query_ids, descriptors = store.read_descriptors(queries)
+    candidates = _kept_candidates(url, query_ids, manifest.num_images)
+    if candidates is not None:
         if candidates.generation != manifest.generation:
             raise UserError(
                 f"{url} is of generation {candidates.generation} of the index, which is now at {manifest.generation}; "
@@ -83,7 +92,6 @@ def retrieve(
             )
         say("retrieve: finished earlier, skipped")
         return candidates
-    query_ids, descriptors = store.read_descriptors(queries)
     request = SearchRequest(index, manifest, descriptors, k)
     if filters is not None:
         request = SearchRequest(index, manifest, descriptors, k, filters[0].of_queries(query_ids), filters[1])
@@ -230,21 +238,42 @@ def _write_candidates(url: str, candidates: Candidates) -> None:
             "query_id": pa.array(candidates.query_ids),
             "candidates": pa.array(list(candidates.ids), pa.list_(pa.int64())),
             "squared_distances": pa.array(list(candidates.squared_distances), pa.list_(pa.float32())),
-        }
+        },
+        schema=CANDIDATES_SCHEMA,
     ).replace_schema_metadata({"seconds": repr(candidates.seconds), "generation": str(candidates.generation)})
-    sink = io.BytesIO()
-    pq.write_table(table, sink)
-    storage.write_bytes(url, sink.getvalue())
+    sealed.write_parquet(url, table)
 
 
-def read_candidates(url: str) -> Candidates:
-    """What `retrieve` kept."""
-    table = pq.read_table(io.BytesIO(storage.read_bytes(url)))
+def _kept_candidates(url: str, query_ids: NDArray[np.int64], num_images: int) -> Candidates | None:
+    """What `retrieve` kept for these queries; None, and said, where that is damaged."""
+    try:
+        candidates = read_candidates(url)
+        if candidates is None:
+            return None
+        ids = candidates.ids
+        if not np.array_equal(candidates.query_ids, query_ids) or not ((ids >= NO_ID) & (ids < num_images)).all():
+            raise sealed.DamagedFileError(url, "it is of other queries or of another index", MADE_ANEW)
+        return candidates
+    except sealed.DamagedFileError as error:
+        sealed.warn(error)
+        return None
+
+
+def read_candidates(url: str) -> Candidates | None:
+    """What `retrieve` kept, or None where there is no such file. Raises `UserError` for a damaged one."""
+    table = sealed.read_parquet(url, CANDIDATES_SCHEMA, MADE_ANEW)
+    if table is None:
+        return None
     num_queries = table.num_rows
-    distances, ids = (
-        table.column(name).combine_chunks().flatten().to_numpy().reshape(num_queries, -1 if num_queries else 0)
-        for name in ("squared_distances", "candidates")
-    )
-    about = table.schema.metadata or {}
-    seconds, generation = float(about[b"seconds"]), int(about[b"generation"])
+    try:
+        distances, ids = (
+            table.column(name).combine_chunks().flatten().to_numpy().reshape(num_queries, -1 if num_queries else 0)
+            for name in ("squared_distances", "candidates")
+        )
+        about = table.schema.metadata or {}
+        seconds, generation = float(about[b"seconds"]), int(about[b"generation"])
+    except (KeyError, ValueError, pa.ArrowException) as error:
+        raise sealed.DamagedFileError(url, storage.reason(error), MADE_ANEW) from error
+    if distances.shape != ids.shape or not math.isfinite(seconds):
+        raise sealed.DamagedFileError(url, "its columns do not fit", MADE_ANEW)
     return Candidates(table.column("query_id").to_numpy(), distances, ids, seconds, generation)

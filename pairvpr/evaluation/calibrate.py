@@ -6,23 +6,20 @@ Q queries, K candidates.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pairvpr.config.schema import CalibrateConfig
-from pairvpr.data import storage
+from pairvpr.data import sealed, storage
 from pairvpr.data.claim import FILE as SETTINGS_FILE
 from pairvpr.data.claim import check_writable
 from pairvpr.errors import UserError
 from pairvpr.evaluation.bootstrap import bootstrap_interval
-from pairvpr.evaluation.compare import FinishedRun, read_run
+from pairvpr.evaluation.compare import FinishedRun, read_predictions, read_run
 from pairvpr.evaluation.confidence import (
     Bin,
     Calibration,
@@ -104,7 +101,7 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
     content = found.content() | {"max_loss": config.max_loss, "held_out": held_out_content}
     print(without_secrets("\n".join(_text(content, run.url))))
     try:
-        storage.write_json(config.output, content)
+        sealed.write_json(config.output, content)
     except OSError as error:
         raise UserError(f"output={config.output}: can't be written: {storage.reason(error)}") from error
     return content
@@ -122,11 +119,11 @@ def _check_output(output: str) -> None:
 def _read_settings(url: str) -> dict[str, Any]:
     """settings.json of the run; raises `UserError` where it says that not all pairs were scored both ways."""
     settings_url = storage.join(url, SETTINGS_FILE)
+    settings = sealed.read_json(settings_url, "expected the settings of an evaluation")
     try:
-        settings = storage.read_json(settings_url)
-        rerank = {**settings["rerank"]}
-        model, round_size = {**settings["model"]}, int(rerank["batch_size"])
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        rerank = {**(settings or {})["rerank"]}
+        model, round_size = {**(settings or {})["model"]}, int(rerank["batch_size"])
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{settings_url}: not the settings of an evaluation: {storage.reason(error)}") from error
     for name, partial in (
         ("rerank.adaptive=true", rerank.get("stop_margin") is not None),
@@ -153,11 +150,11 @@ def _positions(settings: Mapping[str, Any]) -> NDArray[np.float64] | None:
 
 def _read_queries(run: FinishedRun, utm_m: NDArray[np.float64] | None) -> list[LocatedQuery]:
     url = storage.join(run.url, "predictions.parquet")
+    table = read_predictions(url, COLUMNS)
     try:
-        with storage.open_input(url) as file:
-            batches = pq.ParquetFile(file).iter_batches(QUERIES_READ_AT_ONCE, columns=list(COLUMNS))
-            queries = [_scored(row, utm_m) for batch in batches for row in batch.to_pylist()]
-    except (OSError, pa.ArrowException, KeyError, IndexError, TypeError, ValueError) as error:
+        batches = table.to_batches(QUERIES_READ_AT_ONCE)
+        queries = [_scored(row, utm_m) for batch in batches for row in batch.to_pylist()]
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(f"{url}: not the predictions of a run: {storage.reason(error)}") from error
     expected = run.protocol.get("num_queries")
     if len(queries) != expected:

@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pairvpr.data import storage
+from pairvpr.data import sealed, storage
 from pairvpr.data.claim import FILE as SETTINGS_FILE
 from pairvpr.errors import UserError
 from pairvpr.evaluation.bootstrap import bootstrap_interval, sign_test
@@ -28,6 +27,15 @@ from pairvpr.evaluation.recall import first_hits
 SHOWN_N = ("1", "5", "10")
 DIGEST_LENGTH = 12
 SIGNIFICANT = 0.05
+PREDICTIONS = pa.schema(
+    [
+        ("candidates", pa.list_(pa.int64())),
+        ("reranked", pa.list_(pa.int64())),
+        ("pair_scores", pa.list_(pa.float32())),
+        ("positives", pa.list_(pa.int64())),
+    ]
+)
+"""Columns of predictions.parquet that are read back."""
 NEEDED = ("benchmark", "protocol", "model", "recall", "candidate_ceiling", "num_candidates")
 
 
@@ -75,19 +83,12 @@ def compare(urls: Sequence[str]) -> str:
 def read_run(url: str) -> FinishedRun:
     """The run in the directory `url`. Raises `UserError` unless it is finished and has ground truth."""
     metrics_url = storage.join(url, "metrics.json")
-    try:
-        content = storage.read_json(metrics_url)
-    except (FileNotFoundError, NotADirectoryError) as error:
+    content = sealed.read_json(metrics_url, "expected the metrics.json of an evaluation")
+    if content is None:
         if storage.exists(storage.join(url, SETTINGS_FILE)):
-            raise UserError(f"{url}: the run is not finished; the line that began it goes on with it") from error
-        raise UserError(f"{url}: no metrics.json there; expected the output directory of an evaluation") from error
-    except OSError as error:
-        raise UserError(f"{metrics_url}: can't be read: {storage.reason(error)}") from error
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{metrics_url}: not a JSON file: {storage.reason(error)}") from error
-    missing = [key for key in NEEDED if not isinstance(content, dict) or key not in content]
+            raise UserError(f"{url}: the run is not finished; the line that began it goes on with it")
+        raise UserError(f"{url}: no metrics.json there; expected the output directory of an evaluation")
+    missing = [key for key in NEEDED if key not in content]
     if missing:
         raise UserError(f"{metrics_url}: no entry {', '.join(missing)}; expected the metrics.json of an evaluation")
     if content["recall"] is None:
@@ -179,14 +180,19 @@ def _paired(first: FinishedRun, second: FinishedRun) -> list[str]:
     ]
 
 
+def read_predictions(url: str, columns: Sequence[str]) -> pa.Table:
+    """Some columns of predictions.parquet. Raises `UserError` where it is missing, damaged or something else."""
+    expected = "expected the predictions of a run; the line that made them makes them anew"
+    table = sealed.read_parquet(url, pa.schema([PREDICTIONS.field(name) for name in columns]), expected)
+    if table is None:
+        raise UserError(f"{url}: no such file; {expected}")
+    return table
+
+
 def first_answer_is_right(run: FinishedRun) -> NDArray[np.bool_]:
     """(Q,) whether the best re-ranked answer to each query is a positive, from predictions.parquet."""
     url = storage.join(run.url, "predictions.parquet")
-    try:
-        with storage.open_input(url) as file:
-            table = pq.read_table(file, columns=["reranked", "positives"])
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{url}: not the predictions of a run: {storage.reason(error)}") from error
+    table = read_predictions(url, ("reranked", "positives"))
     num_answered, num_queries = len(table.column("positives").drop_null()), run.protocol.get("num_queries")
     if num_answered != num_queries:
         raise UserError(

@@ -10,7 +10,6 @@ Q queries, K candidates, R rounds of pairs.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pairvpr.config.schema import DecisionRule
-from pairvpr.data import sealed, storage
+from pairvpr.data import sealed
 from pairvpr.data.claim import differences
 from pairvpr.data.sealed import DamagedFileError
 from pairvpr.errors import UserError
@@ -138,15 +137,14 @@ class Judge:
 
 def read_calibration(url: str) -> Calibration:
     """The calibration in a file (path or URL). Raises `UserError` for what is none."""
+    expected = "expected a file of ray_jobs.calibrate"
     try:
-        content = storage.read_json(url)
-    except FileNotFoundError as error:
-        raise UserError(f"rerank.calibration={url}: not there; expected a file of ray_jobs.calibrate") from error
-    except OSError as error:
-        raise UserError(f"rerank.calibration={url}: can't be read: {storage.reason(error)}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"rerank.calibration={url}: not a JSON file: {storage.reason(error)}") from error
-    if not isinstance(content, dict) or "format_version" not in content:
+        content = sealed.read_json(url, expected)
+    except UserError as error:
+        raise UserError(f"rerank.calibration={error}") from error
+    if content is None:
+        raise UserError(f"rerank.calibration={url}: not there; expected a file of ray_jobs.calibrate")
+    if "format_version" not in content:
         raise UserError(f"rerank.calibration={url}: no calibration; expected a file of ray_jobs.calibrate")
     if content["format_version"] not in range(OLDEST_FORMAT_VERSION, FORMAT_VERSION + 1):
         raise UserError(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pairvpr.data import storage
+from pairvpr.data import sealed
 from pairvpr.data.manifest import Benchmark
 from pairvpr.evaluation.confidence import Judge
 from pairvpr.retrieval.decision import Decided
@@ -113,6 +111,4 @@ def _judged(answers: Sequence[Answer], judge: Judge | None) -> tuple[pa.Array, p
 
 def write_predictions(url: str, table: pa.Table) -> None:
     """Publish the table; equal tables give equal bytes."""
-    sink = io.BytesIO()
-    pq.write_table(table, sink)
-    storage.write_bytes(url, sink.getvalue())
+    sealed.write_parquet(url, table)

@@ -126,17 +126,20 @@ def write_faiss(directory: str, path: str, index: Any) -> StoredFile:
 
 
 def build_shard(
-    directory: str, path: str, spec: IndexSpec, rows_file: Path, trained: Any | None, num_threads: int
+    directory: str, path: str, spec: IndexSpec, rows_file: str | Path, trained: Any | None, num_threads: int
 ) -> StoredFile:
     """Write the faiss index of a shard to `path`, whose descriptors are in `rows_file`, a few at a time.
 
     The same descriptors give the same bytes, so doing it twice, or at once in two places, is harmless.
     """
     faiss.omp_set_num_threads(num_threads)
-    rows = np.load(rows_file, mmap_mode="r", allow_pickle=False)
+    rows = store.load_array(rows_file, np.float32, 2, directory, mmap_mode="r")
     index: Any = faiss.index_factory(rows.shape[1], spec.factory) if trained is None else faiss.clone_index(trained)
     if index.d != rows.shape[1]:
-        raise UserError(f"{rows_file}: {rows.shape[1]} values a row, the index has {index.d}; build the index again")
+        raise UserError(
+            f"{storage.join(directory, path)}: {rows.shape[1]} values a row, the index has {index.d}; "
+            "build the index again"
+        )
     for piece in _pieces(rows_file):
         index.add(piece)
     if spec.num_lists:
@@ -144,9 +147,9 @@ def build_shard(
     return write_faiss(directory, path, index)
 
 
-def _pieces(rows_file: Path) -> Iterator[NDArray[np.float32]]:
+def _pieces(rows_file: str | Path) -> Iterator[NDArray[np.float32]]:
     """The rows of a .npy file, read and not mapped: mapped pages would count as memory of this process."""
-    with rows_file.open("rb") as file:
+    with Path(rows_file).open("rb") as file:
         np.lib.format.read_magic(file)
         (num_rows, width), _, dtype = np.lib.format.read_array_header_1_0(file)
         step = max(1, choose.BYTES_ADDED_AT_ONCE // (dtype.itemsize * width))
@@ -156,5 +159,14 @@ def _pieces(rows_file: Path) -> Iterator[NDArray[np.float32]]:
 
 def read_trained(directory: str, file: StoredFile, cache: LocalCache) -> Any:
     """The empty index that shards share. Raises `UserError`, naming it, where its bytes have changed."""
-    path = cache.path(storage.join(directory, file.path), file.sha256, file.bytes)
-    return faiss.read_index(str(path))
+    url = storage.join(directory, file.path)
+    with cache.open(url, file.sha256, file.bytes) as path:
+        return read_faiss(path, url)
+
+
+def read_faiss(path: str, url: str, flags: int = 0) -> Any:
+    """The faiss index in a file. Raises `UserError`, naming `url`, for what faiss can't read."""
+    try:
+        return faiss.read_index(path, flags)
+    except RuntimeError as error:
+        raise UserError(f"{url}: not a faiss index: {storage.reason(error)}; build the index again") from error

@@ -5,10 +5,12 @@ The work on shards is done by a `Runner`: here, one after another, or by tasks o
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pairvpr.config.schema import BuildConfig, IndexKind
-from pairvpr.data import storage
+from pairvpr.data import sealed, storage
 from pairvpr.data.local_cache import LocalCache
 from pairvpr.data.manifest import Manifest
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.index import build, choose, measure, store
 from pairvpr.index.build import IndexSpec
-from pairvpr.index.manifest import ImageTable, IndexManifest, ShardEntry, StoredFile, stored_file
+from pairvpr.index.manifest import ImageTable, IndexManifest, ShardEntry, StoredFile
 from pairvpr.index.measure import Step
 from pairvpr.index.merge import Found, merge_top_k
 from pairvpr.index.reader import OpenIndex, groups_of_shards, removed_ids
@@ -128,7 +130,9 @@ def described_shards(directory: str, prefix: str, num_shards: int, first_id: int
             )
         )
     num_covered, first_covered = sum(entry.count for entry in entries), entries[0].first_id
-    if (num_covered, first_covered) != (num_images, first_id):
+    firsts = list(accumulate((entry.count for entry in entries), initial=first_id))[:-1]
+    in_order = [entry.first_id for entry in entries] == firsts
+    if (num_covered, first_covered) != (num_images, first_id) or not in_order:
         where = storage.join(directory, prefix.rstrip("/") or "shards")
         raise UserError(
             f"{where}: its shards hold {num_covered:,} photos from id {first_covered:,} on, expected {num_images:,} "
@@ -142,7 +146,6 @@ def first_generation(
 ) -> IndexManifest:
     """The draft of a new index: everything but its kind."""
     shards = described_shards(directory, "", num_shards, 0, len(images))
-    table = stored_file(directory, "images.parquet")
     return IndexManifest(
         generation=1,
         model=model,
@@ -153,10 +156,18 @@ def first_generation(
         num_rejected=sum(entry.count - entry.num_rows for entry in shards),
         num_removed=0,
         images_root=images.root,
-        images=[ImageTable(file=table, first_id=0, count=len(images))],
+        images=[image_table(directory, "images.parquet", images, 0)],
         removed=[],
         shards=shards,
     )
+
+
+def image_table(directory: str, path: str, images: Manifest, first_id: int) -> ImageTable:
+    """Publish a table of photos, whatever is there; the digest in its entry is that of the bytes in memory."""
+    data = images.parquet_bytes(first_id)
+    storage.write_bytes(storage.join(directory, path), data)
+    file = StoredFile(path=path, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    return ImageTable(file=file, first_id=first_id, count=len(images))
 
 
 def _built(
@@ -165,6 +176,7 @@ def _built(
     """The draft with faiss files of this kind and, for an approximate one, the effort that was measured to do."""
     trained, threads = None, config.num_build_threads
     if choose.KINDS[spec.kind].needs_training:
+        runner.run("", _check_rows, [(directory, entry.files["descriptors.npy"]) for entry in draft.shards])
         runner.say(f"index: {spec.factory}: learning from a sample")
         (trained,) = runner.run("", _train, [(directory, draft, spec, threads)])
     shards = build_shards(directory, draft.shards, spec, trained, threads, runner)
@@ -203,23 +215,38 @@ def own_cache() -> Iterator[LocalCache]:
         yield LocalCache(Path(folder), ONE_SHARD_BYTES)
 
 
-def _finished_file(url: str) -> StoredFile | None:
-    """What a marker says of the file beside it, which is written before it."""
+def _finished_file(directory: str, path: str) -> StoredFile | None:
+    """What a marker says of the file beside it, which is written before it; None without one.
+
+    A marker that is damaged or of another file counts as none: the file is made anew.
+    """
+    url, remedy = storage.join(directory, f"{path}.json"), "the file beside it is made anew"
     try:
-        return StoredFile(**storage.read_json(url))
-    except FileNotFoundError:
+        content = sealed.read_json(url, remedy)
+        file = None if content is None else sealed.parsed(StoredFile, content, url, remedy)
+        if file is not None and file.path != path:
+            raise sealed.DamagedFileError(url, f"it is of {file.path}", remedy)
+        return file
+    except sealed.DamagedFileError as error:
+        sealed.warn(error)
         return None
+
+
+def _check_rows(directory: str, rows: StoredFile) -> None:
+    """Read a shard's descriptors once: an index must not learn from a sample of damaged ones."""
+    with own_cache() as cache, cache.open(storage.join(directory, rows.path), rows.sha256, rows.bytes):
+        pass
 
 
 def _train(directory: str, draft: IndexManifest, spec: IndexSpec, num_threads: int) -> StoredFile:
     files = [entry.files["descriptors.npy"] for entry in draft.shards]
     name = spec.trained_file(files, num_threads)
-    file = _finished_file(storage.join(directory, f"{name}.json"))
+    file = _finished_file(directory, name)
     if file is None:
         urls, counts = _rows_of(directory, draft)
         sample = build.read_training_sample(spec, urls, counts, draft.descriptor_dim)
         file = build.write_faiss(directory, name, build.train(spec, sample, num_threads))
-        storage.write_json(storage.join(directory, f"{name}.json"), asdict(file))
+        sealed.write_json(storage.join(directory, f"{name}.json"), asdict(file))
     return file
 
 
@@ -233,14 +260,14 @@ def _build_shard(
     directory: str, entry: ShardEntry, spec: IndexSpec, trained: StoredFile | None, num_threads: int
 ) -> StoredFile:
     path = f"{entry.path}/{spec.index_file(trained)}"
-    file = _finished_file(storage.join(directory, f"{path}.json"))
+    file = _finished_file(directory, path)
     if file is None:
         rows = entry.files["descriptors.npy"]
         with own_cache() as cache:
-            rows_file = cache.path(storage.join(directory, rows.path), rows.sha256, rows.bytes)
             empty = None if trained is None else build.read_trained(directory, trained, cache)
-            file = build.build_shard(directory, path, spec, rows_file, empty, num_threads)
-        storage.write_json(storage.join(directory, f"{path}.json"), asdict(file))
+            with cache.open(storage.join(directory, rows.path), rows.sha256, rows.bytes) as rows_file:
+                file = build.build_shard(directory, path, spec, rows_file, empty, num_threads)
+        sealed.write_json(storage.join(directory, f"{path}.json"), asdict(file))
     return file
 
 
@@ -328,7 +355,7 @@ def _ids_of_rows(directory: str, manifest: IndexManifest, rows: NDArray[np.int64
         start, stop = stop, stop + entry.num_rows
         inside = rows[(rows >= start) & (rows < stop)] - start
         if len(inside):
-            found.append(store.read_checked_array(directory, entry.files["ids.npy"])[inside])
+            found.append(store.read_checked_array(directory, entry.files["ids.npy"], np.int64, 1)[inside])
     return np.concatenate(found)
 
 

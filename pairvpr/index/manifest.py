@@ -9,22 +9,23 @@ changed, and neither are the files it names, so readers keep the one they opened
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from pairvpr.config.schema import IndexKind
-from pairvpr.data import claim, storage
+from pairvpr.data import claim, sealed, storage
 from pairvpr.data.local_cache import damaged
 from pairvpr.data.manifest import SCHEMA, Manifest
 from pairvpr.errors import UserError
 
-T = TypeVar("T")
-
 FORMAT_VERSION = 2
+REMEDY = "restore it, or delete the index and build it again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,13 @@ class StoredFile:
     path: str
     bytes: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for a path that leaves the directory, and for what is no digest."""
+        if not storage.is_inside(self.path):
+            raise ValueError(f"the path {self.path!r} leaves the directory")
+        if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
+            raise ValueError(f"the sha256 {self.sha256!r} is none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,16 +95,31 @@ class IndexManifest:
     metric: str = "L2"
     format_version: int = FORMAT_VERSION
 
+    def check(self) -> None:
+        """Raise `ValueError` where the entries do not fit one another."""
+        IndexKind(self.kind)
+        if not re.fullmatch(r"(IVF\d{1,9},)?[A-Za-z0-9]+", self.factory):
+            raise ValueError(f"the factory {self.factory!r} is none")
+        if not {"name", "weights_sha256"} <= self.model.keys():
+            raise ValueError("expected model with name and weights_sha256")
+        if not self.effort.keys() <= {"num_probes", "num_rescored"}:
+            raise ValueError("expected effort with num_probes and num_rescored")
+        if self.measured is not None and not {"target_recall", "recall"} <= self.measured.keys():
+            raise ValueError("expected measured with target_recall and recall")
+        for name, entries in (("images", self.images), ("shards", self.shards)):
+            stops = [0, *accumulate(entry.count for entry in entries)]
+            if [entry.first_id for entry in entries] != stops[:-1] or stops[-1] != self.num_images:
+                raise ValueError(f"{name} do not cover the ids 0 to {self.num_images - 1} in order")
+        for entry in self.shards:
+            if not entry.num_removed <= entry.num_rows <= entry.count or not storage.is_inside(entry.path):
+                raise ValueError(f"shard {entry.path!r}: {entry.num_rows} rows of {entry.count} photos")
+            if not {"ids.npy", "descriptors.npy"} <= entry.files.keys():
+                raise ValueError(f"shard {entry.path!r}: expected ids.npy and descriptors.npy")
+
     @property
     def num_live(self) -> int:
         """Photos that a search can find."""
         return sum(entry.num_rows - entry.num_removed for entry in self.shards)
-
-
-def stored_file(directory: str, path: str) -> StoredFile:
-    """Size and digest of a file that is there."""
-    url = storage.join(directory, path)
-    return StoredFile(path=path, bytes=storage.size_bytes(url), sha256=storage.sha256(url))
 
 
 def commit(directory: str, manifest: IndexManifest) -> None:
@@ -104,9 +127,9 @@ def commit(directory: str, manifest: IndexManifest) -> None:
 
     Doing it again is harmless. Raises `UserError` where another writer made this generation first, with other content.
     """
-    data = storage.json_bytes(asdict(manifest))
+    data = sealed.json_bytes(asdict(manifest))
     url = generation_url(directory, manifest.generation)
-    if not storage.create_exclusively(url, data) and storage.read_bytes(url) != data:
+    if not storage.create_exclusively(url, data) and _read(url, directory) != manifest:
         raise changed_meanwhile(directory, manifest.generation)
     storage.write_bytes(storage.join(directory, "manifest.json"), data)
 
@@ -159,62 +182,21 @@ def read_manifest(directory: str) -> IndexManifest | None:
 
 
 def _read(url: str, directory: str) -> IndexManifest | None:
-    try:
-        content = storage.read_json(url)
-    except (FileNotFoundError, NotADirectoryError):
+    content = sealed.read_json(url, REMEDY)
+    if content is None:
         return None
-    except OSError as error:
-        raise UserError(f"{url}: can't be read: {storage.reason(error)}") from error
-    except ValueError as error:
-        raise UserError(f"{url} is not the manifest of an index: {storage.reason(error)}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{url} is not the manifest of an index: expected an object")
     version = content.get("format_version")
     if version != FORMAT_VERSION:
         advice = (
             "a newer pairvpr reads it" if isinstance(version, int) and version > FORMAT_VERSION else "build it again"
         )
         raise UserError(f"{directory}: index format {version}; this version reads {FORMAT_VERSION}; {advice}")
+    manifest = sealed.parsed(IndexManifest, content, url, REMEDY)
     try:
-        return _manifest(content)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{url} is not the manifest of an index: {storage.reason(error)}") from error
-
-
-def _manifest(content: dict[str, Any]) -> IndexManifest:
-    """Raises `ValueError` or `TypeError` for what is missing, unknown or of another type."""
-    values = _checked(IndexManifest, content)
-    values["images"] = [
-        ImageTable(**{**_checked(ImageTable, table), "file": _file(table["file"])}) for table in values["images"]
-    ]
-    values["removed"] = [_file(file) for file in values["removed"]]
-    values["trained"] = None if values["trained"] is None else _file(values["trained"])
-    values["shards"] = [
-        ShardEntry(
-            **{**_checked(ShardEntry, entry), "files": {name: _file(file) for name, file in entry["files"].items()}}
-        )
-        for entry in values["shards"]
-    ]
-    if not {"name", "weights_sha256"} <= values["model"].keys():
-        raise ValueError("expected model with name and weights_sha256")
-    IndexKind(values["kind"])
-    if not isinstance(values["effort"], dict) or not values["effort"].keys() <= {"num_probes", "num_rescored"}:
-        raise ValueError("expected effort with num_probes and num_rescored")
-    return IndexManifest(**values)
-
-
-def _file(content: Any) -> StoredFile:
-    return StoredFile(**_checked(StoredFile, content))
-
-
-def _checked(of: type, content: Any) -> dict[str, Any]:
-    """The object's values, if it has exactly the fields of a dataclass."""
-    if not isinstance(content, dict):
-        raise ValueError(f"expected an object, found {type(content).__name__}")
-    wrong = sorted(content.keys() ^ {item.name for item in fields(of)})
-    if wrong:
-        raise ValueError(f"missing or unknown {', '.join(wrong)}")
-    return dict(content)
+        manifest.check()
+    except ValueError as error:
+        raise sealed.DamagedFileError(url, storage.reason(error), REMEDY) from error
+    return manifest
 
 
 def read_images(directory: str, manifest: IndexManifest) -> Manifest:
@@ -225,10 +207,7 @@ def read_images(directory: str, manifest: IndexManifest) -> Manifest:
     tables = []
     for part in manifest.images:
         url = storage.join(directory, part.file.path)
-        try:
-            table = Manifest.parse(read_checked(directory, part.file), url, manifest.images_root).table
-        except pa.ArrowException as error:
-            raise UserError(f"{url}: can't be read: {storage.reason(error)}") from error
+        table = Manifest.parse(read_checked(directory, part.file), url, manifest.images_root).table
         if len(table) != part.count:
             raise UserError(f"{url}: {len(table):,} photos, the manifest has {part.count:,}; build the index again")
         tables.append(table)
@@ -258,13 +237,8 @@ def check_model(
         )
     if model is None:
         return
-    try:
-        settings = storage.read_json(storage.join(directory, claim.FILE))
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError) as error:
-        raise UserError(f"index {directory}: its {claim.FILE} is not readable: {storage.reason(error)}") from error
-    if not isinstance(settings, dict) or not isinstance(settings.get("model"), dict):
+    settings = sealed.read_json(storage.join(directory, claim.FILE), REMEDY)
+    if settings is None or not isinstance(settings.get("model"), dict):
         return
     there, here = (
         {key: value for key, value in section.items() if key not in ("name", "precision")}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import faiss
@@ -49,7 +49,10 @@ class OpenIndex:
         if has_gpu and self.spec.kind is IndexKind.flat:
             self._gpu = faiss.StandardGpuResources()  # pyright: ignore[reportAttributeAccessIssue]
         self._flags = faiss.IO_FLAG_MMAP_IFC if memory_map else 0
-        self._trained: Any = None if manifest.trained is None else faiss.read_index(str(self._path(manifest.trained)))
+        self._trained: Any = None
+        if manifest.trained is not None:
+            with self._open(manifest.trained) as path:
+                self._trained = build.read_faiss(path, self._url(manifest.trained))
         self._removed = removed_ids(directory, manifest)
 
     @property
@@ -99,7 +102,8 @@ class OpenIndex:
     def ids(self, number: int) -> NDArray[np.int64]:
         """Image ids (n,) of a shard's rows, ascending."""
         entry = self.manifest.shards[number]
-        ids = np.load(self._path(entry.files["ids.npy"]), allow_pickle=False)
+        with self._open(entry.files["ids.npy"]) as path:
+            ids = store.load_array(path, np.int64, 1, self._url(entry.files["ids.npy"]))
         self._check(entry.files["ids.npy"], "rows", len(ids), entry.num_rows)
         return ids
 
@@ -107,14 +111,19 @@ class OpenIndex:
         """The rows (n, G) of a shard, mapped."""
         entry = self.manifest.shards[number]
         file = entry.files["descriptors.npy"]
-        rows = np.load(self._path(file), mmap_mode="r", allow_pickle=False)
+        with self._open(file) as path:
+            rows = store.load_array(path, np.float32, 2, self._url(file), mmap_mode="r")
         self._check(file, "rows", len(rows), entry.num_rows)
         self._check(file, "values a row", rows.shape[1], self.manifest.descriptor_dim)
         return rows
 
     def _index(self, entry: ShardEntry, flags: int) -> Any:
-        file = entry.files[self.spec.index_file(self.manifest.trained)]
-        index: Any = faiss.read_index(str(self._path(file)), flags)
+        name = self.spec.index_file(self.manifest.trained)
+        if name not in entry.files:
+            raise UserError(f"{self.directory}: the manifest names no {name} of {entry.path}; build the index again")
+        file = entry.files[name]
+        with self._open(file) as path:
+            index = build.read_faiss(path, self._url(file), flags)
         self._check(file, "values a row", index.d, self.manifest.descriptor_dim)
         self._check(file, "rows", index.ntotal, entry.num_rows)
         if self._trained is not None and self.spec.num_lists:
@@ -126,12 +135,17 @@ class OpenIndex:
         index.quantizer = self._trained.quantizer
         index.referenced_objects = [self._trained]
 
-    def _path(self, file: StoredFile) -> Path:
-        url = storage.join(self.directory, file.path)
+    def _url(self, file: StoredFile) -> str:
+        return storage.join(self.directory, file.path)
+
+    @contextmanager
+    def _open(self, file: StoredFile) -> Iterator[str]:
+        """A path that leads to the file, checked, for the time of the block."""
         try:
-            return self._cache.path(url, file.sha256, file.bytes)
+            with self._cache.open(self._url(file), file.sha256, file.bytes) as path:
+                yield path
         except FileNotFoundError as error:
-            raise UserError(f"{url} is missing; build the index again") from error
+            raise UserError(f"{self._url(file)} is missing; build the index again") from error
 
     def _check(self, file: StoredFile, what: str, found: int, expected: int) -> None:
         if found != expected:
@@ -294,11 +308,11 @@ def short_list_length(manifest: IndexManifest, effort: Effort, k: int) -> int:
 
 def live_ids(directory: str, manifest: IndexManifest) -> NDArray[np.int64]:
     """Ids of the photos that a search can find, ascending."""
-    parts = [store.read_checked_array(directory, entry.files["ids.npy"]) for entry in manifest.shards]
+    parts = [store.read_checked_array(directory, entry.files["ids.npy"], np.int64, 1) for entry in manifest.shards]
     return np.setdiff1d(np.concatenate(parts), removed_ids(directory, manifest), assume_unique=True)
 
 
 def removed_ids(directory: str, manifest: IndexManifest) -> NDArray[np.int64]:
     """Ids of the photos that were removed, ascending."""
-    parts = [store.read_checked_array(directory, file) for file in manifest.removed]
+    parts = [store.read_checked_array(directory, file, np.int64, 1) for file in manifest.removed]
     return np.sort(np.concatenate([np.empty(0, np.int64), *parts]))

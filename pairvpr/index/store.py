@@ -17,24 +17,38 @@ import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import IO, Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pairvpr.data import sealed, storage
 from pairvpr.data.manifest import Manifest
 from pairvpr.errors import UserError
-from pairvpr.index.manifest import StoredFile, read_checked
+from pairvpr.index.manifest import REMEDY, StoredFile, read_checked
+
+T = TypeVar("T", bound=np.generic)
 
 REJECTED_SCHEMA = pa.schema([("path", pa.string()), ("error", pa.string())])
 REMARKS = "remarks.parquet"
 REMARKS_SCHEMA = pa.schema([("path", pa.string()), ("remark", pa.string())])
 READ_AT_ONCE = 16
 ARRAYS = ("ids.npy", "descriptors.npy")
+SAME_LINE = "the same line makes it anew"
+DESCRIBED_ANEW = "delete it, and the same line describes its photos anew"
 _MOST_HEADER_BYTES = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """The root's `described.json`: photos, shards, photos that could not be read, seconds of work."""
+
+    num_images: int
+    num_shards: int
+    num_rejected: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -85,22 +99,31 @@ def write_array(directory: str, path: str, array: NDArray[Any]) -> StoredFile:
         return StoredFile(path=path, bytes=local.stat().st_size, sha256=storage.sha256(str(local)))
 
 
-def read_array(url: str) -> NDArray[Any]:
-    """The array of a .npy file: memory-mapped if it is local, else read whole."""
-    if storage.is_local(url):
-        return np.load(storage.local_path(url), mmap_mode="r", allow_pickle=False)
-    return np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False)
+def load_array(
+    file: str | Path | IO[bytes], dtype: type[T], num_axes: int, url: str, mmap_mode: Literal["r"] | None = None
+) -> NDArray[T]:
+    """The array of a .npy file whose bytes were checked. Raises `UserError`, naming `url`, for one of another form."""
+    try:
+        array = np.load(file, mmap_mode=mmap_mode, allow_pickle=False)
+    except (ValueError, EOFError, SyntaxError, MemoryError) as error:
+        raise UserError(f"{url}: not an array: {storage.reason(error)}; {REMEDY}") from error
+    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != num_axes:
+        raise UserError(f"{url}: not an array of {dtype.__name__} with {num_axes} axes; {REMEDY}")
+    return array
 
 
-def read_checked_array(directory: str, file: StoredFile) -> NDArray[Any]:
+def read_checked_array(directory: str, file: StoredFile, dtype: type[T], num_axes: int) -> NDArray[T]:
     """The array of a .npy file, in memory. Raises `UserError`, naming it, where it is missing or has changed."""
-    return np.load(io.BytesIO(read_checked(directory, file)), allow_pickle=False)
+    return load_array(io.BytesIO(read_checked(directory, file)), dtype, num_axes, storage.join(directory, file.path))
 
 
 def read_some_rows(url: str, runs: Sequence[range]) -> NDArray[np.float32]:
-    """Some rows of a .npy file of float32 (n, G), run by run; of a remote file only these bytes are read."""
+    """Some rows of a .npy file of float32 (n, G), run by run; of a remote file only these bytes are read.
+
+    They are not checked against a digest: the caller has had the file checked.
+    """
     if storage.is_local(url):
-        rows = read_array(url)
+        rows = load_array(storage.local_path(url), np.float32, 2, url, mmap_mode="r")
         return np.concatenate([np.empty((0, rows.shape[1]), np.float32), *(rows[run.start : run.stop] for run in runs)])
     head = io.BytesIO(storage.read_head(url, _MOST_HEADER_BYTES))
     np.lib.format.read_magic(head)
@@ -134,7 +157,7 @@ def write_shard_description(
     arrays = dict(zip(ARRAYS, (ids, descriptors), strict=True))
     files = {name: write_array(directory, f"{shard_path(shard)}/{name}", array) for name, array in arrays.items()}
     about = ShardDescription(first_id, count, len(ids), rejected, seconds, files)
-    storage.write_json(_described_url(directory, shard), asdict(about))
+    sealed.write_json(_described_url(directory, shard), asdict(about))
     return about
 
 
@@ -148,14 +171,18 @@ def remove_shard_description(directory: str, shard: int) -> None:
 
 
 def read_shard_description(directory: str, shard: int) -> ShardDescription | None:
-    """A shard's `described.json`, or None while the shard is not finished."""
-    try:
-        content = storage.read_json(_described_url(directory, shard))
-    except FileNotFoundError:
+    """A shard's `described.json`, or None while the shard is not finished. Raises `UserError` for a damaged one."""
+    url = _described_url(directory, shard)
+    content = sealed.read_json(url, DESCRIBED_ANEW)
+    if content is None:
         return None
-    content["rejected"] = {int(image_id): error for image_id, error in content["rejected"].items()}
-    content["files"] = {name: StoredFile(**file) for name, file in content["files"].items()}
-    return ShardDescription(**content)
+    about = sealed.parsed(ShardDescription, content, url, DESCRIBED_ANEW)
+    paths = {name: file.path for name, file in about.files.items()}
+    if paths != {name: f"{shard_path(shard)}/{name}" for name in ARRAYS}:
+        raise sealed.DamagedFileError(url, "it is of another shard", DESCRIBED_ANEW)
+    if about.num_rows + len(about.rejected) != about.count:
+        raise sealed.DamagedFileError(url, "its photos do not add up", DESCRIBED_ANEW)
+    return about
 
 
 def write_shard_remarks(directory: str, shard: int, remarks: dict[int, str]) -> None:
@@ -198,31 +225,45 @@ def finish_description(directory: str, images: Manifest, shards: list[ShardDescr
     """Publish rejected.parquet and, last, the root's described.json; `first_id` is that of the first photo."""
     rejected = {image_id: error for shard in shards for image_id, error in shard.rejected.items()}
     rows = [{"path": images.path(image_id - first_id), "error": rejected[image_id]} for image_id in sorted(rejected)]
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, REJECTED_SCHEMA), sink)
-    storage.write_bytes(storage.join(directory, "rejected.parquet"), sink.getvalue())
+    sealed.write_parquet(storage.join(directory, "rejected.parquet"), pa.Table.from_pylist(rows, REJECTED_SCHEMA))
     _write_remarks(directory, images, len(shards), first_id)
-    summary = {
-        "num_images": len(images),
-        "num_shards": len(shards),
-        "num_rejected": len(rejected),
-        "seconds": sum(shard.seconds for shard in shards),
-    }
-    storage.write_json(storage.join(directory, "described.json"), summary)
+    summary = Description(
+        num_images=len(images),
+        num_shards=len(shards),
+        num_rejected=len(rejected),
+        seconds=float(sum(shard.seconds for shard in shards)),
+    )
+    sealed.write_json(storage.join(directory, "described.json"), asdict(summary))
 
 
-def read_description(directory: str) -> dict[str, Any] | None:
-    """The root's described.json, or None while the description is not finished."""
-    try:
-        return storage.read_json(storage.join(directory, "described.json"))
-    except FileNotFoundError:
-        return None
+def read_description(directory: str) -> Description | None:
+    """The root's described.json, or None while not all is described. Raises `UserError` for a damaged one."""
+    url, remedy = storage.join(directory, "described.json"), "delete it, and the same line makes it anew"
+    content = sealed.read_json(url, remedy)
+    return None if content is None else sealed.parsed(Description, content, url, remedy)
+
+
+def read_rejected(directory: str) -> pa.Table:
+    """The columns of `REJECTED_SCHEMA` of a finished description. Raises `UserError` for a damaged file."""
+    url, remedy = storage.join(directory, "rejected.parquet"), f"delete {directory}/described.json; {SAME_LINE}"
+    table = sealed.read_parquet(url, REJECTED_SCHEMA, remedy)
+    if table is None:
+        raise sealed.DamagedFileError(url, "it is missing", remedy)
+    return table
 
 
 def read_descriptors(directory: str) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Ids (n,) and descriptors (n, G) of all shards of a finished description, in the order of ids."""
-    num_shards = storage.read_json(storage.join(directory, "described.json"))["num_shards"]
-    ids, descriptors = (
-        [read_array(storage.join(directory, shard_path(shard), name)) for shard in range(num_shards)] for name in ARRAYS
-    )
-    return np.concatenate(ids), np.concatenate(descriptors)
+    """Ids (n,) and descriptors (n, G) of all shards of a finished description, in the order of ids, in memory.
+
+    Raises `UserError`, naming the file, where one is missing or its bytes have changed.
+    """
+    description = read_description(directory)
+    shards = [read_shard_description(directory, shard) for shard in range(description.num_shards if description else 0)]
+    if not shards or None in shards:
+        raise UserError(f"{directory}: not all of it is described; {SAME_LINE}")
+    files = [about.files for about in shards if about is not None]
+    ids = [read_checked_array(directory, its["ids.npy"], np.int64, 1) for its in files]
+    rows = [read_checked_array(directory, its["descriptors.npy"], np.float32, 2) for its in files]
+    if [len(part) for part in ids] != [len(part) for part in rows]:
+        raise UserError(f"{directory}: other numbers of ids and of descriptors; delete it, and {SAME_LINE}")
+    return np.concatenate(ids), np.concatenate(rows)

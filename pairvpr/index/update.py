@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pairvpr.data import storage
+from pairvpr.data.manifest import Manifest
 from pairvpr.index import build, store
-from pairvpr.index.make import Runner, build_shards, described_shards, own_cache
-from pairvpr.index.manifest import ImageTable, IndexManifest, ShardEntry, read_generation, stored_file
+from pairvpr.index.make import Runner, build_shards, described_shards, image_table, own_cache
+from pairvpr.index.manifest import IndexManifest, ShardEntry, read_generation
 from pairvpr.index.reader import OpenIndex
 
 UPDATES = "updates"
@@ -25,21 +26,20 @@ def with_added(
     directory: str,
     draft: IndexManifest,
     prefix: str,
-    num_images: int,
+    added: Manifest,
     num_shards: int,
     num_threads: int,
     runner: Runner,
 ) -> IndexManifest:
-    """The `num_images` photos described below `prefix`, under ids behind all others, indexed as the rest is."""
-    entries = described_shards(directory, prefix, num_shards, draft.num_images, num_images)
+    """The photos `added`, described below `prefix`, under ids behind all others, indexed as the rest is."""
+    entries = described_shards(directory, prefix, num_shards, draft.num_images, len(added))
     spec = build.spec_of(draft.kind, draft.factory)
     entries = build_shards(directory, entries, spec, draft.trained, num_threads, runner)
-    table = stored_file(directory, f"{prefix}images.parquet")
     return replace(
         draft,
-        num_images=draft.num_images + num_images,
+        num_images=draft.num_images + len(added),
         num_rejected=draft.num_rejected + sum(entry.count - entry.num_rows for entry in entries),
-        images=[*draft.images, ImageTable(file=table, first_id=draft.num_images, count=num_images)],
+        images=[*draft.images, image_table(directory, f"{prefix}images.parquet", added, draft.num_images)],
         shards=[*draft.shards, *entries],
     )
 
@@ -51,7 +51,7 @@ def without(directory: str, draft: IndexManifest, prefix: str, gone: NDArray[np.
     for entry in draft.shards:
         first, stop = np.searchsorted(gone, [entry.first_id, entry.first_id + entry.count])
         if stop > first:
-            ids = store.read_checked_array(directory, entry.files["ids.npy"])
+            ids = store.read_checked_array(directory, entry.files["ids.npy"], np.int64, 1)
             num_here = int(np.isin(gone[first:stop], ids, assume_unique=True).sum())
             entry = replace(entry, num_removed=entry.num_removed + num_here)
         entries.append(entry)

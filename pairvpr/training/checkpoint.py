@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pairvpr.data import storage
+from pairvpr.data import sealed, storage
 from pairvpr.errors import UserError
 
 FORMAT_VERSION = 1
@@ -83,6 +83,8 @@ def save(url: str, checkpoint: Checkpoint) -> None:
     }
     with storage.written_locally(url) as path:
         torch.save(content, path)
+        with path.open("r+b") as file:
+            sealed.seal_archive(file)
 
 
 def load(url: str, stage: int, key: str) -> Checkpoint:
@@ -96,6 +98,7 @@ def load(url: str, stage: int, key: str) -> Checkpoint:
 def _checked(url: str, key: str) -> Checkpoint:
     """A checkpoint of either stage."""
     with storage.open_input(url) as file:
+        sealed.check_archive(file, url, f"expected a whole checkpoint ({key})")
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
         except OSError:

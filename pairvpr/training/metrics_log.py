@@ -14,7 +14,7 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
-from pairvpr.data import storage
+from pairvpr.data import sealed, storage
 from pairvpr.errors import UserError
 
 FILE = "metrics.jsonl"
@@ -56,12 +56,19 @@ class MetricsLog:
 
 
 def read_metrics(output: str) -> list[dict[str, Any]]:
-    """All published rows; none where there is no log."""
+    """All published rows; none where there is no log. Raises `UserError` for what is no log.
+
+    The log has no seal: other tools read it line by line, and nothing that is computed depends on it.
+    """
+    url, remedy = storage.join(output, FILE), "delete it; the run goes on with a new log"
+    data = sealed.read_bytes(url)
     try:
-        text = storage.read_bytes(storage.join(output, FILE)).decode()
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in text.splitlines()]
+        rows = [json.loads(line) for line in (data or b"").decode().splitlines()]
+    except (ValueError, RecursionError) as error:
+        raise sealed.DamagedFileError(url, f"not lines of JSON ({storage.reason(error)})", remedy) from error
+    if not all(isinstance(row, dict) and type(row.get("step")) is int for row in rows):
+        raise sealed.DamagedFileError(url, "a row without its step", remedy)
+    return rows
 
 
 def check_wandb() -> None:

@@ -89,5 +89,5 @@ def build_described(directory: str, kind: str) -> None:
     assert description is not None
     print("ready", flush=True)
     config = BuildConfig(kind=IndexKind(kind), num_lists=16 if kind.startswith("ivf") else None, num_build_threads=1)
-    draft = first_generation(directory, images, description["num_shards"], MODEL, 32)
+    draft = first_generation(directory, images, description.num_shards, MODEL, 32)
     commit(directory, next_generation(directory, draft, config, PLENTY_BYTES, LocalRunner()))

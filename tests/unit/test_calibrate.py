@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pairvpr.cli import run_job
 from pairvpr.config.compose import load
 from pairvpr.config.schema import CalibrateConfig, DecisionRule
-from pairvpr.data import storage
+from pairvpr.data import sealed, storage
 from pairvpr.data.manifest import Benchmark, Manifest
 from pairvpr.errors import UserError
 from pairvpr.evaluation.calibrate import NUM_BLOCKS, calibrate, held_out_queries
@@ -148,7 +148,7 @@ def mistake(url: str, folder: Path) -> str:
 def test_fits_to_one_half_and_reports_on_the_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     its = queries()
     content = calibrated(write_run(tmp_path / "run", its), tmp_path, max_loss=2.0)
-    assert content == json.loads((tmp_path / "calibration.json").read_text())
+    assert content == sealed.read_json(str(tmp_path / "calibration.json"), "")
     is_held_out = held_out_queries(NUM_QUERIES)
     fitted, others = ([query for query, flag in zip(its, is_held_out, strict=True) if flag == half] for half in (0, 1))
     assert (content["num_queries"], content["held_out"]["num_queries"]) == (len(fitted), len(others)) == (80, 80)
@@ -293,7 +293,7 @@ def test_damaged_predictions(tmp_path: Path, damage: str) -> None:
         else:
             write_located_run(tmp_path / "other", [*located, *drawn(1)])
         file.write_bytes((tmp_path / "other" / "predictions.parquet").read_bytes())
-    expected = "expected files of one run" if damage == "other" else "not the predictions of a run"
+    expected = "expected files of one run" if damage == "other" else "the predictions of a run"
     assert expected in mistake(url, tmp_path)
 
 

@@ -217,17 +217,18 @@ def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     storage.write_json(str(bad / "settings.json"), {})
     assert f"{bad}: the run is not finished" in refusal(good, str(bad), capsys=capsys)
     (bad / "metrics.json").write_text('{"benchmark": ')
-    assert f"{bad}/metrics.json: not a JSON file" in refusal(good, str(bad), capsys=capsys)
+    assert f"{bad}/metrics.json is damaged: not JSON" in refusal(good, str(bad), capsys=capsys)
     (bad / "metrics.json").write_text('{"benchmark": "x", "recall": {}}')
     assert "no entry protocol, model, candidate_ceiling" in refusal(good, str(bad), capsys=capsys)
     content = storage.read_json(f"{good}/metrics.json")
+    content.pop("seal", None)
     for damage in ({"recall": {}}, {"model": None}, {"protocol": 3}, {"candidate_ceiling": "x"}):
         storage.write_json(str(bad / "metrics.json"), content | damage)
         assert f"{bad}/metrics.json: damaged; expected" in refusal(good, str(bad), capsys=capsys)
     assert "gs://" in (said := refusal(good, "gs://bucket/run", capsys=capsys))
     assert "not a JSON file" not in said
     (bad / "metrics.json").write_text("[1]")
-    assert "no entry benchmark" in refusal(good, str(bad), capsys=capsys)
+    assert "metrics.json is damaged: not a JSON object" in refusal(good, str(bad), capsys=capsys)
 
     without = write_run(tmp_path / "without", [], benchmark(radius_m=None))
     assert f"{without}: made_up has no ground truth, so there is no recall" in refusal(good, without, capsys=capsys)
@@ -237,9 +238,9 @@ def test_predictions_that_do_not_belong(tmp_path: Path, capsys: pytest.CaptureFi
     good, bad = write_run(tmp_path / "good", []), Path(write_run(tmp_path / "bad", []))
     file = bad / "predictions.parquet"
     file.write_bytes(b"PAR1 cut short")
-    assert f"{file}: not the predictions of a run: " in refusal(good, str(bad), capsys=capsys)
+    assert f"{file} is damaged: not the expected Parquet" in refusal(good, str(bad), capsys=capsys)
     file.unlink()
-    assert f"{file}: not the predictions of a run: " in refusal(good, str(bad), capsys=capsys)
+    assert f"{file}: no such file; expected the predictions of a run" in refusal(good, str(bad), capsys=capsys)
     fewer = other(
         queries=Manifest.of("/q", benchmark().queries.paths[:7]),
         positives=[np.array([query_id]) for query_id in range(7)],

@@ -243,8 +243,8 @@ def test_what_is_no_calibration(tmp_path: Path, changes: dict[str, Any], words: 
 def test_files_that_are_none(tmp_path: Path) -> None:
     assert "not there; expected a file of ray_jobs.calibrate" in mistake(f"{tmp_path}/none.json")
     assert "can't be read" in mistake(str(tmp_path))
-    assert "not a JSON file" in mistake(write(tmp_path, "{"))
-    assert "no calibration" in mistake(write(tmp_path, [1]))
+    assert "not JSON" in mistake(write(tmp_path, "{"))
+    assert "not a JSON object" in mistake(write(tmp_path, [1]))
     assert "no calibration" in mistake(write(tmp_path, {"recall": 1}))
     content = CALIBRATION.content()
     del content["temperature"]

@@ -49,6 +49,7 @@ def test_a_run_is_known_as_finished_and_compared(before: Path) -> None:
     run = read_run(str(before / "run"))
     assert 100 * first_answer_is_right(run).mean() == pytest.approx(run.metrics["recall"]["reranked"]["1"])
     candidates = read_candidates(str(before / "run" / "candidates.parquet"))
+    assert candidates is not None
     assert candidates.query_ids.tolist() == list(range(30))
     with np.load(BEFORE_SEALS / "flat.npz") as found:
         np.testing.assert_array_equal(candidates.ids, found["ids"])
@@ -76,5 +77,6 @@ def test_a_calibration_and_a_checkpoint_come_back(before: Path) -> None:
 
 def test_a_cached_grouping_comes_back(before: Path) -> None:
     found = sfxl._read_cache(str(before / "sfxl.parquet"), "/root")
+    assert found is not None
     assert found.offsets.tolist() == [0, 6, 12]
     assert found.utm_m[3].tolist() == [6.0, 7.0]

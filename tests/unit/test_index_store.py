@@ -21,7 +21,7 @@ from pairvpr.data.local_cache import LocalCache
 from pairvpr.data.manifest import Manifest
 from pairvpr.errors import UserError
 from pairvpr.index import store
-from pairvpr.index.make import LocalRunner, described_shards, next_generation
+from pairvpr.index.make import LocalRunner, described_shards, image_table, next_generation
 from pairvpr.index.manifest import (
     FORMAT_VERSION,
     IndexManifest,
@@ -30,7 +30,6 @@ from pairvpr.index.manifest import (
     generation_url,
     read_images,
     read_manifest,
-    stored_file,
 )
 from pairvpr.index.reader import OpenIndex, search_index
 from tests.support.index import MODEL, PLENTY_BYTES, describe_rows, write_index
@@ -62,7 +61,7 @@ def open_index(directory: str, manifest: IndexManifest, tmp_path: Path) -> OpenI
 def test_round_trip(directory: str, tmp_path: Path) -> None:
     manifest = small_index(directory)
     assert read_manifest(directory) == manifest
-    about = {"num_images": 11, "num_shards": 3, "num_rejected": 3, "seconds": 1.5}
+    about = store.Description(num_images=11, num_shards=3, num_rejected=3, seconds=1.5)
     assert store.read_description(directory) == about
     assert (manifest.num_images, manifest.num_rejected, manifest.num_live) == (11, 3, 8)
     assert read_images(directory, manifest).paths == PATHS
@@ -245,7 +244,7 @@ def test_a_manifest_of_something_else_is_a_users_mistake(tmp_path: Path, content
 def test_a_manifest_with_wrong_parts_is_a_users_mistake(tmp_path: Path, change: dict[str, object]) -> None:
     content = asdict(small_index(str(tmp_path))) | change
     (tmp_path / "manifest.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="is not the manifest of an index"):
+    with pytest.raises(UserError, match=r"manifest\.json is damaged: "):
         read_manifest(str(tmp_path))
 
 
@@ -320,8 +319,9 @@ def test_a_flipped_byte_of_the_table_of_photos(directory: str, position: int) ->
 
 def test_images_that_do_not_fit_the_manifest_are_refused(directory: str) -> None:
     manifest = small_index(directory)
-    Manifest.of("/photos", PATHS[:4]).write(storage.join(directory, "images.parquet"))
-    manifest = replace(manifest, images=[replace(manifest.images[0], file=stored_file(directory, "images.parquet"))])
+    (table,) = manifest.images
+    other = image_table(directory, "images.parquet", Manifest.of("/photos", PATHS[:4]), 0)
+    manifest = replace(manifest, images=[replace(other, count=table.count)])
     with pytest.raises(UserError, match=r"images\.parquet: 4 photos, the manifest has 11"):
         read_images(directory, manifest)
 

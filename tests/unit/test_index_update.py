@@ -70,8 +70,9 @@ def apply(directory: str, manifest: IndexManifest, change: Change, num_shards: i
         rows = np.stack([descriptor(change.added[photo]) for photo in sorted(change.added)])
         cuts = [len(paths) // num_shards * number for number in range(1, num_shards)]
         below = storage.join(directory, prefix.rstrip("/"))
-        num_shards = describe_rows(below, Manifest.of("/photos", paths), rows, cuts, first_id=draft.num_images)
-        draft = with_added(directory, draft, prefix, len(paths), num_shards, 1, HERE)
+        added = Manifest.of("/photos", paths)
+        num_shards = describe_rows(below, added, rows, cuts, first_id=draft.num_images)
+        draft = with_added(directory, draft, prefix, added, num_shards, 1, HERE)
     if gone:
         draft = without(directory, draft, prefix, np.array(gone))
     if change.compact:
@@ -138,7 +139,7 @@ def test_an_approximate_index_learns_nothing_new_and_finds_what_is_new(tmp_path:
     draft = replace(manifest, generation=2)
     images = Manifest.of("/photos", [f"b{i:04d}.jpg" for i in range(500)])
     describe_rows(f"{index}/updates/2", images, rows[1000:], [100], first_id=1000)
-    draft = with_added(index, draft, "updates/2/", 500, 2, 1, HERE)
+    draft = with_added(index, draft, "updates/2/", images, 2, 1, HERE)
     draft = without(index, draft, "updates/2/", np.arange(0, 400, 2))
     draft = compacted(index, draft, "updates/2/", 0.3, 1, HERE)
     commit(index, draft)

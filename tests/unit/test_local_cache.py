@@ -6,16 +6,18 @@ import hashlib
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from pairvpr.data import storage
-from pairvpr.data.local_cache import LocalCache
+from pairvpr.data.local_cache import LocalCache, private_directory
 from pairvpr.errors import UserError
 from tests.support.flaky import FlakyFileSystem
 
@@ -29,13 +31,8 @@ for number in range(150):
     value = (number * int(sys.argv[2])) % 7
     data = bytes([value]) * 4000
     digest = hashlib.sha256(data).hexdigest()
-    while True:
-        try:
-            with cache.path(f"local-store://{sys.argv[3]}/{value}", digest, len(data)).open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-            break
-        except FileNotFoundError:
-            pass
+    with cache.open(f"local-store://{sys.argv[3]}/{value}", digest, len(data)) as path, open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
     assert mapped[:] == data
 """
 
@@ -76,29 +73,36 @@ def _remote(name: str, num_bytes: int = 100) -> tuple[str, str, int]:
     return url, hashlib.sha256(data).hexdigest(), num_bytes
 
 
+def _read(cache: LocalCache, url: str, digest: str, num_bytes: int) -> bytes:
+    with cache.open(url, digest, num_bytes) as path:
+        return Path(path).read_bytes()
+
+
+def _copy(tmp_path: Path, file: tuple[str, str, int]) -> Path:
+    return tmp_path / "cache" / file[1]
+
+
 def _names(tmp_path: Path) -> set[str]:
     return set(os.listdir(tmp_path / "cache"))
 
 
 def _used_at(path: Path, time_s: int) -> None:
-    os.utime(path, (time_s, time_s))
+    os.utime(path, (time_s, path.stat().st_mtime))
 
 
 def test_a_remote_file_is_fetched_once(cache: LocalCache, tmp_path: Path, store: type[FlakyFileSystem]) -> None:
-    url, digest, num_bytes = _remote("a")
-    path = cache.path(url, digest, num_bytes)
-    assert path == tmp_path / "cache" / digest
-    assert path.read_bytes() == b"a" * 100
-    assert cache.path(url, digest, num_bytes) == path
-    assert LocalCache(tmp_path / "cache", 300).path(url, digest, num_bytes) == path
+    file = _remote("a")
+    for _ in range(2):
+        assert _read(cache, *file) == b"a" * 100
+    assert _read(LocalCache(tmp_path / "cache", 300), *file) == b"a" * 100
     assert store.requests["open"] == 1
-    assert _names(tmp_path) == {digest}
+    assert _names(tmp_path) == {file[1]}
 
 
 def test_one_content_under_two_names_is_kept_once(cache: LocalCache, tmp_path: Path) -> None:
     url, digest, num_bytes = _remote("a")
     storage.write_bytes("flaky://bucket/other", storage.read_bytes(url))
-    assert cache.path(url, digest, num_bytes) == cache.path("flaky://bucket/other", digest, num_bytes)
+    assert _read(cache, url, digest, num_bytes) == _read(cache, "flaky://bucket/other", digest, num_bytes)
     assert _names(tmp_path) == {digest}
 
 
@@ -109,31 +113,34 @@ def test_files_of_any_size_come_in_pieces(
     monkeypatch.setattr(storage, "PIECE_BYTES", 1_000_000)
     file = _remote("xyz", num_bytes)
     store.failures_left["open"] = 3
-    assert cache.path(*file).read_bytes() == storage.read_bytes(file[0])
+    assert _read(cache, *file) == storage.read_bytes(file[0])
 
 
-def test_a_cached_file_is_hashed_once_by_each_process(
+def test_a_file_is_hashed_at_its_first_use_by_a_process_and_whenever_it_was_written_to(
     cache: LocalCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = _remote("a")
-    hashed: list[str] = []
-    sha256 = storage.sha256
-    monkeypatch.setattr(storage, "sha256", lambda url: (hashed.append(url), sha256(url))[1])
-    path = cache.path(*file)
-    cache.path(*file)
-    assert hashed == []  # its bytes were, while they came
+    file, hashed = _remote("a"), list[str]()
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda opened, name: (hashed.append(name), digest(opened, name))[1])
+    for _ in range(3):
+        _read(cache, *file)
+    assert len(hashed) == 1
     another_process = LocalCache(tmp_path / "cache", 300)
-    another_process.path(*file)
-    another_process.path(*file)
-    assert hashed == [str(path)]
+    for _ in range(2):
+        _read(another_process, *file)
+    assert len(hashed) == 2
+    _copy(tmp_path, file).write_bytes(b"a" * 100)
+    assert _read(cache, *file) == b"a" * 100
+    assert len(hashed) == 3
 
 
 @pytest.mark.parametrize("damage", [b"b" * 100, b"a" * 99, b""])
 def test_a_damaged_copy_is_fetched_anew(cache: LocalCache, tmp_path: Path, damage: bytes) -> None:
     file = _remote("a")
-    cache.path(*file).write_bytes(damage)
-    path = LocalCache(tmp_path / "cache", 300).path(*file)
-    assert path.read_bytes() == b"a" * 100
+    for opened in (cache, cache, LocalCache(tmp_path / "cache", 300)):
+        _read(cache, *file)
+        _copy(tmp_path, file).write_bytes(damage)
+        assert _read(opened, *file) == b"a" * 100
     assert _names(tmp_path) == {file[1]}
 
 
@@ -144,20 +151,20 @@ def test_a_damaged_remote_file_is_named_and_not_kept(cache: LocalCache, tmp_path
         storage.write_bytes(url, b"b" * 100)
     message = f"^{url} is damaged: its sha256 is not the manifest's; restore it, or delete the index and build it again"
     with pytest.raises(UserError, match=message):
-        cache.path(url, digest, num_bytes + (change == "size"))
+        _read(cache, url, digest, num_bytes + (change == "size"))
     assert _names(tmp_path) == set()
 
 
 def test_a_missing_file_is_file_not_found(cache: LocalCache, tmp_path: Path) -> None:
     for url in ("flaky://bucket/nothing", str(tmp_path / "nothing")):
         with pytest.raises(FileNotFoundError):
-            cache.path(url, "0" * 64, 100)
+            _read(cache, url, "0" * 64, 100)
 
 
 def test_a_name_that_is_no_sha256_never_becomes_a_path(cache: LocalCache, tmp_path: Path) -> None:
     url, _, num_bytes = _remote("a")
     with pytest.raises(UserError, match="is not one; build the index again"):
-        cache.path(url, "../../outside", num_bytes)
+        _read(cache, url, "../../outside", num_bytes)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -166,42 +173,43 @@ def test_a_local_file_is_its_own_copy(cache: LocalCache, tmp_path: Path, prefix:
     path = tmp_path / "file"
     path.write_bytes(b"value")
     digest = hashlib.sha256(b"value").hexdigest()
-    assert cache.path(f"{prefix}{path}", digest, 5) == path
+    assert _read(cache, f"{prefix}{path}", digest, 5) == b"value"
     assert not (tmp_path / "cache").exists()
     another = hashlib.sha256(b"other").hexdigest()
     for expected, num_bytes in ((another, 5), (digest, 6)):
         with pytest.raises(UserError, match="is damaged: its sha256 is not the manifest's"):
-            cache.path(f"{prefix}{path}", expected, num_bytes)
+            _read(cache, f"{prefix}{path}", expected, num_bytes)
     assert path.read_bytes() == b"value"
 
 
 def test_the_least_recently_used_make_room(cache: LocalCache, tmp_path: Path) -> None:
     files = {name: _remote(name) for name in "abcde"}
     for time_s, name in enumerate("abc"):
-        _used_at(cache.path(*files[name]), 1000 + time_s)
-    cache.path(*files["a"])  # used just now, so b is the oldest
-    cache.path(*files["d"])
+        _read(cache, *files[name])
+        _used_at(_copy(tmp_path, files[name]), 1000 + time_s)
+    _read(cache, *files["a"])  # used just now, so b is the oldest
+    _read(cache, *files["d"])
     assert _names(tmp_path) == {files[name][1] for name in "acd"}
-    cache.path(*files["e"])
+    _read(cache, *files["e"])
     assert _names(tmp_path) == {files[name][1] for name in "ade"}
 
 
 def test_room_is_made_before_the_bytes_come(cache: LocalCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new = _remote("a", 250), _remote("b", 200)
-    cache.path(*old)
+    _read(cache, *old)
     seen: list[set[str]] = []
     open_input = storage.open_input
     monkeypatch.setattr(storage, "open_input", lambda url: (seen.append(_names(tmp_path)), open_input(url))[1])
-    cache.path(*new)
+    _read(cache, *new)
     assert old[1] not in seen[0]
 
 
 def test_the_file_asked_for_stays_though_it_is_too_large(cache: LocalCache, tmp_path: Path) -> None:
     small, large = _remote("a"), _remote("b", 1000)
-    cache.path(*small)
-    assert cache.path(*large).stat().st_size == 1000
+    _read(cache, *small)
+    assert len(_read(cache, *large)) == 1000
     assert _names(tmp_path) == {large[1]}
-    cache.path(*small)
+    _read(cache, *small)
     assert _names(tmp_path) == {small[1]}
 
 
@@ -210,33 +218,49 @@ def test_only_copies_are_deleted(cache: LocalCache, tmp_path: Path) -> None:
     (tmp_path / "cache" / "thesis.txt").write_bytes(b"x" * 1000)
     abandoned = tmp_path / "cache" / f".{'0' * 64}.{'1' * 32}.tmp"
     abandoned.touch()
-    _used_at(abandoned, 1000)
+    os.utime(abandoned, (1000, 1000))
     for name in "abcde":
-        cache.path(*_remote(name))
+        _read(cache, *_remote(name))
     assert "thesis.txt" in _names(tmp_path)
     assert abandoned.name not in _names(tmp_path)
     assert len(_names(tmp_path)) == 4
 
 
-def test_a_file_that_another_process_deleted_comes_again(cache: LocalCache) -> None:
+def test_a_file_that_another_process_deleted_comes_again(cache: LocalCache, tmp_path: Path) -> None:
     file = _remote("a")
-    path = cache.path(*file)
-    path.unlink()
-    assert cache.path(*file).read_bytes() == b"a" * 100
+    _read(cache, *file)
+    _copy(tmp_path, file).unlink()
+    assert _read(cache, *file) == b"a" * 100
 
 
-def test_a_file_that_is_deleted_while_it_is_verified_comes_again(
-    cache: LocalCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_is_deleted_while_it_is_in_use_stays_readable(cache: LocalCache, tmp_path: Path) -> None:
     file = _remote("a")
-    cache.path(*file)
+    with cache.open(*file) as path:
+        _copy(tmp_path, file).unlink()
+        assert Path(path).read_bytes() == b"a" * 100
+        np.testing.assert_array_equal(np.memmap(path, np.uint8, "r"), np.full(100, ord("a")))
 
-    def deleted(url: str) -> str:
-        Path(url).unlink()
-        raise FileNotFoundError(url)
 
-    monkeypatch.setattr(storage, "sha256", deleted)
-    assert LocalCache(tmp_path / "cache", 300).path(*file).read_bytes() == b"a" * 100
+def test_the_folder_of_copies_is_this_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = private_directory("copies")
+    assert folder == tmp_path / f"copies-{os.getuid()}"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert private_directory("copies") == folder
+    folder.chmod(0o755)
+    with pytest.raises(UserError, match="not a folder that this user alone can read and write"):
+        private_directory("copies")
+    folder.rmdir()
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="not a folder that this user alone"):
+        private_directory("copies")
+    folder.unlink()
+    folder.mkdir(mode=0o700)
+    monkeypatch.setattr(os, "getuid", lambda: 4242)
+    (tmp_path / "copies-4242").mkdir(mode=0o700)
+    with pytest.raises(UserError, match="not a folder that this user alone"):
+        private_directory("copies")
 
 
 def test_threads_may_share_a_cache(cache: LocalCache, tmp_path: Path) -> None:
@@ -246,8 +270,9 @@ def test_threads_may_share_a_cache(cache: LocalCache, tmp_path: Path) -> None:
         digest = hashlib.sha256(name.encode() * 100).hexdigest()
         files.append((f"local-store://{tmp_path}/store/{name}", digest, 100))
     with ThreadPoolExecutor(8) as threads:
-        paths = list(threads.map(lambda number: cache.path(*files[number % 2]), range(40)))
-    assert {path.name for path in paths} == _names(tmp_path) == {file[1] for file in files}
+        contents = list(threads.map(lambda number: _read(cache, *files[number % 2]), range(40)))
+    assert contents == [name * 100 for name in (b"a", b"b")] * 20
+    assert _names(tmp_path) == {file[1] for file in files}
 
 
 def test_processes_that_evict_each_others_files_read_whole_ones(tmp_path: Path) -> None:

@@ -15,10 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pairvpr.data import storage
 from pairvpr.data.manifest import SCHEMA, Benchmark, Manifest, folder_manifest
 from pairvpr.errors import UserError
 
-ANY_NAME = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+ANY_NAME = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(storage.is_inside)
 NAMES = ["b/z.JPG", "a.jpg", "B.PNG", "b.jpeg", "b/a/deep.WebP", "é.bmp", "_.jpg", "10.jpg", "9.jpg", "with.dots.jpg"]
 NO_PHOTOS = ["notes.txt", ".hidden.jpg", "jpg", "a.jpg.txt", "a.gif", ".a.jpg.0123.tmp", "b/readme"]
 
@@ -115,9 +116,18 @@ def test_photos_are_found_by_path_and_taken_by_id() -> None:
     assert len(manifest.only(np.array([], np.int64))) == 0
 
 
+@pytest.mark.parametrize(
+    "path", ["../x.jpg", "a/../../x.jpg", "/etc/x.jpg", "a\0.jpg", "", "C:\\x.jpg", "s3://b/x.jpg"]
+)
+def test_a_path_that_leaves_the_folder_of_photos_is_refused(tmp_path: Path, path: str) -> None:
+    Manifest.of("root", ["a.jpg", path]).write(str(tmp_path / "images.parquet"))
+    with pytest.raises(UserError, match=r"images\.parquet is damaged: the path .* leaves the folder of photos"):
+        Manifest.read(str(tmp_path / "images.parquet"), "root")
+
+
 def test_a_table_without_the_columns_is_refused_by_name(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image_id": [0], "path": ["a.jpg"]}), tmp_path / "images.parquet")
-    with pytest.raises(UserError, match="no column heading_deg, utm_east_m, utm_north_m"):
+    with pytest.raises(UserError, match="no column utm_east_m, utm_north_m, heading_deg"):
         Manifest.read(str(tmp_path / "images.parquet"), "root")
 
 

@@ -75,11 +75,16 @@ def test_parquet_comes_back_with_its_metadata(tmp_path: Path) -> None:
     assert sealed.parquet_bytes(TABLE) == (tmp_path / "file.parquet").read_bytes()
 
 
+def seal_archive(path: Path) -> None:
+    with path.open("r+b") as file:
+        sealed.seal_archive(file)
+
+
 def test_an_archive_of_torch_and_of_numpy_keeps_its_content(tmp_path: Path) -> None:
     torch.save({"weights": torch.ones(3)}, tmp_path / "file.pt")
     np.savez(tmp_path / "file.npz", rows=np.arange(5))
     for name in ("file.pt", "file.npz"):
-        sealed.seal_archive(tmp_path / name)
+        seal_archive(tmp_path / name)
         with (tmp_path / name).open("rb") as file:
             sealed.check_archive(file, name, REMEDY)
             assert file.tell() == 0
@@ -117,7 +122,7 @@ def _read_archive(data: bytes) -> object:
 
 def _archive(tmp_path: Path) -> bytes:
     torch.save({"weights": torch.arange(50)}, tmp_path / "file.pt")
-    sealed.seal_archive(tmp_path / "file.pt")
+    seal_archive(tmp_path / "file.pt")
     return (tmp_path / "file.pt").read_bytes()
 
 

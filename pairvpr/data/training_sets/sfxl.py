@@ -8,26 +8,37 @@ grouping lies beside `panoramas/`, it is taken instead, and the folder is not li
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.random import Generator
 from numpy.typing import NDArray
+from pyarrow import compute
 
-from pairvpr.data import panoramas, storage
+from pairvpr.data import panoramas, sealed, storage
 from pairvpr.data.photo_files import find_photos
 from pairvpr.data.training_sets.base import View
 from pairvpr.data.training_sets.places import group, offsets_of
 from pairvpr.errors import UserError
 
+pc: Any = compute  # its functions are made at run time, so their types are not known
+
 MIN_PANORAMAS = 5
 FOLDER = "panoramas"
 PUBLISHED_GROUPING = f"sfxl_M{panoramas.CELL_SIZE_M}_N1_mipc{MIN_PANORAMAS}.torch"
 
+CACHE_SCHEMA = pa.schema(
+    [
+        ("place", pa.int64()),
+        ("path", pa.large_string()),
+        ("utm_east_m", pa.float64()),
+        ("utm_north_m", pa.float64()),
+        ("yaw_deg", pa.float64()),
+    ]
+)
 _CACHE_VERSION = 1
 _NUM_HASHED_AT_ONCE = 1 << 16
 _Cell = tuple[int, int]
@@ -81,15 +92,11 @@ def read_sfxl(root: str, cache_directory: str) -> SfXl:
     published = storage.join(root, PUBLISHED_GROUPING)
     if storage.exists(published):
         cache = storage.join(cache_directory, f"sfxl_{_key(storage.sha256(published).encode())}.parquet")
-        if not storage.exists(cache):
-            _write_cache(cache, _places_of_published(published))
-        return _read_cache(cache, root)
+        return _cached(cache, root, lambda: _places_of_published(published))
     folder = storage.join(root, FOLDER)
     paths = _list_panoramas(folder)
     cache = storage.join(cache_directory, f"sfxl_{_key_of_paths(paths)}.parquet")
-    if not storage.exists(cache):
-        _write_cache(cache, _places_by_cell(folder, paths))
-    return _read_cache(cache, root)
+    return _cached(cache, root, lambda: _places_by_cell(folder, paths))
 
 
 def _list_panoramas(folder: str) -> pa.LargeStringArray:
@@ -176,20 +183,40 @@ def _table(
     return pa.table(columns)
 
 
+def _cached(url: str, root: str, places: Callable[[], pa.Table]) -> SfXl:
+    """The grouping in a file; where that is not there or damaged, which is said, it is made from `places`."""
+    try:
+        found = _read_cache(url, root)
+    except sealed.DamagedFileError as error:
+        sealed.warn(error)
+        found = None
+    if found is None:
+        _write_cache(url, places())
+        found = _read_cache(url, root)
+    assert found is not None, f"{url} was written just now"
+    return found
+
+
 def _write_cache(url: str, places: pa.Table) -> None:
-    with storage.written_locally(url) as file:
-        pq.write_table(places, file, compression="zstd")
+    sealed.write_parquet(url, places.cast(CACHE_SCHEMA), compression="zstd")
 
 
-def _read_cache(url: str, root: str) -> SfXl:
-    with storage.open_input(url) as file:
-        table = pq.read_table(file)
+def _read_cache(url: str, root: str) -> SfXl | None:
+    remedy = "it is made anew"
+    table = sealed.read_parquet(url, CACHE_SCHEMA, remedy)
+    if table is None:
+        return None
+    place, paths = table.column("place").to_numpy(), table.column("path").combine_chunks()
+    if not len(place) or place[0] != 0 or not np.isin(np.diff(place), (0, 1)).all():
+        raise sealed.DamagedFileError(url, "its places are not in order", remedy)
+    if pc.any(pc.match_substring_regex(paths, storage.OUTSIDE)).as_py():
+        raise sealed.DamagedFileError(url, "a path leaves the folder of panoramas", remedy)
     return SfXl(
         root=root,
-        paths=table.column("path").combine_chunks(),
+        paths=paths,
         utm_m=np.stack([table.column(name).to_numpy() for name in ("utm_east_m", "utm_north_m")], axis=1),
         yaw_deg=table.column("yaw_deg").to_numpy(),
-        offsets=offsets_of(np.bincount(table.column("place").to_numpy())),
+        offsets=offsets_of(np.bincount(place)),
     )
 
 
