@@ -166,9 +166,13 @@ def _arrays(url: str, data: bytes) -> dict[str, NDArray[Any]]:
     try:
         sealed.check_archive(io.BytesIO(data), url, "the same line describes its photos anew")
         with np.load(io.BytesIO(data), allow_pickle=False) as part:
-            return {name: part[name] for name in ARRAYS} | {
-                name: part.get(name, nothing) for name, nothing in REMARKS.items()
-            }
+            arrays = {name: part[name] for name in ARRAYS}
+            arrays |= {name: part.get(name, nothing) for name, nothing in REMARKS.items()}
+        first, stop = map(int, url.rsplit("/", 1)[-1].removesuffix(".npz").split("-"))
+        here = np.sort(np.concatenate([arrays["ids"], arrays["rejected_ids"]]))
+        if len(arrays["descriptors"]) != len(arrays["ids"]) or not np.array_equal(here, np.arange(first, stop)):
+            raise ValueError("it is of other photos")
+        return arrays
     except Exception as error:  # zip, zlib and numpy raise nearly anything on damaged bytes
         storage.remove_file(url)
         raise IncompleteRunError(
