@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +15,7 @@ import pytest
 
 from pairvpr.config.compose import load, load_evaluations
 from pairvpr.config.schema import BuildIndexConfig, QueryConfig
-from pairvpr.data import storage
+from pairvpr.data import sealed, storage
 from pairvpr.distributed.parts import Parts
 from pairvpr.errors import UserError
 from pairvpr.evaluation.confidence import Calibration
