@@ -67,7 +67,7 @@ def runs(city: Path, local_ray: None, tmp_path_factory: pytest.TempPathFactory) 
 def test_shards_and_actors(runs: Runs, expected: bytes, num_shards: int, num_actors: int) -> None:
     output, content = runs(num_shards, num_actors)
     assert (output / "predictions.parquet").read_bytes() == expected
-    assert content == json.loads((output / "metrics.json").read_text())
+    assert content == sealed.read_json(str(output / "metrics.json"), "")
     assert content["rejected_images"] == {"database": 1, "queries": 1}
     manifest = read_manifest(str(output / "index"))
     assert manifest is not None
