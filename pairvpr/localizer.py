@@ -34,7 +34,7 @@ from pairvpr.config.schema import (
     RerankConfig,
     SearchConfig,
 )
-from pairvpr.data import claim, storage
+from pairvpr.data import claim, sealed, storage
 from pairvpr.data.images import BrokenImageError
 from pairvpr.data.local_cache import LocalCache, cache_directory
 from pairvpr.data.manifest import Manifest, check_photos_are_seen
@@ -642,15 +642,15 @@ def _network(directory: str, manifest: IndexManifest, model: str | ModelConfig |
         return named_network(model)
     name = manifest.model["name"]
     known = named_network(name) if name in network_names() else None
-    try:
-        section = storage.read_json(storage.join(directory, claim.FILE))["model"]
-        return replace(network_of_settings(section), weights=None if known is None else known.weights)
-    except FileNotFoundError as error:
+    settings = sealed.read_json(storage.join(directory, claim.FILE), "expected model=...")
+    if settings is None:
         if known is not None:
             return known
         raise UserError(
             f"index {directory}: its {claim.FILE} is gone, which says what network {name} is; expected model=... "
             f"(one of {', '.join(network_names())}, or a ModelConfig)"
-        ) from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        )
+    try:
+        return replace(network_of_settings(settings["model"]), weights=None if known is None else known.weights)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"index {directory}: its {claim.FILE} is not readable: {storage.reason(error)}") from error
