@@ -9,7 +9,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
-import numpy as np
 import pyarrow as pa
 import ray
 
@@ -184,7 +183,7 @@ def _read_unit(directory: str, unit: WorkUnit) -> tuple[list[Reranked], float, d
     here = {answer.query_id: sorted(answer.ids.tolist()) for answer in answers}
     if here != {query_id: sorted(ids) for query_id, ids in unit.candidates.items()} or not math.isfinite(seconds):
         raise sealed.DamagedFileError(url, "it is not of this unit's queries and candidates", MADE_ANEW)
-    if any(len(answer.ids) != len(answer.pair_scores) or np.isnan(answer.pair_scores).any() for answer in answers):
+    if any(len(answer.ids) != len(answer.pair_scores) for answer in answers):
         raise sealed.DamagedFileError(url, "its scores do not fit its candidates", MADE_ANEW)
     return answers, seconds, lost
 
