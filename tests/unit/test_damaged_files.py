@@ -104,7 +104,7 @@ def _write_units(folder: Path) -> None:
             Reranked(query, np.array(ids), np.array([3, 2, unit.unit], np.float32))
             for query, ids in unit.candidates.items()
         ]
-        rerank._write_unit(str(folder), unit.unit, answers, 0.5)
+        rerank._write_unit(str(folder), unit.unit, answers, 0.5, rerank.Lost())
 
 
 def _units(folder: Path) -> Any:
