@@ -20,7 +20,7 @@ from pairvpr.config.compose import load
 from pairvpr.config.schema import PlanConfig
 from pairvpr.data import storage
 from pairvpr.data.benchmarks import load_benchmark
-from pairvpr.data.claim import check_writable
+from pairvpr.data.claim import check_writable_file
 from pairvpr.data.manifest import Manifest
 from pairvpr.distributed.capacity import room
 from pairvpr.distributed.describe import Description, describe
@@ -70,7 +70,8 @@ def plan(config: PlanConfig) -> dict[str, Any]:
 
     Ray is started only for what is not given: the speed, and the memory that an index may take.
     """
-    _check_output(config.output)
+    if config.output is not None:
+        check_writable_file(config.output, "output", "the plan")
     (num_images, num_queries), images_per_s = _numbers(config), config.plan.images_per_s
     needs_ray = images_per_s is None or config.index.memory_budget_gib is None
     calibration = None
@@ -108,16 +109,6 @@ def _numbers(config: PlanConfig) -> tuple[int, int | None]:
         return asked.num_images, asked.num_queries
     benchmark = load_benchmark(config.benchmark, storage.absolute(config.output or "plan"))
     return len(benchmark.database), asked.num_queries or len(benchmark.queries)
-
-
-def _check_output(output: str | None) -> None:
-    """Raise `UserError` where a local file can't be written, before anything is measured."""
-    if output is None or not storage.is_local(output):
-        return
-    path = storage.local_path(output).absolute()
-    if path.is_dir():
-        raise UserError(f"output={output}: a directory; expected a file for the plan as JSON")
-    check_writable(str(path.parent), "output")
 
 
 def _write(output: str, content: dict[str, Any]) -> None:

@@ -53,6 +53,19 @@ def check_writable(directory: str, key: str) -> None:
         raise UserError(f"{key}={directory}: {nearest} is not writable; expected a directory that can be written to")
 
 
+def check_writable_file(file: str, key: str, content: str) -> None:
+    """Raise `UserError`, naming the setting `key`, if a local `file` is a directory, or its folder can't be written to.
+
+    `content` is what the file is for. Nothing is written; a URL is not checked.
+    """
+    if not storage.is_local(file):
+        return
+    path = storage.local_path(file).absolute()
+    if path.is_dir():
+        raise UserError(f"{key}={file}: a directory; expected a file for {content} as JSON")
+    check_writable(str(path.parent), key)
+
+
 def claim(directory: str, settings: Mapping[str, Any], key: str) -> None:
     """Write the settings into a directory that has none yet; clear others of what killed writers left.
 

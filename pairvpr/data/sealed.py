@@ -14,7 +14,6 @@ import hashlib
 import io
 import json
 import math
-import sys
 import types
 import zipfile
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ import pyarrow.parquet as pq
 
 from pairvpr.data import storage
 from pairvpr.errors import UserError
+from pairvpr.terminal import say
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ class DamagedFileError(UserError):
 
 def warn(error: DamagedFileError) -> None:
     """Say in one line that a damaged file is made anew, as its remedy says."""
-    print(f"warning: {error}", file=sys.stderr, flush=True)
+    say(f"warning: {error}")
 
 
 def write_json(url: str, content: Mapping[str, Any]) -> None:
@@ -190,7 +190,7 @@ def parsed(of: type[T], content: object, url: str, remedy: str) -> T:
     """
     try:
         return cast(T, _value(of, content, ""))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DamagedFileError(url, storage.reason(error), remedy) from error
 
 

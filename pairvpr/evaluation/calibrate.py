@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from pairvpr.config.schema import CalibrateConfig
 from pairvpr.data import sealed, storage
 from pairvpr.data.claim import FILE as SETTINGS_FILE
-from pairvpr.data.claim import check_writable
+from pairvpr.data.claim import check_writable_file
 from pairvpr.errors import UserError
 from pairvpr.evaluation.bootstrap import bootstrap_interval
-from pairvpr.evaluation.compare import FinishedRun, read_predictions, read_run
+from pairvpr.evaluation.compare import FinishedRun, read_run
 from pairvpr.evaluation.confidence import (
     Bin,
     Calibration,
@@ -41,6 +41,7 @@ from pairvpr.evaluation.fit_decision import (
     fit_without,
     own_evidence,
 )
+from pairvpr.evaluation.predictions_file import read_predictions
 from pairvpr.index.manifest import read_images, read_manifest
 from pairvpr.retrieval.decision import Decision
 from pairvpr.secrets import without_secrets
@@ -68,7 +69,7 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
     Raises `UserError` for what is no finished evaluation with ground truth that scored all pairs both ways round, and
     for too few queries, or none that was right, or wrong, to tell the two apart.
     """
-    _check_output(config.output)
+    check_writable_file(config.output, "output", "the calibration")
     run = read_run(config.predictions)
     settings = _read_settings(config.predictions)
     utm_m = _positions(settings)
@@ -107,22 +108,13 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
     return content
 
 
-def _check_output(output: str) -> None:
-    if not storage.is_local(output):
-        return
-    path = storage.local_path(output).absolute()
-    if path.is_dir():
-        raise UserError(f"output={output}: a directory; expected a file for the calibration as JSON")
-    check_writable(str(path.parent), "output")
-
-
 def _read_settings(url: str) -> dict[str, Any]:
     """settings.json of the run; raises `UserError` where it says that not all pairs were scored both ways."""
     settings_url = storage.join(url, SETTINGS_FILE)
-    settings = sealed.read_json(settings_url, "expected the settings of an evaluation")
+    settings = sealed.read_json(settings_url, "expected the settings of an evaluation") or {}
     try:
-        rerank = {**(settings or {})["rerank"]}
-        model, round_size = {**(settings or {})["model"]}, int(rerank["batch_size"])
+        rerank = {**settings["rerank"]}
+        model, round_size = {**settings["model"]}, int(rerank["batch_size"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{settings_url}: not the settings of an evaluation: {storage.reason(error)}") from error
     for name, partial in (

@@ -15,27 +15,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from pairvpr.data import sealed, storage
 from pairvpr.data.claim import FILE as SETTINGS_FILE
 from pairvpr.errors import UserError
 from pairvpr.evaluation.bootstrap import bootstrap_interval, sign_test
+from pairvpr.evaluation.predictions_file import read_predictions
 from pairvpr.evaluation.recall import first_hits
 
 SHOWN_N = ("1", "5", "10")
 DIGEST_LENGTH = 12
 SIGNIFICANT = 0.05
-PREDICTIONS = pa.schema(
-    [
-        ("candidates", pa.list_(pa.int64())),
-        ("reranked", pa.list_(pa.int64())),
-        ("pair_scores", pa.list_(pa.float32())),
-        ("positives", pa.list_(pa.int64())),
-    ]
-)
-"""Columns of predictions.parquet that are read back."""
 NEEDED = ("benchmark", "protocol", "model", "recall", "candidate_ceiling", "num_candidates")
 
 
@@ -178,15 +169,6 @@ def _paired(first: FinishedRun, second: FinishedRun) -> list[str]:
         f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f} (paired bootstrap over {len(before)} queries), "
         f"exact sign test p = {p:.3g}",
     ]
-
-
-def read_predictions(url: str, columns: Sequence[str]) -> pa.Table:
-    """Some columns of predictions.parquet. Raises `UserError` where it is missing, damaged or something else."""
-    expected = "expected the predictions of a run; the line that made them makes them anew"
-    table = sealed.read_parquet(url, pa.schema([PREDICTIONS.field(name) for name in columns]), expected)
-    if table is None:
-        raise UserError(f"{url}: no such file; {expected}")
-    return table
 
 
 def first_answer_is_right(run: FinishedRun) -> NDArray[np.bool_]:

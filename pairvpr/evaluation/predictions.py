@@ -11,32 +11,9 @@ from numpy.typing import NDArray
 from pairvpr.data import sealed
 from pairvpr.data.manifest import Benchmark
 from pairvpr.evaluation.confidence import Judge
+from pairvpr.evaluation.predictions_file import DECIDED_SCHEMA, SCHEMA
 from pairvpr.retrieval.decision import Decided
 from pairvpr.retrieval.pipeline import Answer
-
-SCHEMA = pa.schema(
-    [
-        ("query_id", pa.int64()),
-        ("query_path", pa.string()),
-        ("candidates", pa.list_(pa.int64())),
-        ("squared_distances", pa.list_(pa.float32())),
-        ("reranked", pa.list_(pa.int64())),
-        ("pair_scores", pa.list_(pa.float32())),
-        ("positives", pa.list_(pa.int64())),
-        ("confidence", pa.float32()),
-        ("in_map", pa.bool_()),
-    ]
-)
-DECIDED_SCHEMA = pa.schema(
-    [
-        ("decided", pa.list_(pa.int64())),
-        ("evidence", pa.list_(pa.float32())),
-        ("estimated_east_m", pa.float64()),
-        ("estimated_north_m", pa.float64()),
-        ("estimated_spread_m", pa.float64()),
-    ]
-)
-"""The columns behind those of `SCHEMA` where answers were decided by more than the pair score."""
 
 
 def predictions_table(benchmark: Benchmark, answers: Sequence[Answer], judge: Judge | None = None) -> pa.Table:

@@ -52,7 +52,7 @@ def kept_url(output: str, position: Position) -> str:
 
 
 def steps_done(output: str) -> int:
-    """Steps that the rolling checkpoint holds; 0 without one. Of the file only its table of contents is read.
+    """Steps that the rolling checkpoint holds; 0 without one. Its seal is checked, and no tensor of it is kept.
 
     Raises `UserError` for what is not a checkpoint.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from dataclasses import replace
@@ -32,7 +31,7 @@ from pairvpr.evaluation.confidence import (
 from pairvpr.evaluation.fit_decision import LocatedQuery, decided_right, fit_consensus, fit_fused
 from pairvpr.evaluation.predictions import predictions_table, write_predictions
 from pairvpr.evaluation.report import RunFacts, metrics
-from pairvpr.index.manifest import ImageTable, IndexManifest, commit, stored_file
+from pairvpr.index.manifest import ImageTable, IndexManifest, ShardEntry, StoredFile, commit
 from pairvpr.retrieval.pipeline import Answer
 from tests.support.decision import K, drawn
 from tests.support.small import small_model_config
@@ -90,6 +89,10 @@ def write_located_run(folder: Path, its: list[LocatedQuery]) -> str:
     index = f"{folder}/index"
     photos = Manifest.of("/d", [f"{number:04d}.jpg" for number in range(len(its) * K)])
     photos.with_positions(np.concatenate([query.utm_m for query in its])).write(f"{index}/images.parquet")
+    table = f"{index}/images.parquet"
+    file = StoredFile(path="images.parquet", bytes=storage.size_bytes(table), sha256=storage.sha256(table))
+    rows = {name: StoredFile(path=name, bytes=0, sha256="0" * 64) for name in ("ids.npy", "descriptors.npy")}
+    count = len(photos)
     manifest = IndexManifest(
         generation=1,
         model={"name": "small", "weights_sha256": "ab" * 32},
@@ -100,9 +103,9 @@ def write_located_run(folder: Path, its: list[LocatedQuery]) -> str:
         num_rejected=0,
         num_removed=0,
         images_root="/d",
-        images=[ImageTable(file=stored_file(index, "images.parquet"), first_id=0, count=len(photos))],
+        images=[ImageTable(file=file, first_id=0, count=count)],
         removed=[],
-        shards=[],
+        shards=[ShardEntry(path="shards/00000", first_id=0, count=count, num_rows=count, num_removed=0, files=rows)],
     )
     commit(index, manifest)
     return write_answers(folder, answers, positives, len(photos), index={"path": index})

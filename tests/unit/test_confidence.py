@@ -210,7 +210,7 @@ def mistake(url: str) -> str:
     with pytest.raises(UserError) as caught:
         read_calibration(url)
     assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith(f"rerank.calibration={url}: ")
+    assert str(caught.value).startswith(f"rerank.calibration={url}")
     return str(caught.value)
 
 

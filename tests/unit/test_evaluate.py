@@ -78,7 +78,10 @@ def config(tmp_path: Path) -> EvaluateConfig:
 
 
 def finish_index(run: Run, **changes: Any) -> None:
-    """An index of the run's database as `build_index` leaves it, and `changes` to its manifest."""
+    """An index of the run's database as `build_index` leaves it, and `changes` to its manifest.
+
+    `photos=4` makes it one of so many photos, `cut_at=2` one of two shards.
+    """
     images, dim = run.benchmark.database, run.config.model.descriptor_dim
     claim(run.index, run.index_settings(), "index.path")
     rows = np.eye(len(images), dim, dtype=np.float32)
@@ -86,6 +89,17 @@ def finish_index(run: Run, **changes: Any) -> None:
     made_by = {"name": "small", WEIGHTS_SHA256: run.weights.sha256}
     draft = make.first_generation(run.index, images, 1, made_by, dim)
     manifest = make.next_generation(run.index, draft, FLAT, PLENTY_BYTES, make.LocalRunner())
+    (table,), (shard,) = manifest.images, manifest.shards
+    if photos := changes.pop("photos", None):
+        changes |= {
+            "num_images": photos,
+            "images": [replace(table, count=photos)],
+            "shards": [replace(shard, count=photos)],
+        }
+    if cut_at := changes.pop("cut_at", None):
+        first = replace(shard, count=cut_at, num_rows=cut_at)
+        rest = shard.count - cut_at
+        changes["shards"] = [first, replace(shard, first_id=cut_at, count=rest, num_rows=rest)]
     commit(run.index, replace(manifest, **changes))
 
 
@@ -131,11 +145,13 @@ def test_scaled_photos_are_another_index_and_settings_without_the_key_mean_whole
     ("changes", "words"),
     [
         ({"model": {"name": "other", WEIGHTS_SHA256: "cd" * 32}}, "was made by model other with weights cdcdcdcdcdcd"),
-        ({"num_images": 4}, "num_images 4 there, 3 now"),
+        ({"num_images": 4}, "images do not cover the ids 0 to 3 in order"),
+        ({"photos": 4}, "num_images 4 there, 3 now"),
         ({"descriptor_dim": 8}, "descriptor_dim 8 there, 16 now"),
         ({"images_root": "/elsewhere"}, "images_root /elsewhere there"),
-        ({"shards": []}, "num_shards 0 there, 1 now"),
-        ({"removed": [StoredFile(path="x", bytes=1, sha256="")]}, "generation's updates 1 there, 0 now"),
+        ({"shards": []}, "shards do not cover the ids 0 to 2 in order"),
+        ({"cut_at": 2}, "num_shards 2 there, 1 now"),
+        ({"removed": [StoredFile(path="x", bytes=1, sha256="0" * 64)]}, "generation's updates 1 there, 0 now"),
     ],
 )
 def test_a_finished_index_without_settings_is_checked(

@@ -170,7 +170,7 @@ def test_photos_that_an_update_added_are_known_as_they_were(tmp_path: Path) -> N
         (tmp_path / name).write_bytes(name.encode())
     photos = Manifest.of(str(tmp_path), ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]).with_positions(np.zeros((4, 2)))
     below = "updates/000002-x"
-    file = StoredFile(path=f"{below}/images.parquet", bytes=0, sha256="")
+    file = StoredFile(path=f"{below}/images.parquet", bytes=0, sha256="0" * 64)
     built = replace(write_index(str(tmp_path / "index"), list("vwxyz"), np.eye(5, 16, dtype=np.float32)), generation=2)
     tables = [*built.images, ImageTable(file=file, first_id=5, count=4)]
     manifest, nothing = replace(built, num_images=9, images=tables), np.empty(0, np.int64)

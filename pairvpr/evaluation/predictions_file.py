@@ -1,0 +1,43 @@
+"""The columns of `predictions.parquet`, and reading some of them back; needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+from pairvpr.data import sealed
+from pairvpr.errors import UserError
+
+SCHEMA = pa.schema(
+    [
+        ("query_id", pa.int64()),
+        ("query_path", pa.string()),
+        ("candidates", pa.list_(pa.int64())),
+        ("squared_distances", pa.list_(pa.float32())),
+        ("reranked", pa.list_(pa.int64())),
+        ("pair_scores", pa.list_(pa.float32())),
+        ("positives", pa.list_(pa.int64())),
+        ("confidence", pa.float32()),
+        ("in_map", pa.bool_()),
+    ]
+)
+DECIDED_SCHEMA = pa.schema(
+    [
+        ("decided", pa.list_(pa.int64())),
+        ("evidence", pa.list_(pa.float32())),
+        ("estimated_east_m", pa.float64()),
+        ("estimated_north_m", pa.float64()),
+        ("estimated_spread_m", pa.float64()),
+    ]
+)
+"""The columns behind those of `SCHEMA` where answers were decided by more than the pair score."""
+
+
+def read_predictions(url: str, columns: Sequence[str]) -> pa.Table:
+    """Some columns of predictions.parquet. Raises `UserError` where it is missing, damaged or something else."""
+    expected = "expected the predictions of a run; the line that made them makes them anew"
+    table = sealed.read_parquet(url, pa.schema([SCHEMA.field(name) for name in columns]), expected)
+    if table is None:
+        raise UserError(f"{url}: no such file; {expected}")
+    return table
