@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 MatValue = NDArray[np.float64] | str | list["MatValue"] | dict[str, "MatValue"]
 """Numbers (in their MATLAB shape), a text, the cells of a cell array (column by column), or the fields of a struct."""
 
-_MOST_UNPACKED_BYTES = 1 << 30
-_DEEPEST = 16
+_MOST_UNPACKED_BYTES = 1 << 28
+_MOST_ELEMENTS = 4_000_000
+"""Three times those of Pittsburgh 250k, the longest published list; in Python an element takes some 100 bytes."""
+_DEEPEST = 4
 _HEADER_BYTES = 128
 _MATRIX, _COMPRESSED, _UTF8 = 14, 15, 16
 _NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
@@ -66,15 +68,18 @@ class _Element:
 
 
 class _Reader:
-    """Elements of one byte order, which hold at most so many unpacked bytes together."""
+    """Elements of one byte order: so many at most, which hold at most so many unpacked bytes together."""
 
     def __init__(self, data: bytes, order: Literal["<", ">"]) -> None:
         self._data, self._order = data, order
-        self._bytes_left = _MOST_UNPACKED_BYTES
+        self._bytes_left, self._elements_left = _MOST_UNPACKED_BYTES, _MOST_ELEMENTS
 
     def element(self, place: int, data: bytes | None = None, *, is_top: bool = False) -> tuple[_Element, int]:
         """The element at `place`, and where the next one begins."""
         data = self._data if data is None else data
+        self._elements_left -= 1
+        if self._elements_left < 0:
+            raise MatError(f"more than {_MOST_ELEMENTS:,} elements")
         if place + 8 > len(data):
             raise MatError("it ends within an element")
         kind, size = struct.unpack_from(f"{self._order}II", data, place)

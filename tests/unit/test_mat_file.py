@@ -6,6 +6,8 @@ import functools
 import io
 import logging
 import random
+import struct
+import zlib
 from collections import Counter
 from typing import Any
 
@@ -70,6 +72,18 @@ def test_a_few_bytes_that_unpack_to_very_many_are_refused(monkeypatch: pytest.Mo
     assert len(sink.getvalue()) < 1 << 14
     with pytest.raises(MatError, match="cut short, or more than 1,048,576 bytes"):
         read_variable(sink.getvalue(), "dbStruct")
+
+
+def test_very_many_empty_elements_are_refused_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros are empty elements of eight bytes each, which take more than ten times as much in Python."""
+    monkeypatch.setattr("pairvpr.data.mat_file._MOST_ELEMENTS", 1000)
+    flags, shape, name = (6, struct.pack("<II", 1, 0)), (5, struct.pack("<II", 1, 1)), (1, b"dbStruct")
+    head = b"".join(struct.pack("<II", kind, len(data)) + data for kind, data in (flags, shape, name))
+    payload = head + bytes(1 << 16)
+    packed = zlib.compress(struct.pack("<II", 14, len(payload)) + payload)
+    header = b"MATLAB 5.0 MAT-file".ljust(124) + b"\0\1IM"
+    with pytest.raises(MatError, match="more than 1,000 elements"):
+        read_variable(header + struct.pack("<II", 15, len(packed)) + packed, "dbStruct")
 
 
 def test_version_73_is_called_by_its_name() -> None:
