@@ -8,7 +8,8 @@ from typing import TypeVar
 T = TypeVar("T")
 
 HIDDEN = "***"
-_WORD = r"[\w.-]*(?:passw(?:or)?d|passphrase|secret(?:[_-]?key)?|token|signature|api[_-]?key|access[_-]?key)"
+_KEY = r"(?:secret|api|access|account|private|shared)[_-]?key"
+_WORD = rf"[\w.-]*(?:passw(?:or)?d|passphrase|secret|token|signature|{_KEY})"
 _PLACES = (
     # scheme://user:password@host and scheme://token@host. A secret may hold a slash: then a colon stands before it,
     # which is not that of a port.
@@ -16,7 +17,8 @@ _PLACES = (
     # scheme://host/path?signature=...#...: stores name their secrets as they like
     (re.compile(r"(://[^\s?'\"<>]*)\?[^\s'\"<>]*[^\s'\"<>:;,.)]"), rf"\1?{HIDDEN}"),
     # token=..., "secret": "...", also where a client's error tells its options
-    (re.compile(rf"(?i)(\b{_WORD}['\"]?\s*[=:]\s*['\"]?)(?!\s)[^\s'\"&,;)}}\]]+"), rf"\1{HIDDEN}"),
+    (re.compile(rf"(?i)(\b{_WORD}['\"]?\s*[=:]\s*)(['\"])(?:(?!\2)[^\n])+\2"), rf"\1\2{HIDDEN}\2"),
+    (re.compile(rf"(?i)(\b{_WORD}['\"]?\s*[=:]\s*['\"]?)(?!\s)[^\s'\",;)}}\]]+"), rf"\1{HIDDEN}"),
     (re.compile(r"(?i)\b(authorization\W{1,4}basic|bearer)\s+[\w.~+/=-]{8,}"), rf"\1 {HIDDEN}"),
 )
 

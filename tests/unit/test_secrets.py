@@ -38,6 +38,10 @@ TEXTS = [
     f"Authorization: Bearer {SECRET}",
     f"password={SECRET}, retries=3",
     f"X-Amz-Security-Token: {SECRET}",
+    f"account_key={SECRET}",
+    f"private_key: {SECRET}",
+    f"sas_token=sv=2020&sig={SECRET}%3D",
+    f"{{'secret': 'two words {SECRET}'}}",
 ]
 HARMLESS = [
     "/data/@0543210.12@4182345.67@.jpg: no such file",
