@@ -137,7 +137,7 @@ class DecoderConfig:
         )
 
 
-MAX_MEGAPIXELS = 180.0
+MAX_MEGAPIXELS = 178.0
 """Default of `model.max_megapixels`: allows panoramas of 16,384 x 8,192 and somewhat more."""
 
 

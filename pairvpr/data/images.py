@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import io
+import math
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -146,8 +147,8 @@ def _open(data: bytes, max_megapixels: float) -> Image.Image:
     ignore_warnings_of_metadata()
     _check_size(webp_size_px(data), max_megapixels)
     Image.init()
-    if Image.MAX_IMAGE_PIXELS is not None and max_megapixels * 1e6 > 2 * Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = None  # Pillow measures a TIFF by it once more
+    if Image.MAX_IMAGE_PIXELS is not None:  # Pillow measures a TIFF by it once more, and refuses twice as many
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, math.ceil(max_megapixels * 1e6 / 2))
     for name in FORMATS:
         factory, accepts = Image.OPEN[name]
         if accepts is not None and accepts(data[:32]) is True:
