@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
 from PIL.ExifTags import GPS, IFD
 
-from pairvpr.data.images import FORMATS, ignore_warnings_of_metadata
+from pairvpr.data.images import FORMATS, opened
 
 NUM_HEAD_BYTES = 1 << 17
 """A JPEG's EXIF block, of at most 64 KiB, stands at its beginning: this much of a file is enough for nearly all."""
@@ -34,9 +32,8 @@ class GpsPosition:
 
 def gps_position(data: bytes) -> GpsPosition:
     """From the bytes of a photo, or the first of them. Raises `GpsError`; more bytes may help."""
-    ignore_warnings_of_metadata()
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with opened(data) as image:
             entries = image.getexif().get_ifd(IFD.GPSInfo)
     except Exception as error:  # Pillow raises nearly anything on foreign bytes
         raise GpsError(

@@ -139,23 +139,28 @@ def _opened(data: bytes, use: Callable[[Image.Image, int], Photo], max_megapixel
         raise BrokenImageError(f"{type(error).__name__}: {error}") from error
 
 
-def _open(data: bytes, max_megapixels: float) -> Image.Image:
-    """The photo, not decoded yet, by the decoder that its first bytes ask for.
+def opened(data: bytes) -> Image.Image:
+    """The photo, not decoded yet, by the decoder that its first bytes ask for. Raises nearly anything.
 
     `Image.open` would measure it by a limit of its own, one for the whole process.
     """
     ignore_warnings_of_metadata()
-    _check_size(webp_size_px(data), max_megapixels)
     Image.init()
-    if Image.MAX_IMAGE_PIXELS is not None:  # Pillow measures a TIFF by it once more, and refuses twice as many
-        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, math.ceil(max_megapixels * 1e6 / 2))
     for name in FORMATS:
         factory, accepts = Image.OPEN[name]
         if accepts is not None and accepts(data[:32]) is True:
-            image = factory(io.BytesIO(data), "")
-            _check_size(image.size, max_megapixels)
-            return image
+            return factory(io.BytesIO(data), "")
     raise UnidentifiedImageError
+
+
+def _open(data: bytes, max_megapixels: float) -> Image.Image:
+    """The photo, not decoded yet. Raises `BrokenImageError` for one of too many pixels."""
+    _check_size(webp_size_px(data), max_megapixels)
+    if Image.MAX_IMAGE_PIXELS is not None:  # Pillow measures a TIFF by it once more, and refuses twice as many
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, math.ceil(max_megapixels * 1e6 / 2))
+    image = opened(data)
+    _check_size(image.size, max_megapixels)
+    return image
 
 
 def ignore_warnings_of_metadata() -> None:

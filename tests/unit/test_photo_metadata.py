@@ -293,6 +293,15 @@ def test_the_limit_holds_for_a_photo_that_somebody_hands_over(tmp_path: Path, is
     np.testing.assert_array_equal(photo.pixels(ModelConfig(image_size_px=SIDE_PX)), images.decode(data, SIDE_PX))
 
 
+def test_pillows_own_limit_is_never_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    before, data = Image.MAX_IMAGE_PIXELS, saved(picture(40, 30), "JPEG")
+    images.decode(data, SIDE_PX)
+    assert before == Image.MAX_IMAGE_PIXELS
+    images.decode(data, SIDE_PX, max_megapixels=400)
+    assert Image.MAX_IMAGE_PIXELS == 200_000_000
+
+
 @needs_shared
 def test_the_shared_panorama_is_read_with_a_larger_limit() -> None:
     data = (SHARED / "cases" / "pano_16k" / "db" / "pano.png").read_bytes()

@@ -812,6 +812,15 @@ def test_the_head_of_a_jpeg_is_enough_and_other_files_are_read_whole(
     assert whole == [f"{tmp_path}/queries/late.png"]
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_a_position_needs_no_pixels(monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    """Pillow's limit on pixels, which belongs to the whole process, decides about no position."""
+    data = photo(suffix, **WEST)
+    expected = gps_position(data)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
+    assert gps_position(data) == expected
+
+
 def test_an_exif_block_cut_anywhere_never_says_another_place() -> None:
     whole = photo(**WEST)
     start = whole.index(b"Exif\0\0")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -15,13 +14,13 @@ from pairvpr.data.exif import GpsError, gps_position
 
 
 def test_a_filter_that_another_thread_sets_meanwhile_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    really_open = Image.open
+    really_init = Image.init
 
-    def meanwhile(*arguments: Any, **options: Any) -> Image.Image:
+    def meanwhile() -> bool:  # called while a photo is being opened
         warnings.filterwarnings("error", "set by another thread")
-        return really_open(*arguments, **options)
+        return really_init()
 
-    monkeypatch.setattr(Image, "open", meanwhile)
+    monkeypatch.setattr(Image, "init", meanwhile)
     with pytest.raises(GpsError):
         gps_position(b"no photo")
     with pytest.raises(UserWarning):
