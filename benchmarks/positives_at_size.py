@@ -35,9 +35,9 @@ import psutil
 from numpy.typing import NDArray
 
 from benchmarks import shared
-from pairvpr.config.benchmark_schema import FoldersConfig, PositionSource
+from pairvpr.config.benchmark_schema import PositionColumns
 from pairvpr.data.manifest import Benchmark, Manifest
-from pairvpr.data.positions import positions_from_names, positions_from_tables
+from pairvpr.data.positions import PositionsTable, positions_from_names, positions_from_tables
 from pairvpr.data.positives import within_radius
 from pairvpr.data.problems import Problems
 from pairvpr.distributed.progress import say
@@ -130,10 +130,9 @@ def tabled_database(utm_m: NDArray[np.float64], measured: Measured) -> Manifest:
         table = Path(folder) / "database.csv"
         names = write_table(table, utm_m)
         listed = measured.timed("manifest", lambda: Manifest.of("database", names))
-        config = FoldersConfig(
-            name="table", database="-", queries="-", positions=PositionSource.table, database_table=str(table)
-        )
-        database, _ = measured.timed("positions", lambda: positions_from_tables(config, listed, listed, problems))
+        tables = [PositionsTable("table", str(table), listed)]
+        read = lambda: positions_from_tables(tables, PositionColumns(), "columns", problems)  # noqa: E731
+        (database,) = measured.timed("positions", read)
     problems.raise_if_any()
     return database
 

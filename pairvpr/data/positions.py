@@ -6,7 +6,7 @@ photos is that of their coordinates, also across the border of two zones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import compute
 
-from pairvpr.config.benchmark_schema import FoldersConfig, PositionColumns
+from pairvpr.config.benchmark_schema import PositionColumns
 from pairvpr.data import storage, utm
 from pairvpr.data.exif import NUM_HEAD_BYTES, GpsError, GpsPosition, gps_position
 from pairvpr.data.manifest import Manifest
@@ -133,6 +133,15 @@ def _field(fields: pa.ChunkedArray, name: str) -> NDArray[np.float64]:
     return pc.if_else(pc.equal(texts, ""), None, texts).cast(pa.float64()).to_numpy()
 
 
+@dataclass(frozen=True, eq=False)
+class PositionsTable:
+    """A table (path or URL) that says where `photos` were taken, and the setting that names it."""
+
+    key: str
+    url: str
+    photos: Manifest
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Located:
     """Photos and where their source says they were taken: (n, 2) UTM in metres, or latitude, longitude in degrees."""
@@ -145,44 +154,37 @@ class _Located:
 
 
 def positions_from_tables(
-    config: FoldersConfig, database: Manifest, queries: Manifest, problems: Problems
-) -> tuple[Manifest, Manifest]:
-    """The photos that the tables list, with their positions; queries without a table stay as they are.
+    sources: Sequence[PositionsTable], columns: PositionColumns, columns_key: str, problems: Problems
+) -> list[Manifest]:
+    """The photos that the tables list, with their positions; the first table is the database's.
 
     A table that can't be read and a row that can't be used are problems; raises `UserError` where too little is left.
+    `columns_key` is the setting that gives columns other names.
     """
-    sources = [("benchmark.database_table", config.database_table, database)]
-    if config.queries_table is not None:
-        sources.append(("benchmark.queries_table", config.queries_table, queries))
-    columns, files = config.columns, dict[str, TableFile]()
-    for key, url, _ in sources:
+    files = dict[str, TableFile]()
+    for source in sources:
         with problems.gathered():
-            files[key] = _open(str(url), key, columns)
+            files[source.key] = _open(source, columns, columns_key)
     pair = _common_pair(list(files.values()), columns)
     located = list[_Located]()
-    for key, _, photos in sources:
-        if key in files:
+    for source in sources:
+        if source.key in files:
             with problems.gathered():
-                located.append(_read_table(files[key], columns, pair, photos, problems))
+                located.append(_read_table(files[source.key], columns, pair, source.photos, problems))
     if len(located) < len(sources):
         problems.raise_if_any()
     is_utm = pair == _pairs(columns)[0]
     if is_utm:
         _check_one_zone(list(files.values()), problems)
-    placed = [_in_utm(part) for part in located] if is_utm else _in_one_zone(located, problems)
-    return placed[0], placed[1] if len(placed) > 1 else queries
+    return [_in_utm(part) for part in located] if is_utm else _in_one_zone(located, problems)
 
 
-def positions_from_exif(
-    config: FoldersConfig, database: Manifest, queries: Manifest, problems: Problems
-) -> tuple[Manifest, Manifest]:
-    """The photos with the positions, and headings from true north, of their EXIF blocks; queries for a radius only.
+def positions_from_exif(parts: Sequence[Manifest], problems: Problems) -> list[Manifest]:
+    """The photos with the positions, and headings from true north, of their EXIF blocks; first those of the database.
 
     A photo that does not say where it was taken is a problem; raises `UserError` where no database photo does.
     """
-    parts = (database, queries) if config.radius_m is not None else (database,)
-    placed = _in_one_zone([_read_exif(photos, problems) for photos in parts], problems)
-    return placed[0], placed[1] if len(placed) > 1 else queries
+    return _in_one_zone([_read_exif(photos, problems) for photos in parts], problems)
 
 
 def _in_utm(located: _Located) -> Manifest:
@@ -216,13 +218,13 @@ def _pairs(columns: PositionColumns) -> list[tuple[str, str]]:
     return [(columns.utm_east, columns.utm_north), (columns.latitude, columns.longitude)]
 
 
-def _open(url: str, key: str, columns: PositionColumns) -> TableFile:
-    file = TableFile.open(url, key)
+def _open(source: PositionsTable, columns: PositionColumns, columns_key: str) -> TableFile:
+    file = TableFile.open(source.url, source.key)
     if not file.has(columns.path) or not any(file.has(*pair) for pair in _pairs(columns)):
         either = " or ".join(",".join(pair) for pair in _pairs(columns))
         raise UserError(
-            f"{url}: its columns are {','.join(file.names)}; expected {columns.path} and either {either} "
-            "(benchmark.columns.* gives them other names)"
+            f"{source.url}: its columns are {','.join(file.names)}; expected {columns.path} and either {either} "
+            f"({columns_key}.* gives them other names)"
         )
     return file
 

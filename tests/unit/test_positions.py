@@ -30,7 +30,7 @@ from pairvpr.data import storage, utm
 from pairvpr.data.benchmarks import folders, load_benchmark, read_benchmark
 from pairvpr.data.exif import NUM_HEAD_BYTES, GpsError, GpsPosition, gps_position
 from pairvpr.data.manifest import Benchmark, Manifest
-from pairvpr.data.positions import positions_from_names, positions_from_tables, zone_of_names
+from pairvpr.data.positions import PositionsTable, positions_from_names, positions_from_tables, zone_of_names
 from pairvpr.data.problems import FoundProblemsError, Problems
 from pairvpr.errors import UserError
 from pairvpr.toy import city as toy_city
@@ -517,7 +517,7 @@ def test_rows_below_a_separator_line_are_called_by_their_own_numbers(tmp_path: P
 @pytest.mark.parametrize("num_tables", [300, pytest.param(20_000, marks=pytest.mark.soak)])
 def test_damaged_tables_are_read_or_refused_in_lines(tmp_path: Path, num_tables: int) -> None:
     """A row that is kept names a photo of the folder and holds finite numbers, and all lines are one line."""
-    photos, queries = Manifest.of("root", ["a.jpg", "b.jpg", "c.jpg"]), Manifest.of("queries", ["q.jpg"])
+    photos = Manifest.of("root", ["a.jpg", "b.jpg", "c.jpg"])
     table = b'path,latitude,longitude,note\n./a.jpg,47.37,8.54,x\nb.jpg,47.371,8.54,"y, z"\nc.JPG,47.372,8.54,\n'
     pieces = [
         b",",
@@ -537,7 +537,7 @@ def test_damaged_tables_are_read_or_refused_in_lines(tmp_path: Path, num_tables:
         b"\xcc\x88",
     ]
     rng, counts, file = random.Random(3), Counter[str](), tmp_path / "database.csv"
-    settings = config(tmp_path, radius_m=None, queries_table=None)
+    tables = [PositionsTable("benchmark.database_table", str(file), photos)]
     for _ in range(num_tables):
         data = bytearray(table)
         for _ in range(rng.choice((1, 1, 2, 5))):
@@ -546,7 +546,7 @@ def test_damaged_tables_are_read_or_refused_in_lines(tmp_path: Path, num_tables:
         file.write_bytes(data)
         problems = Problems()
         with problems.gathered():
-            database, _ = positions_from_tables(settings, photos, queries, problems)
+            (database,) = positions_from_tables(tables, PositionColumns(), "benchmark.columns", problems)
             assert set(database.paths) <= set(photos.paths)
             assert np.isfinite(database.utm_m).all()
         assert not any("\n" in line for line in problems.lines), bytes(data)
@@ -565,12 +565,12 @@ def test_csv_tables_round_trip(rows: dict[str, tuple[float, float, float | None]
     writer = csv.writer(sink)
     writer.writerow(["path", "utm_east", "utm_north", "heading"])
     writer.writerows([path, *numbers] for path, numbers in rows.items())
-    photos, queries = Manifest.of("root", sorted([*rows, "z" * 100])), Manifest.of("queries", ["q.jpg"])
+    photos = Manifest.of("root", sorted([*rows, "z" * 100]))
     problems = Problems()
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "database.csv").write_text(sink.getvalue(), encoding="utf-8", newline="")
-        settings = config(folder, radius_m=None, queries_table=None)
-        database, _ = positions_from_tables(settings, photos, queries, problems)
+        tables = [PositionsTable("benchmark.database_table", f"{folder}/database.csv", photos)]
+        (database,) = positions_from_tables(tables, PositionColumns(), "benchmark.columns", problems)
     assert problems.lines == []
     assert rows_of(database) == [(path, *rows[path]) for path in sorted(rows)]
 

@@ -7,7 +7,13 @@ from numpy.typing import NDArray
 
 from pairvpr.config.benchmark_schema import FoldersConfig, PositionSource
 from pairvpr.data.manifest import Benchmark, Manifest, folder_manifest
-from pairvpr.data.positions import positions_from_exif, positions_from_names, positions_from_tables, zone_of_names
+from pairvpr.data.positions import (
+    PositionsTable,
+    positions_from_exif,
+    positions_from_names,
+    positions_from_tables,
+    zone_of_names,
+)
 from pairvpr.data.positives import within_radius
 from pairvpr.data.problems import Problems
 from pairvpr.data.tables import Rows, TableFile, find_photos, no_photo_text
@@ -46,9 +52,16 @@ def _with_positions(
 ) -> tuple[Manifest, Manifest]:
     match config.positions:
         case PositionSource.table:
-            return positions_from_tables(config, database, queries, problems)
+            tables = [PositionsTable("benchmark.database_table", str(config.database_table), database)]
+            if config.queries_table is not None:
+                tables.append(PositionsTable("benchmark.queries_table", config.queries_table, queries))
+            placed = positions_from_tables(tables, config.columns, "benchmark.columns", problems)
+            return placed[0], placed[1] if len(placed) > 1 else queries
         case PositionSource.exif:
-            return positions_from_exif(config, database, queries, problems)
+            if config.radius_m is None:
+                return positions_from_exif([database], problems)[0], queries
+            with_database, with_queries = positions_from_exif([database, queries], problems)
+            return with_database, with_queries
         case PositionSource.names:
             if config.radius_m is None:
                 return database, queries
