@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pairvpr.config.schema import BuildConfig, DescribeConfig
 from pairvpr.data import sealed, stamps, storage
@@ -15,8 +16,8 @@ from pairvpr.distributed.capacity import node_rooms, room
 from pairvpr.distributed.dense import about_store, make_store
 from pairvpr.distributed.describe import Description, describe
 from pairvpr.distributed.index import RayRunner
-from pairvpr.distributed.rerank import rerank, unfinished
-from pairvpr.distributed.retrieve import retrieve
+from pairvpr.distributed.rerank import RerankResult, rerank, unfinished
+from pairvpr.distributed.retrieve import Candidates, retrieve
 from pairvpr.distributed.runtime import ModelSource, cluster_memory_bytes
 from pairvpr.errors import UserError
 from pairvpr.evaluation.predictions import predictions_table, write_predictions
@@ -109,8 +110,6 @@ def answer(
     num_kept = config.index.num_kept(config.rerank.num_candidates)
     url = storage.join(run.output, "candidates.parquet")
     found = retrieve(run.index, manifest, queries, num_kept, config.index, url, filters)
-    queries_about = store.read_description(queries)
-    assert queries_about is not None
     num_candidates = min(config.rerank.num_candidates, manifest.num_live)
     if num_candidates < config.rerank.num_candidates:
         say(
@@ -118,18 +117,38 @@ def answer(
             "photos, all of them are re-ranked"
         )
     candidates = {int(query_id): found.of(row) for row, query_id in enumerate(found.query_ids)}
-    weights = None if run.decision is None else run.decision.weights
-    units = work_units(
-        {query_id: ids[:num_candidates].tolist() for query_id, (ids, _) in candidates.items()},
-        config.rerank.queries_per_unit,
-    )
+    scored = _scored(run, source, manifest, candidates, num_candidates)
+
+    final = answers(len(benchmark.queries), candidates, scored.by_query)
+    if run.decision is not None:
+        final = decided(final, Decider(run.decision, benchmark.database.utm_m))
+    write_predictions(storage.join(run.output, "predictions.parquet"), predictions_table(benchmark, final, run.judge))
+    submission = write_submission(run.output, benchmark, final) if benchmark.has_submission else []
+    content = metrics(benchmark, final, config.model, _facts(run, manifest, found, scored, num_candidates))
+    sealed.write_json(storage.join(run.output, "metrics.json"), content)
+    files = ", ".join(["predictions.parquet", *submission, "metrics.json"])
+    print(without_secrets(f"\n{summary(content)}\n\n{run.output}: {files}"), flush=True)
+    return content
+
+
+def _scored(
+    run: Run,
+    source: ModelSource,
+    manifest: IndexManifest,
+    candidates: Mapping[int, tuple[NDArray[np.int64], NDArray[np.float32]]],
+    num_candidates: int,
+) -> RerankResult:
+    """Re-rank the first `num_candidates` of each query's candidates: ids and squared distances, nearest first."""
+    first = {query_id: ids[:num_candidates].tolist() for query_id, (ids, _) in candidates.items()}
+    units = work_units(first, run.config.rerank.queries_per_unit)
     changed = _changed_candidates(run, units, manifest)
     store_url = _stored_candidates(run, units, source, manifest)
-    scored = rerank(
+    weights = None if run.decision is None else run.decision.weights
+    return rerank(
         with_prior(units, candidates, weights),
-        replace(benchmark, positives=None),
+        replace(run.benchmark, positives=None),
         source,
-        config.rerank,
+        run.config.rerank,
         run.output,
         store_url,
         run.stop_margin,
@@ -137,35 +156,31 @@ def answer(
         weights,
     )
 
-    final = answers(len(benchmark.queries), candidates, scored.by_query)
-    if run.decision is not None:
-        final = decided(final, Decider(run.decision, benchmark.database.utm_m))
-    table = predictions_table(benchmark, final, run.judge)
-    write_predictions(storage.join(run.output, "predictions.parquet"), table)
-    submission = write_submission(run.output, benchmark, final) if benchmark.has_submission else []
-    facts = RunFacts(
+
+def _facts(run: Run, manifest: IndexManifest, found: Candidates, scored: RerankResult, num_candidates: int) -> RunFacts:
+    """What a report says of a run beside its answers."""
+    queries = storage.join(run.output, "queries")
+    about = store.read_description(queries)
+    assert about is not None
+    database, settings = run.benchmark.database, run.config.rerank
+    return RunFacts(
         weights_sha256=run.weights.sha256,
         untrained=run.weights.untrained,
         num_candidates=num_candidates,
-        seconds_describe=queries_about.seconds,
+        seconds_describe=about.seconds,
         seconds_retrieve=found.seconds,
         seconds_rerank=scored.seconds,
         num_rejected_database=manifest.num_rejected,
-        num_rejected_queries=queries_about.num_rejected + len(scored.lost.queries),
+        num_rejected_queries=about.num_rejected + len(scored.lost.queries),
         num_remarked={"database": _num_remarked(run.index, manifest), "queries": len(store.read_remarks(queries))},
-        unscored={benchmark.database.path(i): reason for i, reason in sorted(scored.lost.candidates.items())},
-        report_candidates=config.rerank.report_candidates,
-        second_direction=config.rerank.second_direction,
+        unscored={database.path(i): reason for i, reason in sorted(scored.lost.candidates.items())},
+        report_candidates=settings.report_candidates,
+        second_direction=settings.second_direction,
         judge=run.judge,
-        decision=config.rerank.decision,
+        decision=settings.decision,
         dense_store=None if run.store is None else about_store(run.store),
-        index=about_index(manifest, config.index.num_probes),
+        index=about_index(manifest, run.config.index.num_probes),
     )
-    content = metrics(benchmark, final, config.model, facts)
-    sealed.write_json(storage.join(run.output, "metrics.json"), content)
-    files = ", ".join(["predictions.parquet", *submission, "metrics.json"])
-    print(without_secrets(f"\n{summary(content)}\n\n{run.output}: {files}"), flush=True)
-    return content
 
 
 def _changed_candidates(run: Run, units: Sequence[WorkUnit], manifest: IndexManifest) -> dict[int, str]:
