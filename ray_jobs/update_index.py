@@ -27,7 +27,7 @@ from pairvpr.data import storage
 from pairvpr.data.claim import check_writable
 from pairvpr.data.located import located
 from pairvpr.data.manifest import Manifest, folder_manifest
-from pairvpr.data.photo_files import IMAGE_SUFFIXES
+from pairvpr.data.photo_listing import IMAGE_SUFFIXES
 from pairvpr.data.positions import zone_of_names
 from pairvpr.data.problems import Problems
 from pairvpr.data.tables import TableFile

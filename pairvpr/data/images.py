@@ -21,7 +21,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE
 from pairvpr.config.schema import MAX_MEGAPIXELS
 from pairvpr.data import storage
 from pairvpr.data.jpeg_end import lacks_end, with_end
-from pairvpr.data.photo_file import orientation_of, webp_size_px, without_metadata
+from pairvpr.data.photo_metadata import orientation_of, webp_size_px, without_metadata
 from pairvpr.quiet import ignore_warnings
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "AVIF")

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pyarrow import compute
 
 from pairvpr.data import sealed, storage
-from pairvpr.data.photo_files import IMAGE_SUFFIXES, find_photos
+from pairvpr.data.photo_listing import IMAGE_SUFFIXES, photos_among
 from pairvpr.errors import UserError
 from pairvpr.secrets import without_secrets
 from pairvpr.terminal import say
@@ -222,7 +222,7 @@ def folder_manifest(folder: str, key: str) -> Manifest:
     """
     root = storage.absolute(folder)
     try:
-        found = find_photos(storage.list_files(root))
+        found = photos_among(storage.list_files(root))
         what = "no photo in it" if found.photos or storage.exists(root) else "no such folder"
     except OSError as error:
         raise UserError(f"{key}={folder}: can't be read: {storage.reason(error)}") from error

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pyarrow import compute
 
 from pairvpr.data import panoramas, sealed, storage
-from pairvpr.data.photo_files import find_photos
+from pairvpr.data.photo_listing import photos_among
 from pairvpr.data.training_sets.base import View
 from pairvpr.data.training_sets.places import group, offsets_of
 from pairvpr.errors import UserError
@@ -106,7 +106,7 @@ def _list_panoramas(folder: str) -> pa.LargeStringArray:
     except OSError as error:
         raise UserError(f"{folder}: can't be read: {storage.reason(error)}") from error
     try:
-        paths = pa.array(find_photos(files).photos, pa.large_string())
+        paths = pa.array(photos_among(files).photos, pa.large_string())
     except UnicodeEncodeError as error:
         raise UserError(f"{folder}: the name {error.object!a} is not UTF-8; expected UTF-8 names") from error
     if not len(paths):

@@ -35,7 +35,7 @@ class FoundFiles:
         return f"{what} no part ({listed}); photos are {', '.join(IMAGE_SUFFIXES)}"
 
 
-def find_photos(paths: Sequence[str]) -> FoundFiles:
+def photos_among(paths: Sequence[str]) -> FoundFiles:
     """Among `paths`, relative to a folder. What systems leave behind is neither a photo nor counted."""
     photos, others = list[str](), Counter[str]()
     for path in paths:

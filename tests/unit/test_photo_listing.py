@@ -9,7 +9,7 @@ from PIL import Image
 
 from pairvpr.data import images
 from pairvpr.data.manifest import folder_manifest
-from pairvpr.data.photo_files import IMAGE_SUFFIXES, find_photos
+from pairvpr.data.photo_listing import IMAGE_SUFFIXES, photos_among
 from pairvpr.errors import UserError
 
 OF_SYSTEMS = [
@@ -21,19 +21,19 @@ OF_SYSTEMS = [
 
 
 def test_system_files_take_no_part_and_are_not_counted() -> None:
-    found = find_photos([*OF_SYSTEMS, "a.jpg", "@1@2@.jpg", "@1@2@folder/b.JPEG", "a.b/c.tif"])
+    found = photos_among([*OF_SYSTEMS, "a.jpg", "@1@2@.jpg", "@1@2@folder/b.JPEG", "a.b/c.tif"])
     assert found.photos == ["a.jpg", "@1@2@.jpg", "@1@2@folder/b.JPEG", "a.b/c.tif"]
     assert found.left_out() is None
 
 
 def test_files_of_other_kinds_are_counted_by_kind() -> None:
-    found = find_photos(["a.HEIC", "b.heic", "c.xml", "README", "d.jpg", "e.\n"])
+    found = photos_among(["a.HEIC", "b.heic", "c.xml", "README", "d.jpg", "e.\n"])
     assert found.photos == ["d.jpg"]
     assert found.left_out() == (
         "5 files of other kinds take no part (2 .heic, 1 .\\n, 1 .xml, 1 without an ending); "
         f"photos are {', '.join(IMAGE_SUFFIXES)}"
     )
-    many = find_photos([f"a.x{number:02d}" for number in range(20)])
+    many = photos_among([f"a.x{number:02d}" for number in range(20)])
     assert "1 .x07, 12 others)" in (many.left_out() or "")
 
 
