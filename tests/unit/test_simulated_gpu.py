@@ -1,0 +1,273 @@
+"""The network's work on a device that is not the CPU: the CPU's answers, no mixed devices, few host waits and kernels.
+
+The device is `tests/support/simulated_gpu.py`. Each check is also run with a fault planted, and must notice it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pairvpr.config.schema import Precision
+from pairvpr.data.benchmarks import toy_city
+from pairvpr.distributed.validate import validate
+from pairvpr.models import weights
+from pairvpr.models.pair_scorer import PairScorer
+from pairvpr.models.pair_vpr import PairVPR
+from pairvpr.models.pos_embed import sine_cosine_2d
+from pairvpr.retrieval.describe import Describer
+from pairvpr.retrieval.rerank import Reranker
+from pairvpr.training import stage_one
+from pairvpr.training.context import TrainContext
+from tests.support.device_work import (
+    DEPTH,
+    PATCHES,
+    PHOTOS,
+    RECIPES,
+    SIDE_PX,
+    UNITS,
+    WIDTH,
+    Recipe,
+    Training,
+    network,
+    reranked,
+    reranker,
+    two_steps,
+)
+from tests.support.simulated_gpu import CUDA, Record, simulated_gpu
+from tests.support.small import SMALL_CITY
+
+CPU = torch.device("cpu")
+WAITS_OF_A_BATCH = 5
+WAITS_OF_A_PHOTO = 3
+WAITS_OF_A_UNIT = 1
+"""However many forward passes: results stay on the device until the last pass is queued."""
+WAITS_OF_A_STEP = {1: 8, 2: 27}
+"""Of a stage in fp32."""
+WAITS_OF_A_PART, WAITS_OF_CLIPPING, WAITS_OF_A_SCALER = 4, 2, 1
+"""More in a stage-one step for each further part of `accumulation_steps`; for the gradient norm; for fp16."""
+SIXTEEN_BITS_MOVE_A_SCORE = 0.05
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Any:
+    """Sums are then added in one order, whatever ran before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def check_description(precision: Precision) -> None:
+    """Descriptors are the CPU's; a batch and a photo wait as often as they may."""
+    expected = Describer(network(precision, CPU)).descriptors(PHOTOS[:4])
+    with simulated_gpu() as record:
+        describer = Describer(network(precision, CUDA))
+        record.forget()
+        found = describer.descriptors(PHOTOS[:4])
+        assert record.waits_in() <= WAITS_OF_A_BATCH, record.waits
+        record.forget()
+        describer.embedded(PHOTOS[0])
+        assert record.waits_in() <= WAITS_OF_A_PHOTO, record.waits
+    np.testing.assert_allclose(found, expected, atol=1e-5 if precision is Precision.fp32 else 3e-3)
+
+
+def check_reranking(precision: Precision) -> None:
+    """Scores are the CPU's, from either cache; a unit waits once, and nothing beside it but descriptions waits."""
+    expected = reranked(precision, CPU)
+    with simulated_gpu() as record:
+        scorer = reranker(network(precision, CUDA), CUDA)
+        record.forget()
+        found = [answer for unit in UNITS * 2 for answer in scorer.rerank(unit)]
+        assert record.waits_in("retrieval/rerank.py", "models/pair_scorer.py") <= WAITS_OF_A_UNIT * 2 * len(UNITS)
+        assert record.waits_in("retrieval/features.py") == 0
+    tolerance = 1e-5 if precision is Precision.fp32 else SIXTEEN_BITS_MOVE_A_SCORE
+    for one, other in zip(found, expected, strict=True):
+        assert one.query_id == other.query_id
+        scores = dict(zip(one.ids.tolist(), one.pair_scores.tolist(), strict=True))
+        assert [scores[image_id] for image_id in other.ids.tolist()] == pytest.approx(
+            other.pair_scores.tolist(), abs=tolerance
+        )
+
+
+def check_kernels_of_a_pass(precision: Precision) -> None:
+    """Kernels of both directions of one query with its candidates, all reuse, counted from the depth of the decoder."""
+    with simulated_gpu() as record, torch.inference_mode():
+        run = scoring_pass(network(precision, CUDA), num_candidates=5)
+        record.forget()
+        run()
+    kernels, products = record.kernels, 14 * DEPTH + 4  # the classifier's two layers in each direction
+    assert record.waits_in() == 0, record.waits
+    assert kernels["linear"] == products
+    assert kernels["scaled_dot_product_attention"] == 4 * DEPTH - 1
+    assert kernels["native_layer_norm"] == 7 * DEPTH + 1
+    allowed_casts = 0 if precision is Precision.fp32 else CASTS_OF_A_PASS
+    assert kernels["_to_copy"] <= allowed_casts, f"_to_copy: {kernels['_to_copy']} casts, of weights perhaps"
+    assert kernels["index"] <= GATHERS_OF_A_PASS
+    assert sum(kernels.values()) <= 16 * products // 5, kernels
+
+
+CASTS_OF_A_PASS = 8 * DEPTH + 2
+GATHERS_OF_A_PASS = 2 * DEPTH + 1
+
+
+def scoring_pass(model: PairVPR, num_candidates: int) -> Callable[[], Tensor]:
+    """As `Reranker` makes it: the query's parts kept, the candidates' made."""
+    scorer, generator = PairScorer(model), torch.Generator().manual_seed(0)
+    images = torch.randn(1 + num_candidates, PATCHES, WIDTH, generator=generator).to(CUDA)
+    dense, candidates = model.embed(images[:1]), model.embed(images[1:])
+    first, memory = scorer.as_first(dense), scorer.as_memory(dense, keep=True)
+    query_of, candidate_of = (torch.tensor(rows).to(CUDA) for rows in ([0] * num_candidates, range(num_candidates)))
+
+    def run() -> Tensor:
+        forth = scorer.logits(first, query_of, scorer.as_memory(candidates, keep=False), candidate_of)
+        return forth + scorer.logits(scorer.as_first(candidates), candidate_of, memory, query_of)
+
+    return run
+
+
+def check_steps(number: int, recipe: Recipe) -> None:
+    """Two steps find what they find on the CPU, to the last bit, and leave the same weights."""
+    expected, expected_weights = two_steps(number, recipe, CPU)
+    with simulated_gpu():
+        found, found_weights = two_steps(number, recipe, CUDA)
+    assert found == expected
+    for name, values in expected_weights.items():
+        np.testing.assert_array_equal(found_weights[name], values, err_msg=name)
+
+
+def step_on_the_gpu(number: int, recipe: Recipe) -> Record:
+    """What one step asks of the device, behind one that warms up."""
+    with simulated_gpu() as record:
+        training = Training(number, recipe, CUDA)
+        training.step(training.batch())
+        batch = training.batch()
+        record.forget()
+        training.step(batch)
+        return Record(record.waits.copy(), record.kernels.copy())
+
+
+def check_waits_of_a_step(number: int, recipe: Recipe) -> None:
+    """No more than are known."""
+    allowed = WAITS_OF_A_STEP[number]
+    allowed += WAITS_OF_A_PART * (recipe.accumulation_steps - 1) if number == 1 else 0
+    allowed += WAITS_OF_CLIPPING if recipe.clip_grad is not None else 0
+    allowed += WAITS_OF_A_SCALER if recipe.precision is Precision.fp16 else 0
+    record = step_on_the_gpu(number, recipe)
+    assert record.waits_in() <= allowed, record.waits
+
+
+@pytest.mark.parametrize("precision", Precision)
+@pytest.mark.parametrize("check", [check_description, check_reranking, check_kernels_of_a_pass])
+def test_inference(check: Callable[[Precision], None], precision: Precision) -> None:
+    check(precision)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("check", [check_steps, check_waits_of_a_step])
+def test_training(check: Callable[[int, Recipe], None], number: int, recipe: Recipe) -> None:
+    check(number, recipe)
+
+
+@pytest.mark.parametrize(("number", "sequences"), [(1, 2), (2, 1)])
+def test_kernels_of_a_training_step(number: int, sequences: int) -> None:
+    """Encoder and decoder attention forward; those that are trained backward, too. Products in the same way."""
+    kernels = step_on_the_gpu(number, RECIPES[0]).kernels
+    attention = {name: count for name, count in kernels.items() if "scaled_dot_product" in name}
+    backward = sum(count for name, count in attention.items() if "backward" in name)
+    assert sum(attention.values()) - backward == sequences * DEPTH + 2 * DEPTH
+    assert backward == sequences * 1 + 2 * DEPTH  # one block of the encoder is trained
+    assert sum(kernels.values()) <= KERNELS_OF_A_STEP[number] * 1.2, kernels
+
+
+KERNELS_OF_A_STEP = {1: 1076, 2: 1296}
+
+
+def test_validation(tmp_path: Path) -> None:
+    benchmark = toy_city.load(SMALL_CITY, str(tmp_path))
+
+    def recalls(device: torch.device) -> dict[str, float]:
+        context = TrainContext(rank=0, world_size=1, device=device, output="unused", settings={})
+        return validate(network(Precision.fp32, device), benchmark, 4, context)
+
+    expected = recalls(CPU)
+    with simulated_gpu():
+        assert recalls(CUDA) == expected
+
+
+def test_tensors_of_two_devices_do_not_meet() -> None:
+    with simulated_gpu() as record:
+        ours, host = torch.ones(3, device=CUDA), torch.ones(3)
+        with pytest.raises(RuntimeError, match="same device"):
+            torch.add(ours, host)
+        with pytest.raises(TypeError, match="numpy"):
+            ours.numpy()
+        assert torch.equal((ours + 1).cpu(), host + 1)
+        assert record.waits_in() == 1
+        record.forget()
+        host.pin_memory().to(CUDA, non_blocking=True)
+        assert record.waits_in() == 0
+        host.to(CUDA, non_blocking=True)
+        host.pin_memory().to(CUDA)
+        torch.tensor([1.0], device=CUDA)
+        assert record.waits_in() == 3
+
+
+def _table_that_is_no_buffer(patch: pytest.MonkeyPatch) -> None:
+    table = sine_cosine_2d(WIDTH, SIDE_PX // 14)
+    patch.setattr(PairVPR, "second_sequence", lambda self, embedded: embedded + table)
+
+
+def _targets_left_on_the_cpu(patch: pytest.MonkeyPatch) -> None:
+    to_device = stage_one.to_device
+    patch.setattr(stage_one, "to_device", lambda t, device: t if t.dtype is torch.bool else to_device(t, device))
+
+
+def _numpy_of_a_device_tensor(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Tensor, "cpu", lambda self: self)
+    patch.setattr("tests.support.simulated_gpu.OnGpu.cpu", lambda self: self)
+
+
+def _wait_in_each_pass(patch: pytest.MonkeyPatch) -> None:
+    logits = Reranker._logits
+
+    def waiting(self: Reranker, *args: Any) -> Tensor:
+        found = logits(self, *args)
+        assert float(found.abs().sum()) >= 0
+        return found
+
+    patch.setattr(Reranker, "_logits", waiting)
+
+
+def _weights_cast_at_each_call(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(weights, "to_sixteen_bits", lambda model, dtype: None)
+
+
+@pytest.mark.parametrize(
+    ("plant", "check", "noticed"),
+    [
+        (_table_that_is_no_buffer, partial(check_reranking, Precision.fp32), "same device"),
+        (_targets_left_on_the_cpu, partial(check_steps, 1, RECIPES[0]), "same device"),
+        (_numpy_of_a_device_tensor, partial(check_description, Precision.fp32), "to numpy"),
+        (_wait_in_each_pass, partial(check_reranking, Precision.fp32), "waits_in"),
+        (_weights_cast_at_each_call, partial(check_kernels_of_a_pass, Precision.bf16), "_to_copy"),
+    ],
+)
+def test_a_planted_fault_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+    plant: Callable[[pytest.MonkeyPatch], None],
+    check: Callable[[], None],
+    noticed: str,
+) -> None:
+    check()
+    plant(monkeypatch)
+    with pytest.raises((AssertionError, RuntimeError, TypeError), match=noticed):
+        check()
