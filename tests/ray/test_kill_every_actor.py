@@ -6,6 +6,7 @@ The classes are not listed here: Ray says which actors a job has while it runs u
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import random
 import shutil
@@ -50,51 +51,68 @@ TRAIN = {1: train_stage_one, 2: train_stage_two}
 
 @dataclass
 class Killer:
-    """Kills an actor of each class up to `pause_s` after it is first there, and again, at most `most` times a run.
+    """Kills actors at random moments of their lives, at most `most` of a class in a run.
 
-    Mostly soon: some actors live for half a second.
+    The undisturbed run says how long the actors of a class live: some do for half a second. Of a longer life than
+    `latest_s` only the beginning counts, or a run of many steps would see few kills.
     """
 
-    pause_s: float
+    latest_s: float
     most: int
     random: random.Random
-    seen: set[str] = field(default_factory=set)
+    lives_s: dict[str, float] = field(default_factory=dict)
     hits: Counter[str] = field(default_factory=Counter)
 
-    def beside(self, work: Callable[[], object], *, kill: bool) -> float:
-        """Do `work`, watched, and with actors killed meanwhile; the seconds it took."""
-        ended, started_s = threading.Event(), time.monotonic()
-        thread = threading.Thread(target=self._watch, args=(ended, self.most if kill else 0))
-        thread.start()
-        try:
-            work()
-        finally:
-            ended.set()
-            thread.join()
-        return time.monotonic() - started_s
+    def watch(self, work: Callable[[], object]) -> None:
+        """Do `work` undisturbed, and note which classes there are and how long their longest life is."""
+        first_s: dict[int, float] = {}
+
+        def look(name: str, pid: int) -> None:
+            life_s = time.monotonic() - first_s.setdefault(pid, time.monotonic())
+            self.lives_s[name] = max(life_s, self.lives_s.get(name, 0.0))
+
+        _beside(work, look)
+
+    def disturb(self, work: Callable[[], object]) -> float:
+        """Do `work` while actors are killed; the seconds it took."""
+        due_s: dict[int, float] = {}
+        hits: Counter[str] = Counter()
+
+        def kill(name: str, pid: int) -> None:
+            life_s = min(self.latest_s, self.lives_s.setdefault(name, 0.0))
+            now_s = time.monotonic()
+            due = due_s.setdefault(pid, now_s + life_s * self.random.random())
+            if hits[name] < self.most and self.hits[name] < NUM_KILLS and now_s >= due:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    hits[name] += 1
+                    self.hits[name] += 1
+                    due_s[pid] = math.inf  # Ray lists it until it notices
+
+        return _beside(work, kill)
 
     def missing(self) -> dict[str, int]:
         """The classes that have not been killed often enough, and how often they have been."""
-        return {name: self.hits[name] for name in sorted(self.seen) if self.hits[name] < NUM_KILLS}
+        return {name: self.hits[name] for name in sorted(self.lives_s) if self.hits[name] < NUM_KILLS}
 
-    def _watch(self, ended: threading.Event, most: int) -> None:
-        due_s: dict[str, float] = {}
-        hits: Counter[str] = Counter()
+
+def _beside(work: Callable[[], object], look: Callable[[str, int], None]) -> float:
+    """Do `work`, and meanwhile `look` at class and process of every actor again and again; the seconds `work` took."""
+    ended, started_s = threading.Event(), time.monotonic()
+
+    def watch() -> None:
         while not ended.wait(POLL_S):
-            alive: dict[str, list[int]] = {}
             for name, pid in _actors():
-                alive.setdefault(name, []).append(pid)
-            self.seen |= alive.keys()
-            now_s = time.monotonic()
-            for name in alive:
-                due_s.setdefault(name, now_s + self.pause_s * self.random.random() ** 3)
-                if hits[name] >= most or self.hits[name] >= NUM_KILLS or now_s < due_s[name]:
-                    continue
-                with suppress(ProcessLookupError):
-                    os.kill(self.random.choice(alive[name]), signal.SIGKILL)
-                    hits[name] += 1
-                    self.hits[name] += 1
-                    del due_s[name]
+                look(name, pid)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        work()
+    finally:
+        ended.set()
+        thread.join()
+    return time.monotonic() - started_s
 
 
 def _actors() -> list[tuple[str, int]]:
@@ -144,14 +162,14 @@ def _check(
     folder: Path,
 ) -> None:
     """`run(output)`, undisturbed and then with kills until every class has had enough: always the same `result`."""
-    killer.beside(lambda: run(folder / "undisturbed"), kill=False)
+    killer.watch(lambda: run(folder / "undisturbed"))
     expected, num_runs, longest_s = result(folder / "undisturbed"), 0, 0.0
     while killer.missing():
         output = folder / f"killed_{num_runs}"
         for _ in range(50):
             num_runs += 1
             try:
-                longest_s = max(longest_s, killer.beside(lambda output=output: run(output), kill=True))
+                longest_s = max(longest_s, killer.disturb(lambda output=output: run(output)))
                 break
             except IncompleteRunError as error:
                 print(f"{job}: {error}")
@@ -159,7 +177,7 @@ def _check(
         assert longest_s < LONGEST_RUN_S
         shutil.rmtree(output)
         print(f"{job}: {num_runs} runs, to be killed yet: {killer.missing()}", flush=True)
-    table += [f"| {job} | `{name}` | {killer.hits[name]} |" for name in sorted(killer.seen)]
+    table += [f"| {job} | `{name}` | {killer.hits[name]} |" for name in sorted(killer.lives_s)]
     table.append(f"| {job} | {num_runs} runs, the longest {longest_s:.0f} s | {sum(killer.hits.values())} |")
 
 
