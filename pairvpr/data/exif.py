@@ -10,6 +10,7 @@ from typing import Any
 from PIL.ExifTags import GPS, IFD
 
 from pairvpr.data.images import FORMATS, opened
+from pairvpr.data.photo_metadata import with_exif_alone
 
 NUM_HEAD_BYTES = 1 << 17
 """A JPEG's EXIF block, of at most 64 KiB, stands at its beginning: this much of a file is enough for nearly all."""
@@ -33,7 +34,7 @@ class GpsPosition:
 def gps_position(data: bytes) -> GpsPosition:
     """From the bytes of a photo, or the first of them. Raises `GpsError`; more bytes may help."""
     try:
-        with opened(data) as image:
+        with opened(with_exif_alone(data)) as image:
             entries = image.getexif().get_ifd(IFD.GPSInfo)
     except Exception as error:  # Pillow raises nearly anything on foreign bytes
         raise GpsError(

@@ -21,6 +21,7 @@ _MOST_UNPACKED_BYTES = 1 << 20
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _EXIF_HEADER, _XMP_HEADER = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 _RAW_EXIF, _XMP_IN_PNG = b"Raw profile type exif", b"XML:com.adobe.xmp"
 _PLAIN_JFIF = b"JFIF\0\x01\x01\0\0\x01\0\x01\0\0"
 _ADOBE_BYTES = 12
@@ -55,6 +56,21 @@ def without_metadata(data: bytes) -> PhotoFile:
     if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return PhotoFile(_tiff(data))
     return PhotoFile(data)
+
+
+def with_exif_alone(data: bytes) -> bytes:
+    """A PNG without its ICC profile and its texts other than EXIF; other files as they are.
+
+    Pillow opens no PNG whose profile or texts unpack to more than a mebibyte.
+    """
+    if not data.startswith(_PNG_SIGNATURE):
+        return data
+    kept, stop = [_PNG_SIGNATURE], len(_PNG_SIGNATURE)
+    for name, start, stop in _png_chunks(data):
+        is_exif = data[start + 8 : stop].startswith(_RAW_EXIF + b"\0")
+        if name != b"iCCP" and (name not in _PNG_TEXTS or is_exif):
+            kept.append(data[start:stop])
+    return b"".join([*kept, data[stop:]])
 
 
 def webp_size_px(data: bytes) -> tuple[int, int] | None:
@@ -127,23 +143,31 @@ def _jpeg_segment(marker: int, payload: bytes) -> bytes:
 
 def _png(data: bytes) -> PhotoFile:
     """Only critical chunks are kept; transparency is none, since pixels become RGB."""
-    kept, exif, raw_exif, xmp, at = [_PNG_SIGNATURE], b"", b"", b"", len(_PNG_SIGNATURE)
+    kept, exif, raw_exif, xmp, name, stop = [_PNG_SIGNATURE], b"", b"", b"", b"", len(_PNG_SIGNATURE)
+    for name, start, stop in _png_chunks(data):
+        if not name[0] & 0x20:
+            kept.append(data[start:stop])
+        elif name == b"eXIf":
+            exif = _EXIF_HEADER + data[start + 8 : stop - 4]
+        elif name in _PNG_TEXTS:
+            keyword, _, text = data[start + 8 : stop - 4].partition(b"\0")
+            raw_exif = _png_text(name, text) if keyword == _RAW_EXIF else raw_exif
+            xmp = _png_text(name, text) if keyword == _XMP_IN_PNG else xmp
+    rest = b"" if name == b"IEND" else data[stop:]
+    return PhotoFile(b"".join([*kept, rest]), _orientation(exif or _from_hex(raw_exif), xmp))
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Name, start and end of each whole chunk, up to the last one of the picture."""
+    at = len(_PNG_SIGNATURE)
     while at + 12 <= len(data):
         name, stop = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4], "big")
         if stop > len(data):
-            break
-        if not name[0] & 0x20:
-            kept.append(data[at:stop])
-        elif name == b"eXIf":
-            exif = _EXIF_HEADER + data[at + 8 : stop - 4]
-        elif name in (b"tEXt", b"zTXt", b"iTXt"):
-            keyword, _, text = data[at + 8 : stop - 4].partition(b"\0")
-            raw_exif = _png_text(name, text) if keyword == _RAW_EXIF else raw_exif
-            xmp = _png_text(name, text) if keyword == _XMP_IN_PNG else xmp
-        at = stop
+            return
+        yield name, at, stop
         if name == b"IEND":
-            return PhotoFile(b"".join(kept), _orientation(exif or _from_hex(raw_exif), xmp))
-    return PhotoFile(b"".join([*kept, data[at:]]), _orientation(exif or _from_hex(raw_exif), xmp))
+            return
+        at = stop
 
 
 def _png_text(name: bytes, text: bytes) -> bytes:

@@ -23,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from PIL.ExifTags import GPS, IFD
+from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import IFDRational
 
 from pairvpr.config.benchmark_schema import FoldersConfig, PositionColumns, PositionSource
@@ -907,3 +908,17 @@ def test_columns_need_names_of_their_own() -> None:
         PositionColumns(latitude="lat", longitude="lat")
     with pytest.raises(UserError, match=r"benchmark\.columns\.path is empty"):
         PositionColumns(path="")
+
+
+@pytest.mark.parametrize("profile_bytes", [100, 3 << 20])
+@pytest.mark.parametrize("text_bytes", [100, 3 << 20])
+def test_a_position_of_a_png_needs_no_profile_and_no_text(profile_bytes: int, text_bytes: int) -> None:
+    """Pillow opens no PNG in which either unpacks to more than a mebibyte."""
+    plain = photo("png", 32, **WEST)
+    texts = PngInfo()
+    texts.add_text("Comment", "x" * text_bytes, zip=True)
+    with Image.open(io.BytesIO(plain)) as image:
+        file = io.BytesIO()
+        image.save(file, "PNG", icc_profile=bytes(profile_bytes), exif=image.getexif().tobytes(), pnginfo=texts)
+    assert (b"iCCP" in file.getvalue(), b"zTXt" in file.getvalue()) == (True, True)
+    assert gps_position(file.getvalue()) == gps_position(plain)
