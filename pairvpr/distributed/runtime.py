@@ -24,6 +24,7 @@ from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.machine import in_a_line
 from pairvpr.models.weights import Weights, build_model
 from pairvpr.retrieval.describe import Describer
+from pairvpr.terminal import say
 
 ALONE = "pairvpr-alone"
 """Ray's namespace in a Ray of its own, to which no node will ever be added."""
@@ -32,6 +33,7 @@ SECONDS_TO_EXIT = 5.0
 SECONDS_TO_CONNECT = 5.0
 MIN_OPEN_FILES = 256
 MIN_FREE_BYTES = 64 << 20
+SHARED_MEMORY = "/dev/shm"
 
 
 @contextmanager
@@ -72,6 +74,7 @@ def _start(num_cpus: int | None) -> None:
     folder, variable = _ray_folder()
     _check_limits(folder, variable)
     stop = signal.getsignal(signal.SIGTERM)
+    shared_memory_bytes = shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else None
     try:
         ray.init(
             num_cpus=num_cpus,
@@ -85,8 +88,19 @@ def _start(num_cpus: int | None) -> None:
             f"Ray can't start on this machine: {in_a_line(error)}; expected free ports, processes and memory, and a "
             f"short path for its files ({variable}={folder})"
         ) from error
+    _say_if_too_small(shared_memory_bytes, folder)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stop)  # Ray has put its own there, which ends the process without a word
+
+
+def _say_if_too_small(shared_memory_bytes: int | None, folder: str) -> None:
+    """Ray puts its object store on the disk, without a word, where shared memory had less room than it wants."""
+    wanted_bytes = int(ray.cluster_resources().get("object_store_memory", 0.0))
+    if shared_memory_bytes is not None and shared_memory_bytes < wanted_bytes:
+        say(
+            f"Ray: {SHARED_MEMORY} has {shared_memory_bytes >> 20:,} MiB and the object store wants "
+            f"{wanted_bytes >> 20:,} MiB, so it lies in {folder}, which is slower; a container gets more by --shm-size"
+        )
 
 
 def _ray_folder() -> tuple[str, str]:

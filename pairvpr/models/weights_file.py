@@ -78,10 +78,7 @@ def read_state_dict(file: WeightsFile, key: str = "model.weights") -> dict[str, 
     Raises `UserError`, naming the setting `key`, for a file that is neither, that is damaged, that holds more than
     tensors, or that has changed since it was found.
     """
-    try:
-        data = file.path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{key}={file.url}: can't be read: {storage.reason(error)}") from error
+    data = _read(file, key)
     if hashlib.sha256(data).hexdigest() != file.sha256:
         raise UserError(f"{key}={file.url}: the file changed while the run started; expected one that stays as it is")
     try:
@@ -92,6 +89,15 @@ def read_state_dict(file: WeightsFile, key: str = "model.weights") -> dict[str, 
     if taken_off:
         say(f"{key}={file.url}: {taken_off}")
     return state
+
+
+def _read(file: WeightsFile, key: str) -> bytes:
+    try:
+        if not file.path.exists() and not storage.is_local(file.url):  # another process has made room since
+            file = find_weights_file(file.url, key)
+        return file.path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{key}={file.url}: can't be read: {storage.reason(error)}") from error
 
 
 class _UnusableError(Exception):
@@ -235,7 +241,6 @@ def _fetched(url: str) -> WeightsFile:
     if copy is None or version is None or known["version"] != version or not _is_whole(copy):
         copy = _fetch(url, folder)
         storage.write_json(str(record), {"version": version, "sha256": copy.name})
-    os.utime(copy)
     _make_room(folder, copy)
     return WeightsFile(url, copy, copy.name)
 
@@ -265,8 +270,9 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _is_whole(copy: Path) -> bool:
-    """Whether a copy has the content that it is named for."""
+    """Whether a copy has the content that it is named for; it is marked as used just now."""
     try:
+        os.utime(copy)
         return storage.sha256(str(copy)) == copy.name
     except FileNotFoundError:
         return False
@@ -291,9 +297,13 @@ def _fetch(url: str, folder: Path) -> Path:
 
 def _make_room(folder: Path, kept: Path) -> None:
     """Delete the copies that were used least recently until all are below `CACHE_BYTES`; `kept` stays."""
-    total_bytes = kept.stat().st_size
-    others = [path for path in folder.iterdir() if _SHA256.fullmatch(path.name) and path != kept]
-    for path in sorted(others, key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        total_bytes += path.stat().st_size
-        if total_bytes > CACHE_BYTES:
+    found, total_bytes = list[tuple[bool, int, int, Path]](), 0
+    for path in folder.iterdir():
+        if _SHA256.fullmatch(path.name):
+            with suppress(FileNotFoundError):  # another process makes room, too
+                status = path.stat()
+                found.append((path == kept, status.st_mtime_ns, status.st_size, path))
+    for is_kept, _, num_bytes, path in sorted(found, reverse=True):
+        total_bytes += num_bytes
+        if total_bytes > CACHE_BYTES and not is_kept:
             path.unlink(missing_ok=True)

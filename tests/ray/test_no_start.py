@@ -47,3 +47,11 @@ def test_no_network() -> None:
     code, _, error = ended(*START, shell='exec unshare -n "$@"')
     assert code == 2
     the_line(error, "Ray's processes talk over 127.0.0.1, which does not work: ", "a loopback interface that is up")
+
+
+@pytest.mark.soak
+def test_too_little_shared_memory_is_said() -> None:
+    """Ray goes on with its object store on the disk."""
+    code, _, error = ended(*START, shell=mounted("mount -t tmpfs -o size=64m tmpfs /dev/shm"))
+    assert code == 0
+    the_line(error, "Ray: /dev/shm has 64 MiB and the object store wants ", "which is slower", "--shm-size")

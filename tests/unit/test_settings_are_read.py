@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, cast, get_type_hints
@@ -66,23 +66,43 @@ def names_read(module: ast.AST) -> Iterator[Any]:
         yield from names_read(node)
 
 
-def settings_of(schema: type) -> Iterator[str]:
+def settings_of(schema: type, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Key and default of every setting."""
     hints = get_type_hints(schema)
     for item in fields(cast(Any, schema)):
         if is_dataclass(hints[item.name]):
-            yield from settings_of(hints[item.name])
+            yield from settings_of(hints[item.name], f"{prefix}{item.name}.")
         else:
-            yield item.name
+            yield f"{prefix}{item.name}", item.default if item.default is not MISSING else item.default_factory()  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(("schema", "job"), JOBS.items(), ids=JOBS.values())
 def test_every_setting_is_read(schema: type, job: str) -> None:
     read = {name for module in reached(job) for name in names_read(cast(ast.Module, tree(module)))}
     in_files = "".join(path.read_text() for path in (ROOT / "configs").rglob("*.yaml"))
-    unread = {name for name in settings_of(schema) if name not in read and f"${{{name}}}" not in in_files}
+    names = {key.rpartition(".")[2] for key, _ in settings_of(schema)}
+    unread = {name for name in names if name not in read and f"${{{name}}}" not in in_files}
     assert unread <= REFUSED.get(schema.__name__, set())
 
 
 def test_a_setting_that_nothing_reads_is_found() -> None:
     schema = ast.parse("class C:\n def __post_init__(self): self.unread\ndef f(c): return c.read")
     assert set(names_read(schema)) == {"read"}
+
+
+def test_a_key_has_one_default_in_all_jobs() -> None:
+    """Where a job needs a value, or does without, that is no other default; each stage of training has its recipe.
+
+    What a plan asks about a run has the run's default.
+    """
+    defaults: dict[str, set[str]] = {}
+    for schema in JOBS:
+        for key, default in settings_of(schema):
+            if default not in (None, "???") and not key.startswith("train."):
+                defaults.setdefault(key, set()).add(repr(default))
+    assert {key: values for key, values in defaults.items() if len(values) > 1} == {}
+    shared = {key.removeprefix("plan.") for key in defaults if key.startswith("plan.")}
+    for key in defaults:
+        name = key.rpartition(".")[2]
+        if name in shared:
+            assert defaults[key] == defaults[f"plan.{name}"], key

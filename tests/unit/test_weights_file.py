@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
@@ -123,6 +124,34 @@ def test_the_cache_is_private_and_bounded(cache: Path, monkeypatch: pytest.Monke
     files = [find_weights_file(remote(content(value))) for value in range(3)]
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
     assert [file.path.exists() for file in files] == [False, True, True]
+
+
+def test_what_another_process_deletes_before_it_is_read_is_fetched_again(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights_file, "CACHE_BYTES", 1)
+    first, second = (find_weights_file(remote(content(value))) for value in (1, 2))
+    assert (first.path.exists(), second.path.exists()) == (False, True)
+    assert (value_of(first), value_of(second)) == (1, 2)
+
+
+def test_processes_that_make_room_at_once_disturb_nobody(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights_file, "CACHE_BYTES", 1)
+    urls, errors = [remote(content(value)) for value in range(4)], list[Exception]()
+
+    def find_again_and_again(url: str) -> None:
+        try:
+            for _ in range(30):
+                find_weights_file(url)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=find_again_and_again, args=(url,)) for url in urls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
 
 
 def test_without_a_home_the_file_is_fetched_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
