@@ -23,14 +23,15 @@ from pyarrow import compute
 from pairvpr.cli import run_job
 from pairvpr.config.compose import load
 from pairvpr.config.schema import UpdateIndexConfig
-from pairvpr.data import storage
+from pairvpr.data import stamps, storage
 from pairvpr.data.claim import check_writable
 from pairvpr.data.located import located
 from pairvpr.data.manifest import Manifest, folder_manifest
-from pairvpr.data.photo_listing import IMAGE_SUFFIXES
+from pairvpr.data.photo_listing import IMAGE_SUFFIXES, photos_among
 from pairvpr.data.positions import zone_of_names
 from pairvpr.data.problems import Problems
-from pairvpr.data.tables import TableFile
+from pairvpr.data.spellings import NO_PHOTO, SEVERAL, Spellings, no_photo_text
+from pairvpr.data.tables import TableFile, find_photos
 from pairvpr.distributed.describe import Description, describe
 from pairvpr.distributed.index import RayRunner
 from pairvpr.distributed.runtime import ModelSource, ray_session
@@ -156,11 +157,29 @@ def _added(config: UpdateIndexConfig, images: Manifest) -> Manifest | None:
     if config.add is None:
         return None
     if config.add.lower().endswith(LIST_SUFFIXES):
-        paths = _listed(config.add, "add", images.root)
+        paths = _as_spelt_there(_listed(config.add, "add", images.root), images.root)
     else:
         folder = _below_root(config.add, "add", images.root)
         paths = [f"{folder}{path}" for path in folder_manifest(config.add, "add").paths]
     return located(Manifest.of(images.root, sorted(set(paths))), config, "add", zone_of_names(images))
+
+
+def _as_spelt_there(paths: Sequence[str], root: str) -> list[str]:
+    """The listed paths; those of no file as the one photo is spelt that they stand for, if there is one.
+
+    Raises `UserError` where there are several. The folder is listed only if some file is not there.
+    """
+    is_missing = pc.is_null(stamps.stamps(Manifest.of(root, paths))).to_numpy()
+    if not is_missing.any():
+        return list(paths)
+    there = photos_among(storage.list_files(root)).photos
+    spellings, spelt = Spellings(there), list(paths)
+    for i in np.flatnonzero(is_missing).tolist():
+        place = spellings.find(paths[i])
+        if place == SEVERAL:
+            raise UserError(f"add: {no_photo_text(paths[i], place, root)}")
+        spelt[i] = paths[i] if place == NO_PHOTO else there[place]
+    return spelt
 
 
 def _less_those_there(
@@ -212,14 +231,16 @@ def _found(remove: str, there: Manifest, images: Manifest) -> NDArray[np.int64]:
     """Positions in `there`, the live ones of `images`, of what `remove` names; what was removed earlier is left out."""
     if remove.lower().endswith(LIST_SUFFIXES):
         paths = pa.chunked_array([pa.array(_listed(remove, "remove", there.root), pa.string())])
-        rows = there.ids_of(paths)
-        unknown = paths.filter(pa.array((rows < 0) & (images.ids_of(paths) < 0)))
+        rows = find_photos(paths, there)
+        unknown = paths.filter(pa.array((rows == NO_PHOTO) & (find_photos(paths, images) == NO_PHOTO)))
         if len(unknown):
             raise UserError(
                 f"remove={remove}: {unknown[0]} is not in the index (nor are {len(unknown) - 1:,} more); expected "
                 f"paths relative to {there.root}"
             )
-        return rows[rows >= 0]
+        for i in np.flatnonzero(rows == SEVERAL)[:1]:
+            raise UserError(f"remove={remove}: {no_photo_text(paths[i].as_py(), SEVERAL, there.root)}")
+        return np.unique(rows[rows >= 0])
     folder = _below_root(remove, "remove", there.root)
     if not _below(images, folder).any():
         raise UserError(f"remove={remove}: no photo of the index is below it; expected a folder of {there.root}")

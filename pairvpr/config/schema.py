@@ -489,10 +489,13 @@ class CheckBenchmarkConfig(BenchmarkJobConfig):
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     num_opened: int = 100
     """Number of database photos, and of query photos, to open: a fixed sample."""
+    max_megapixels: float = MAX_MEGAPIXELS
+    """Photos of more pixels are problems, as they are for a run with this model.max_megapixels."""
 
     def __post_init__(self) -> None:
         BenchmarkJobConfig.__post_init__(self)
         require(self.num_opened >= 0, f"num_opened={self.num_opened}: expected 0 or more")
+        require(self.max_megapixels > 0, f"max_megapixels={self.max_megapixels:g}: expected a number above 0")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -218,7 +218,7 @@ def folder_manifest(folder: str, key: str) -> Manifest:
     Says how many files of other kinds lie there.
 
     Raises `UserError`, naming the setting `key`, where there is no such folder or no photo in it, where it can't be
-    read, and for a name that is not UTF-8.
+    read, and for a name that is not UTF-8 or that no index takes (`storage.is_inside`).
     """
     root = storage.absolute(folder)
     try:
@@ -239,6 +239,11 @@ def folder_manifest(folder: str, key: str) -> Manifest:
         except UnicodeEncodeError as error:
             escaped = path.encode(errors="surrogateescape").decode(errors="backslashreplace")
             raise UserError(f"{key}={folder}: the name {escaped} is not UTF-8; expected UTF-8 names") from error
+        if not storage.is_inside(path):
+            raise UserError(
+                f"{key}={folder}: the name {path!r} could stand for a place outside of this folder; expected one "
+                "without a drive letter, `..` or `://`, and no slash or backslash in front"
+            )
     return Manifest.of(root, found.photos)
 
 

@@ -21,7 +21,8 @@ from pairvpr.data import storage, utm
 from pairvpr.data.exif import NUM_HEAD_BYTES, GpsError, GpsPosition, gps_position
 from pairvpr.data.manifest import Manifest
 from pairvpr.data.problems import Problems
-from pairvpr.data.tables import NO_PHOTO, Rows, TableFile, find_photos, no_photo_text
+from pairvpr.data.spellings import NO_PHOTO, no_photo_text
+from pairvpr.data.tables import Rows, TableFile, find_photos
 from pairvpr.data.utm import UtmZone
 from pairvpr.errors import UserError
 
@@ -300,7 +301,7 @@ def _listed(rows: Rows, name: str, photos: Manifest, problems: Problems) -> tupl
     image_ids = find_photos(paths, photos)
     is_known = image_ids >= 0
     for i in np.flatnonzero(~is_known).tolist():
-        why = no_photo_text(paths[i].as_py() or "", image_ids[i], photos)
+        why = no_photo_text(paths[i].as_py() or "", image_ids[i], photos.root)
         problems.add(
             f"{rows.where(i)}: {why}" + ("; expected a path below that folder" if image_ids[i] == NO_PHOTO else "")
         )

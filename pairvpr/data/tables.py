@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import csv
 import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
-from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +23,7 @@ from pyarrow import csv as arrow_csv
 from pairvpr.data import storage
 from pairvpr.data.manifest import Manifest
 from pairvpr.data.problems import Problems
+from pairvpr.data.spellings import Spellings
 from pairvpr.errors import UserError
 
 pc: Any = compute  # its functions are made at run time, so their types are not known
@@ -33,7 +32,6 @@ _PARQUET_MAGIC = b"PAR1"
 _MOST_HEADER_BYTES = 1 << 20
 _SEPARATORS = (",", ";", "\t", "|")
 _MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
-NO_PHOTO, _SEVERAL = -1, -2
 _BLOCK_BYTES = 1 << 24  # a row must fit into it
 _DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)  # what pyarrow raises for it
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
@@ -249,38 +247,16 @@ def _as_texts(rows: Rows, name: str, column_name: str) -> pa.ChunkedArray:
 
 
 def find_photos(paths: pa.ChunkedArray, photos: Manifest) -> NDArray[np.int64]:
-    """(n,) ids of the photos that cells of a table name, relative to their folder; -1 without one, -2 for several.
+    """(n,) ids of the photos that cells of a table name, relative to their folder; those of `Spellings` without one.
 
-    A name that is not there as it is written stands for the one photo that differs from it in no more than spaces
-    around it, `./`, backslashes, Unicode's form (NFC, NFD), `%20` or the case of its ending.
+    A name that is there as it is written stands for itself.
     """
     ids = photos.ids_of(paths)
     unknown = np.flatnonzero(ids < 0)
     if len(unknown):
-        of_spelling: dict[str, int] = {}
-        for image_id, path in enumerate(photos.path_column.to_pylist()):
-            spelling = _spelling(path)
-            of_spelling[spelling] = _SEVERAL if spelling in of_spelling else image_id
-        for i in unknown.tolist():
-            text = paths[i].as_py()
-            candidates = {_spelling(text), _spelling(unquote(text))} if text else set[str]()
-            found = {of_spelling[one] for one in candidates if one in of_spelling}
-            ids[i] = found.pop() if len(found) == 1 else _SEVERAL if found else NO_PHOTO
+        spellings = Spellings(photos.path_column.to_pylist())
+        ids[unknown] = [spellings.find(paths[i].as_py()) for i in unknown.tolist()]
     return ids
-
-
-def _spelling(path: str) -> str:
-    """What all spellings of one relative path share; one that leaves its folder is nobody's."""
-    parts = [part for part in unicodedata.normalize("NFC", path.strip()).replace("\\", "/").split("/") if part != "."]
-    stem, dot, ending = parts[-1].rpartition(".") if parts else ("", "", "")
-    return "/".join([*parts[:-1], stem + dot + ending.lower()])
-
-
-def no_photo_text(text: str, image_id: int, photos: Manifest, what: str = "photo") -> str:
-    """Why a cell names no photo, where `find_photos` gave `image_id`."""
-    if image_id == _SEVERAL:
-        return f"{text!r} could be several photos in {photos.root}; expected the name of one as it is spelt there"
-    return f"no {what} {text!r} in {photos.root}"
 
 
 def _without_blank(rows: Rows) -> Rows:

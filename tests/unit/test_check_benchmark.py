@@ -6,8 +6,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
+from PIL import Image
 
 from pairvpr.cli import run_job
 from pairvpr.config.compose import load
@@ -101,7 +103,7 @@ def test_every_fault_at_once_is_found_in_one_pass(tmp_path: Path, capsys: pytest
     assert found == [
         f"{database}/raw.csv, row 5: pano is 'perhaps'; expected True or False",
         f"{database}/postprocessed.csv, row 4: easting is 'nan'; expected a number",
-        f"{database}/seq_info.csv, row 6: no photo images/{keys[5]}.jpg in {database}",
+        f"{database}/seq_info.csv, row 6: no photo 'images/{keys[5]}.jpg' in {database}",
         f"{database}/seq_info.csv, row 9: images/{keys[7]}.jpg again, as in {database}/seq_info.csv, row 8; "
         "expected each photo once",
         found[4],
@@ -175,3 +177,27 @@ def test_the_job_says_how_many_problems_there_are(
 def test_a_benchmark_that_is_drawn_can_not_be_checked() -> None:
     with pytest.raises(UserError, match="benchmark=toy_city: it is drawn by code; expected a benchmark that is down"):
         check_benchmark(load(CheckBenchmarkConfig, ["benchmark=toy_city"]))
+
+
+def test_photos_are_judged_by_the_limit_of_the_run(tmp_path: Path) -> None:
+    write_named(str(tmp_path), num_places=2)
+    folders = [f"benchmark.{part}={tmp_path}/{part}" for part in ("database", "queries")]
+    large = sorted((tmp_path / "database").iterdir())[0]
+    Image.new("1", (13_500, 13_500)).save(large, "PNG")
+    (line,) = check(tmp_path, "folders", *folders)
+    assert line.startswith(f"{large}: 13,500 x 13,500 pixels are 182.2 megapixels, more than model.max_megapixels=178;")
+    assert check(tmp_path, "folders", *folders, "max_megapixels=183") == []
+    with pytest.raises(UserError, match=r"max_megapixels=0: expected a number above 0"):
+        check(tmp_path, "folders", *folders, "max_megapixels=0")
+
+
+def test_what_is_odd_but_read_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_named(str(tmp_path), num_places=2)
+    folders = [f"benchmark.{part}={tmp_path}/{part}" for part in ("database", "queries")]
+    first, second, *_ = sorted((tmp_path / "database").iterdir())
+    first.write_bytes(first.read_bytes().removesuffix(b"\xff\xd9"))
+    values = np.linspace(7000, 7800, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(values).save(second, "PNG")
+    assert check(tmp_path, "folders", *folders) == []
+    said = [line for line in capsys.readouterr().out.splitlines() if "odd" in line]
+    assert said == [f"2 of 4 opened photos are odd, but read; the first: {first}: no end marker"]

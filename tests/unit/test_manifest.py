@@ -151,3 +151,14 @@ def test_the_stamp_counts_and_identifies() -> None:
     }
     without = Benchmark(name="x", database=database, queries=queries, positives=None, protocol=protocol).stamp()
     assert without["num_queries_with_positives"] is without["num_queries_without_positives"] is None
+
+
+@pytest.mark.parametrize("name", ["C:/a.jpg", "x\\..\\y/a.jpg", "\\a.jpg"])
+def test_a_name_that_no_index_takes_is_refused_before_it_is_indexed(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"^database=.*: the name .* could stand for a place outside of this folder"):
+        folder_manifest(str(tmp_path), "database")
+    Manifest.of(str(tmp_path), [name]).write(str(tmp_path / "images.parquet"))
+    with pytest.raises(UserError, match="leaves the folder of photos"):
+        Manifest.read(str(tmp_path / "images.parquet"), str(tmp_path))

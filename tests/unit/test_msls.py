@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pairvpr.config.benchmark_schema import MslsConfig, MslsSplit, MslsSubtask
@@ -275,7 +276,7 @@ FAULTS: list[tuple[Callable[[Path], object], list[str]]] = [
             "raw.csv: its last whole row is 4; expected 6, as in {folder}/seq_info.csv",
         ],
     ),
-    (lambda folder: (folder / "images" / "far.jpg").unlink(), ["seq_info.csv, row 3: no photo images/far.jpg in "]),
+    (lambda folder: (folder / "images" / "far.jpg").unlink(), ["seq_info.csv, row 3: no photo 'images/far.jpg' in "]),
     (lambda folder: (folder / "seq_info.csv").unlink(), ["seq_info.csv: no such file"]),
     (
         lambda folder: [photo.unlink() for photo in (folder / "images").iterdir()],
@@ -324,3 +325,13 @@ def test_folders_that_are_not_there(by_hand: Path, tmp_path: Path) -> None:
         load(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"train_val/cph/database: no such folder; expected images/ .* \(and 1 more"):
         load(by_hand)
+
+
+def test_photos_are_found_by_the_rule_of_tables(by_hand: Path) -> None:
+    """As they come from a disk that writes endings in capitals."""
+    before = load(by_hand, cities=["sf"])
+    for photo in (by_hand / "train_val" / "sf" / "database" / "images").iterdir():
+        photo.rename(photo.with_suffix(".JPG"))
+    after = load(by_hand, cities=["sf"])
+    assert after.database.paths == [path.replace(".jpg", ".JPG") for path in before.database.paths]
+    np.testing.assert_array_equal(after.database.utm_m, before.database.utm_m)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,22 @@ def test_what_is_no_matlab_file_is_refused(root: Path, content: bytes | None) ->
     assert "\n" not in str(caught.value)
 
 
+def test_names_are_found_by_the_rule_of_tables(root: Path) -> None:
+    """A list of another system: `./` in front, another form of Unicode, another case of the ending, backslashes."""
+    (root / "002" / unicodedata.normalize("NFD", "zürich.JPG")).touch()
+    names = ["./001/b.jpg", unicodedata.normalize("NFC", "002/zürich.jpg"), "000\\a_pitch2_yaw12.jpg"]
+    found = load(root, dbImageFns=cells(names)).database.paths
+    assert [unicodedata.normalize("NFC", path) for path in found] == [
+        "001/b.jpg",
+        "002/zürich.JPG",
+        "000/a_pitch2_yaw12.jpg",
+    ]
+    assert all((root / path).exists() for path in found)
+    (root / "001" / "b.JPG").touch()
+    with pytest.raises(UserError, match=r"'001/b\.Jpg' could be several photos in"):
+        load(root, dbImageFns=cells(["001/b.Jpg", *names[1:]]))
+
+
 def test_missing_files_are_named_by_their_settings(root: Path) -> None:
     (root / "datasets" / "list.mat").unlink()
     with pytest.raises(UserError, match=r"^benchmark\.db_struct=.*list\.mat: no such file; expected a MATLAB file"):
@@ -145,12 +162,12 @@ def test_all_that_is_wrong_with_rows_is_found(root: Path) -> None:
     benchmark = read_benchmark(config(root), "", problems)
     mat = f"{root}/datasets/list.mat"
     assert problems.lines == [
-        f"{mat}, dbImageFns row 2: no photo 000/gone.jpg in {root}",
+        f"{mat}, dbImageFns row 2: no photo '000/gone.jpg' in {root}",
         f"{mat}, dbImageFns row 3: 001/b.jpg again, as in {mat}, dbImageFns row 1; expected each photo once",
         f"{mat}, qImageFns row 1: 001/x.jpg has the position [nan, 4477000.0]; expected numbers",
     ]
     assert (benchmark.database.paths, benchmark.queries.paths) == (["001/b.jpg"], ["000/y.jpg"])
-    with pytest.raises(UserError, match=r"000/gone\.jpg in .* \(and 2 more; ray_jobs\.check_benchmark lists them\)"):
+    with pytest.raises(UserError, match=r"'000/gone\.jpg' in .* \(and 2 more; ray_jobs\.check_benchmark lists them\)"):
         load(root)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -183,3 +184,31 @@ def test_what_can_not_fit_is_refused_with_the_numbers() -> None:
     assert kinds_to_try(10_000_000, 512, 0.01 * 2**30, insisted) == ["ivf_rabitq"]
     too_few = load(BuildIndexConfig, ["database=x", "output=y", "index.kind=ivf_8bit"]).index
     assert "10 photos can't fill 16 lists" in mistake(lambda: kinds_to_try(10, 512, 1e9, too_few))
+
+
+def test_lists_of_an_update_follow_the_rule_of_tables(root: Path) -> None:
+    """What a list names otherwise than the folder does stands for the one photo that it can be."""
+    (root / "photos" / "zürich.PNG").write_bytes((root / "photos" / "a.png").read_bytes())
+    photos = folder_manifest(f"{root}/photos", "database")
+    (root / "list.txt").write_text(unicodedata.normalize("NFD", " ./sub\\c.PNG\nzürich.png\na.png\n"))
+    config = load(UpdateIndexConfig, [f"index.path={root}/index", f"remove={root}/list.txt"])
+    none = np.empty(0, np.int64)
+    gone = updating._gone(config, photos, none, None)
+    assert [photos.path(int(i)) for i in gone] == ["a.png", "sub/c.png", "zürich.PNG"]
+    adding = load(UpdateIndexConfig, [f"index.path={root}/index", f"add={root}/list.txt"])
+    added = updating._added(adding, photos)
+    assert added is not None
+    assert added.paths == ["a.png", "sub/c.png", "zürich.PNG"]
+    (root / "photos" / "zürich.pnG").write_bytes(b"")
+    assert "could be several photos" in mistake(lambda: updating._added(adding, photos))
+    both = folder_manifest(f"{root}/photos", "database")
+    assert "could be several photos" in mistake(lambda: updating._gone(config, both, none, None))
+
+
+def test_a_photo_that_was_replaced_is_one_photo(root: Path) -> None:
+    """An index lists a replaced photo twice, and only its last version is alive."""
+    images = Manifest.of(f"{root}/photos", ["a.png", "b.png", "a.png"])
+    (root / "list.txt").write_text("./a.PNG\n")
+    config = load(UpdateIndexConfig, [f"index.path={root}/index", f"remove={root}/list.txt"])
+    assert updating._gone(config, images, np.array([0]), None).tolist() == [2]
+    assert updating._gone(config, images, np.array([0, 2]), None).tolist() == []

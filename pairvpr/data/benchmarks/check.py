@@ -40,6 +40,8 @@ WHOLE = {
     "sfxl_occlusion": Counts(76, _SFXL),
 }
 """Published sizes of benchmarks, by name (method, section 7)."""
+SIDE_PX = 8
+"""To which an opened photo is scaled: only whether it can be read counts."""
 NUM_CITIES, RADIUS_M = {MslsSplit.train_val: 2, MslsSplit.test: 6}, 25.0
 """Of the MSLS benchmarks that have these sizes."""
 
@@ -56,7 +58,7 @@ def check_benchmark(config: CheckBenchmarkConfig) -> list[str]:
         benchmark = read_benchmark(config.benchmark, "", problems)
         _check_counts(benchmark, _whole(config.benchmark), problems)
         for photos in (benchmark.database, benchmark.queries):
-            _open_sample(photos, config.num_opened, problems)
+            _open_sample(photos, config, problems)
     for line in problems.lines:
         print(without_secrets(line))
     return problems.lines
@@ -86,12 +88,20 @@ def _check_counts(benchmark: Benchmark, whole: Counts | None, problems: Problems
         print(f"{benchmark.name}: {stamp['num_queries_with_positives']:,} queries with positives{more}")
 
 
-def _open_sample(photos: Manifest, num_opened: int, problems: Problems) -> None:
-    """Decode some photos, drawn with a fixed seed."""
-    chosen = np.random.default_rng(0).choice(len(photos), min(num_opened, len(photos)), replace=False)
+def _open_sample(photos: Manifest, config: CheckBenchmarkConfig, problems: Problems) -> None:
+    """Decode some photos, drawn with a fixed seed, and say what is odd about those that a run would read."""
+    num_opened = min(config.num_opened, len(photos))
+    chosen = np.random.default_rng(0).choice(len(photos), num_opened, replace=False)
+    remarks: list[str] = []
     for image_id in np.sort(chosen).tolist():
         url = photos.url(image_id)
         try:
-            images.load_upright(url)
+            remark = images.load_pixels(url, SIDE_PX, max_megapixels=config.max_megapixels).remark
         except images.BrokenImageError as error:
             problems.add(f"{url}: {error}; expected a photo")
+            continue
+        if remark is not None:
+            remarks.append(f"{url}: {remark}")
+    if remarks:
+        counted = f"{len(remarks):,} of {num_opened:,} opened photos are odd, but read"
+        print(without_secrets(f"{counted}; the first: {remarks[0]}"))

@@ -16,7 +16,8 @@ from pairvpr.data.positions import (
 )
 from pairvpr.data.positives import within_radius
 from pairvpr.data.problems import Problems
-from pairvpr.data.tables import Rows, TableFile, find_photos, no_photo_text
+from pairvpr.data.spellings import no_photo_text
+from pairvpr.data.tables import Rows, TableFile, find_photos
 
 
 def load(config: FoldersConfig, problems: Problems) -> Benchmark:
@@ -91,6 +92,6 @@ def _ids(rows: Rows, name: str, photos: Manifest, problems: Problems) -> NDArray
     paths = rows.texts(name)
     image_ids = find_photos(paths, photos)
     for i in np.flatnonzero(image_ids < 0).tolist():
-        why = no_photo_text(paths[i].as_py() or "", image_ids[i], photos, f"{name} photo")
+        why = no_photo_text(paths[i].as_py() or "", image_ids[i], photos.root, f"{name} photo")
         problems.add(f"{rows.where(i)}: {why}")
     return image_ids

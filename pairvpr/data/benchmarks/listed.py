@@ -4,26 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 from pairvpr.data.problems import Problems
+from pairvpr.data.spellings import Spellings, no_photo_text
 
 
-def check_listed(
-    paths: Sequence[str], present: Collection[str], folder: str, where: Callable[[int], str], problems: Problems
-) -> NDArray[np.bool_]:
-    """(n,) which of `paths` (relative to `folder`) are `present` and named for the first time.
+def listed_paths(
+    names: Sequence[str], present: Collection[str], folder: str, where: Callable[[int], str], problems: Problems
+) -> list[str | None]:
+    """The path among `present` (relative to `folder`) of each of `names`; see `Spellings` for what a name may be.
 
-    Each of the others is a problem, whose row `where` names.
+    None for a name that stands for no photo, or for one that was named before. Each of these is a problem, whose row
+    `where` names.
     """
-    usable = np.ones(len(paths), bool)
+    known, paths = set(present), list[str | None]()
+    others, spellings = list[str](), None
     first: dict[str, int] = {}
-    for i, path in enumerate(paths):
+    for i, name in enumerate(names):
+        path, why = name, ""
+        if name not in known:
+            if spellings is None:
+                others = list(present)
+                spellings = Spellings(others)
+            place = spellings.find(name)
+            path, why = (others[place], "") if place >= 0 else (name, no_photo_text(name, place, folder))
         if path in first:
             problems.add(f"{where(i)}: {path} again, as in {where(first[path])}; expected each photo once")
-        elif path not in present:
-            problems.add(f"{where(i)}: no photo {path} in {folder}")
-        usable[i] = path in present and path not in first
+        elif why:
+            problems.add(f"{where(i)}: {why}")
+        paths.append(None if why or path in first else path)
         first.setdefault(path, i)
-    return usable
+    return paths

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pairvpr.config.benchmark_schema import MslsConfig, MslsSplit
 from pairvpr.data import storage
-from pairvpr.data.benchmarks.listed import check_listed
+from pairvpr.data.benchmarks.listed import listed_paths
 from pairvpr.data.manifest import Benchmark, Manifest
 from pairvpr.data.positives import within_radius
 from pairvpr.data.problems import Problems
@@ -142,9 +142,9 @@ def _read_photos(root: str, city: str, part: str, config: MslsConfig, problems: 
     names = [f"images/{keys[i]}.jpg" for i in taken]
     there = _photos_in(folder, len(names), problems)
     if there:
-        usable = check_listed(names, there, folder, lambda i: rows.where(int(taken[i])), problems)
-        photos = _Photos([f"{city}/{part}/{name}" for name in names], utm_m[taken])
-        return photos.only(usable)
+        paths = listed_paths(names, there, folder, lambda i: rows.where(int(taken[i])), problems)
+        photos = _Photos([f"{city}/{part}/{path}" for path in paths], utm_m[taken])
+        return photos.only(np.array([path is not None for path in paths], bool))
     return _Photos([], np.empty((0, 2)))
 
 

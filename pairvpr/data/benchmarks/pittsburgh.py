@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pairvpr.config.benchmark_schema import PittsburghConfig
 from pairvpr.data import storage
-from pairvpr.data.benchmarks.listed import check_listed
+from pairvpr.data.benchmarks.listed import listed_paths
 from pairvpr.data.manifest import Benchmark, Manifest
 from pairvpr.data.mat_file import MatError, MatValue, NewerMatError, read_variable
 from pairvpr.data.positives import within_radius
@@ -105,9 +105,9 @@ def _manifest(folder: str, there: list[str], listed: ListedPhotos, problems: Pro
     def where(i: int) -> str:
         return f"{listed.where} row {i + 1}"
 
-    usable = check_listed(listed.names, set(there), folder, where, problems)
+    paths = listed_paths(listed.names, there, folder, where, problems)
     has_position = np.isfinite(listed.utm_m).all(axis=1)
     for i in np.flatnonzero(~has_position).tolist():
         problems.add(f"{where(i)}: {listed.names[i]} has the position {listed.utm_m[i].tolist()}; expected numbers")
-    kept = np.flatnonzero(usable & has_position)
-    return Manifest.of(folder, [listed.names[i] for i in kept], listed.utm_m[kept])
+    kept = {i: path for i in np.flatnonzero(has_position).tolist() if (path := paths[i]) is not None}
+    return Manifest.of(folder, list(kept.values()), listed.utm_m[list(kept)])
