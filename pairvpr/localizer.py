@@ -572,6 +572,8 @@ def _settled(rerank: RerankConfig | None, calibration: str | os.PathLike[str] | 
     settings = rerank or RerankConfig()
     if settings.dense_features is DenseFeatures.store:
         raise UserError("rerank.dense_features=store: a Localizer has no store; expected cache or recompute")
+    if settings.candidates is not None:
+        raise UserError(f"rerank.candidates={settings.candidates}: a Localizer finds candidates itself; expected null")
     if settings.decision is not DecisionRule.pair:
         raise UserError(f"rerank.decision={settings.decision}: a Localizer orders by the pair score; expected pair")
     return settings if calibration is None else replace(settings, calibration=os.fspath(calibration))

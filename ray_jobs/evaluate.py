@@ -31,6 +31,7 @@ from ray_jobs.run import (
     check_dense_store,
     check_index_model,
     check_photos,
+    given_candidates,
 )
 from ray_jobs.steps import answer, ensure_index
 
@@ -50,7 +51,7 @@ def evaluate(configs: Sequence[EvaluateConfig]) -> list[dict[str, Any]]:
     announce(configs[0].model, runs[0].weights)
     for run in runs:
         claim(run.output, run.settings(), "output")
-        if read_manifest(run.index) is None:
+        if run.given is None and read_manifest(run.index) is None:
             claim(run.index, run.index_settings(), "index.path")
     reports: list[dict[str, Any]] = []
     incomplete: list[str] = []
@@ -61,9 +62,11 @@ def evaluate(configs: Sequence[EvaluateConfig]) -> list[dict[str, Any]]:
         for config, run in zip(configs, runs, strict=True):
             database, settings = run.benchmark.database, run.index_settings()
             try:
-                manifest = ensure_index(
-                    database, run.index, run.num_shards, source, config.describe, config.index, settings
-                )
+                manifest = None
+                if run.given is None:
+                    manifest = ensure_index(
+                        database, run.index, run.num_shards, source, config.describe, config.index, settings
+                    )
                 reports.append(answer(run, source, manifest))
             except IncompleteRunError as error:
                 say(f"{run.benchmark.name}: incomplete: {error}")
@@ -88,6 +91,8 @@ def prepare(configs: Sequence[EvaluateConfig]) -> list[Run]:
             check_writable(index, "index.path")
         if index in (output, storage.join(output, "queries")):
             raise UserError(f"index.path={index}: the run writes other files there; expected a directory of its own")
+    if len(configs) > 1 and configs[0].rerank.candidates is not None:
+        raise UserError("rerank.candidates: the pairs are of one benchmark; expected benchmark=..., not several")
     calibration = calibrated(configs[0].rerank)
     benchmarks = _load(configs, outputs)
     weights = find_weights(configs[0].model)
@@ -101,11 +106,13 @@ def prepare(configs: Sequence[EvaluateConfig]) -> list[Run]:
             num_shards=config.index.num_shards or choose.default_num_shards(len(benchmark.database)),
             output=output,
             calibration=calibration,
+            given=given_candidates(config.rerank, benchmark),
         )
         check_calibration(run)
         check_claims(run)
-        check_photos(run)
-        check_index_model(run)
+        if run.given is None:
+            check_photos(run)
+            check_index_model(run)
         check_dense_store(run)
         if any(other.index == index and other.index_settings() != run.index_settings() for other in runs):
             raise UserError(

@@ -33,6 +33,7 @@ from ray_jobs.run import (
     calibrated,
     check_calibration,
     check_dense_store,
+    given_candidates,
     open_manifest,
 )
 from ray_jobs.steps import answer
@@ -64,7 +65,8 @@ def query(config: QueryConfig) -> dict[str, Any]:
         settings["filter"].pop(CONDITIONS, None)  # an earlier version made it
     check_claim(run.output, settings, "output")
     check_dense_store(run)
-    check_model(index, manifest, name=config.model.name, weights_sha256=run.weights.sha256, model=settings["model"])
+    if run.given is None:
+        check_model(index, manifest, name=config.model.name, weights_sha256=run.weights.sha256, model=settings["model"])
     weights = load_weights(config.model, run.weights)
     announce(config.model, run.weights)
     claim(run.output, settings, "output")
@@ -82,20 +84,22 @@ def _filter_settings(config: FilterConfig, filters: tuple[Filters, Places] | Non
 
 def _run(config: QueryConfig, index: str, manifest: IndexManifest) -> Run:
     """The queries as a benchmark without ground truth."""
+    benchmark = Benchmark(
+        name="query",
+        database=read_images(index, manifest),
+        queries=folder_manifest(config.queries, "queries"),
+        positives=None,
+        protocol={"positives": "none", "radius_m": None},
+    )
     return Run(
         config=config,
-        benchmark=Benchmark(
-            name="query",
-            database=read_images(index, manifest),
-            queries=folder_manifest(config.queries, "queries"),
-            positives=None,
-            protocol={"positives": "none", "radius_m": None},
-        ),
+        benchmark=benchmark,
         weights=find_weights(config.model),
         index=index,
         num_shards=len(manifest.shards),
         output=storage.absolute(config.output),
         calibration=calibrated(config.rerank),
+        given=given_candidates(config.rerank, benchmark),
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pairvpr.config.schema import (
     DenseFeatures,
@@ -17,6 +19,7 @@ from pairvpr.data import storage
 from pairvpr.data.claim import FILE as SETTINGS_FILE
 from pairvpr.data.claim import check_claim, differences
 from pairvpr.data.manifest import Benchmark
+from pairvpr.data.pairs import candidates_of, read_pairs
 from pairvpr.distributed.dense import KEY as STORE_KEY
 from pairvpr.distributed.dense import WantedStore, check_store
 from pairvpr.errors import UserError
@@ -27,6 +30,14 @@ from pairvpr.models.weights import WeightsSource
 from pairvpr.retrieval.decision import Decision
 from pairvpr.retrieval.dense_store import Layout
 from pairvpr.retrieval.rerank import SCORING
+
+
+@dataclass(frozen=True)
+class GivenCandidates:
+    """What rerank.candidates holds: ids of each query's candidates, best first, and the sha256 of the file."""
+
+    by_query: Mapping[int, NDArray[np.int64]]
+    sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +52,8 @@ class Run:
     output: str
     calibration: Calibration | None = None
     """The content of rerank.calibration."""
+    given: GivenCandidates | None = None
+    """Candidates that replace retrieval; the index is not searched then."""
 
     @property
     def judge(self) -> Judge | None:
@@ -113,6 +126,7 @@ class Run:
         """What most runs don't ask for."""
         values = {
             "second_direction": self.config.rerank.second_direction,
+            "candidates_sha256": self.given and self.given.sha256,
             "stored_as": None if self.store is None else str(self.config.rerank.stored_as),
             "temperature": self.judge and self.judge.temperature,
             "midpoint": self.judge and self.judge.midpoint,
@@ -125,7 +139,8 @@ class Run:
 
 def check_claims(run: Run) -> None:
     check_claim(run.output, run.settings(), "output")
-    check_claim(run.index, run.index_settings(), "index.path")
+    if run.given is None:
+        check_claim(run.index, run.index_settings(), "index.path")
 
 
 def check_photos(run: Run) -> None:
@@ -181,6 +196,15 @@ def check_dense_store(run: Run) -> None:
     if wanted.url in (run.output, run.index, storage.join(run.output, "queries")):
         raise UserError(f"{STORE_KEY}={wanted.url}: the run writes other files there; expected a directory of its own")
     check_store(wanted)
+
+
+def given_candidates(config: RerankConfig, benchmark: Benchmark) -> GivenCandidates | None:
+    """What rerank.candidates holds for the photos of a benchmark; None where it is not set. Raises `UserError`."""
+    if config.candidates is None:
+        return None
+    about = config.candidates, "rerank.candidates"
+    pairs = read_pairs(*about)
+    return GivenCandidates(candidates_of(pairs, *about, benchmark.queries, benchmark.database), pairs.sha256)
 
 
 def calibrated(config: RerankConfig) -> Calibration | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from pairvpr.distributed.dense import about_store, make_store
 from pairvpr.distributed.describe import Description, describe
 from pairvpr.distributed.index import RayRunner
 from pairvpr.distributed.rerank import RerankResult, rerank, unfinished
-from pairvpr.distributed.retrieve import Candidates, retrieve
+from pairvpr.distributed.retrieve import retrieve
 from pairvpr.distributed.runtime import ModelSource, cluster_memory_bytes
 from pairvpr.errors import UserError
 from pairvpr.evaluation.predictions import predictions_table, write_predictions
@@ -34,7 +34,7 @@ from pairvpr.retrieval.pipeline import answers, decided, with_prior
 from pairvpr.retrieval.rerank import WorkUnit, work_units
 from pairvpr.secrets import without_secrets
 from pairvpr.terminal import say
-from ray_jobs.run import Run
+from ray_jobs.run import GivenCandidates, Run
 
 SHARE_OF_MEMORY = 0.5
 """Of the cluster, for an index that is given no budget."""
@@ -95,57 +95,99 @@ def about_generation(manifest: IndexManifest) -> str:
     )
 
 
-def answer(
-    run: Run, source: ModelSource, manifest: IndexManifest, filters: tuple[Filters, Places] | None = None
-) -> dict[str, Any]:
-    """Describe the queries, retrieve, re-rank, and write the predictions, a challenge's submission, metrics.json.
+@dataclass(frozen=True)
+class _Found:
+    """Candidates by query id: ids and squared distances, best first, of which the first few are re-ranked.
 
-    `manifest` is the generation of the index that is searched, `filters` what each query may find in it.
+    And what finding them took.
+    """
+
+    candidates: Mapping[int, tuple[NDArray[np.int64], NDArray[np.float32]]]
+    num_reranked: int
+    seconds_describe: float = 0.0
+    seconds_retrieve: float = 0.0
+    num_rejected: int = 0
+    num_remarked: int = 0
+
+
+def answer(
+    run: Run, source: ModelSource, manifest: IndexManifest | None, filters: tuple[Filters, Places] | None = None
+) -> dict[str, Any]:
+    """Find each query's candidates, re-rank, and write the predictions, a challenge's submission, metrics.json.
+
+    `manifest` is the generation of the index that is searched, `filters` what each query may find in it. Where
+    candidates are given instead, it is the one that the database photos are from, if any.
     """
     config, benchmark = run.config, run.benchmark
-    queries = storage.join(run.output, "queries")
-    describe(
-        Description(benchmark.queries, queries, 1, source, config.describe), "queries", needs_a_readable_photo=False
-    )
-    num_kept = config.index.num_kept(config.rerank.num_candidates)
-    url = storage.join(run.output, "candidates.parquet")
-    found = retrieve(run.index, manifest, queries, num_kept, config.index, url, filters)
-    num_candidates = min(config.rerank.num_candidates, manifest.num_live)
-    if num_candidates < config.rerank.num_candidates:
-        say(
-            f"rerank.num_candidates={config.rerank.num_candidates}: the database has {manifest.num_live} readable "
-            "photos, all of them are re-ranked"
-        )
-    candidates = {int(query_id): found.of(row) for row, query_id in enumerate(found.query_ids)}
-    scored = _scored(run, source, manifest, candidates, num_candidates)
+    found = _retrieved(run, source, manifest, filters) if run.given is None else _given(run, run.given)
+    scored = _scored(run, source, manifest, found)
 
-    final = answers(len(benchmark.queries), candidates, scored.by_query)
+    final = answers(len(benchmark.queries), found.candidates, scored.by_query)
     if run.decision is not None:
         final = decided(final, Decider(run.decision, benchmark.database.utm_m))
     write_predictions(storage.join(run.output, "predictions.parquet"), predictions_table(benchmark, final, run.judge))
     submission = write_submission(run.output, benchmark, final) if benchmark.has_submission else []
-    content = metrics(benchmark, final, config.model, _facts(run, manifest, found, scored, num_candidates))
+    content = metrics(benchmark, final, config.model, _facts(run, manifest, found, scored))
     sealed.write_json(storage.join(run.output, "metrics.json"), content)
     files = ", ".join(["predictions.parquet", *submission, "metrics.json"])
     print(without_secrets(f"\n{summary(content)}\n\n{run.output}: {files}"), flush=True)
     return content
 
 
-def _scored(
-    run: Run,
-    source: ModelSource,
-    manifest: IndexManifest,
-    candidates: Mapping[int, tuple[NDArray[np.int64], NDArray[np.float32]]],
-    num_candidates: int,
-) -> RerankResult:
-    """Re-rank the first `num_candidates` of each query's candidates: ids and squared distances, nearest first."""
-    first = {query_id: ids[:num_candidates].tolist() for query_id, (ids, _) in candidates.items()}
+def _retrieved(
+    run: Run, source: ModelSource, manifest: IndexManifest | None, filters: tuple[Filters, Places] | None
+) -> _Found:
+    """Describe the queries, and find their candidates in the index."""
+    assert manifest is not None, "candidates that are not given come from an index"
+    config, directory = run.config, storage.join(run.output, "queries")
+    queries = Description(run.benchmark.queries, directory, 1, source, config.describe)
+    describe(queries, "queries", needs_a_readable_photo=False)
+    num_kept = config.index.num_kept(config.rerank.num_candidates)
+    url = storage.join(run.output, "candidates.parquet")
+    found = retrieve(run.index, manifest, directory, num_kept, config.index, url, filters)
+    num_reranked = min(config.rerank.num_candidates, manifest.num_live)
+    if num_reranked < config.rerank.num_candidates:
+        say(
+            f"rerank.num_candidates={config.rerank.num_candidates}: the database has {manifest.num_live} readable "
+            "photos, all of them are re-ranked"
+        )
+    about = store.read_description(directory)
+    assert about is not None
+    return _Found(
+        {int(query_id): found.of(row) for row, query_id in enumerate(found.query_ids)},
+        num_reranked,
+        about.seconds,
+        found.seconds,
+        about.num_rejected,
+        len(store.read_remarks(directory)),
+    )
+
+
+def _given(run: Run, given: GivenCandidates) -> _Found:
+    """The candidates of a file, whose distances are not known."""
+    asked, queries = run.config.rerank.num_candidates, run.benchmark.queries
+    most = max(map(len, given.by_query.values()))
+    if most < asked:
+        say(f"rerank.num_candidates={asked}: no query has more than {most} candidates, all of them are re-ranked")
+    missing = [query_id for query_id in range(len(queries)) if query_id not in given.by_query]
+    if missing:
+        say(
+            f"rerank.candidates: {len(missing):,} of {len(queries):,} queries have none and stay unanswered, the first "
+            f"is {queries.path(missing[0])}"
+        )
+    unknown = {query_id: np.full(len(ids), np.nan, np.float32) for query_id, ids in given.by_query.items()}
+    return _Found({query_id: (ids, unknown[query_id]) for query_id, ids in given.by_query.items()}, min(asked, most))
+
+
+def _scored(run: Run, source: ModelSource, manifest: IndexManifest | None, found: _Found) -> RerankResult:
+    """Re-rank the first of each query's candidates."""
+    first = {query_id: ids[: found.num_reranked].tolist() for query_id, (ids, _) in found.candidates.items()}
     units = work_units(first, run.config.rerank.queries_per_unit)
-    changed = _changed_candidates(run, units, manifest)
+    changed = {} if manifest is None else _changed_candidates(run, units, manifest)
     store_url = _stored_candidates(run, units, source, manifest)
     weights = None if run.decision is None else run.decision.weights
     return rerank(
-        with_prior(units, candidates, weights),
+        with_prior(units, found.candidates, weights),
         replace(run.benchmark, positives=None),
         source,
         run.config.rerank,
@@ -157,29 +199,29 @@ def _scored(
     )
 
 
-def _facts(run: Run, manifest: IndexManifest, found: Candidates, scored: RerankResult, num_candidates: int) -> RunFacts:
+def _facts(run: Run, manifest: IndexManifest | None, found: _Found, scored: RerankResult) -> RunFacts:
     """What a report says of a run beside its answers."""
-    queries = storage.join(run.output, "queries")
-    about = store.read_description(queries)
-    assert about is not None
     database, settings = run.benchmark.database, run.config.rerank
     return RunFacts(
         weights_sha256=run.weights.sha256,
         untrained=run.weights.untrained,
-        num_candidates=num_candidates,
-        seconds_describe=about.seconds,
-        seconds_retrieve=found.seconds,
+        num_candidates=found.num_reranked,
+        seconds_describe=found.seconds_describe,
+        seconds_retrieve=found.seconds_retrieve,
         seconds_rerank=scored.seconds,
-        num_rejected_database=manifest.num_rejected,
-        num_rejected_queries=about.num_rejected + len(scored.lost.queries),
-        num_remarked={"database": _num_remarked(run.index, manifest), "queries": len(store.read_remarks(queries))},
+        num_rejected_database=0 if manifest is None else manifest.num_rejected,
+        num_rejected_queries=found.num_rejected + len(scored.lost.queries),
+        num_remarked={
+            "database": 0 if manifest is None else _num_remarked(run.index, manifest),
+            "queries": found.num_remarked,
+        },
         unscored={database.path(i): reason for i, reason in sorted(scored.lost.candidates.items())},
         report_candidates=settings.report_candidates,
         second_direction=settings.second_direction,
         judge=run.judge,
         decision=settings.decision,
         dense_store=None if run.store is None else about_store(run.store),
-        index=about_index(manifest, run.config.index.num_probes),
+        index=None if run.given is not None or manifest is None else about_index(manifest, run.config.index.num_probes),
     )
 
 
@@ -197,14 +239,17 @@ def _num_remarked(index: str, manifest: IndexManifest) -> int:
     return sum(len(store.read_remarks(directory)) for _, directory in described_tables(index, manifest))
 
 
-def _stored_candidates(run: Run, units: Sequence[WorkUnit], source: ModelSource, manifest: IndexManifest) -> str | None:
+def _stored_candidates(
+    run: Run, units: Sequence[WorkUnit], source: ModelSource, manifest: IndexManifest | None
+) -> str | None:
     """Where the features of all candidates are stored, as long as there are units to score; None without a store."""
     wanted, pending = run.store, unfinished(units, run.output)
     if wanted is None or not pending:
         return None
     ids = {image_id for unit in units for row in unit.candidates.values() for image_id in row}
     candidates = np.array(sorted(ids), np.int64)
-    make_store(wanted, candidates, lambda: live_ids(run.index, manifest), source)
+    everything = np.arange(len(run.benchmark.database))
+    make_store(wanted, candidates, lambda: everything if manifest is None else live_ids(run.index, manifest), source)
     return wanted.url
 
 

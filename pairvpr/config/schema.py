@@ -352,6 +352,8 @@ class RerankConfig:
 
     num_candidates: int = NUM_CANDIDATES
     """Number K of candidates to re-rank per query (at most the number of database photos)."""
+    candidates: str | None = None
+    """File (path or URL) of pairs (query database [score] a line as in hloc, or Parquet): they replace retrieval."""
     batch_size: int = 16
     """Pairs per forward pass: a few candidates with all queries of the unit that have them. Affects rounding."""
     queries_per_unit: int = 8
@@ -401,7 +403,12 @@ class RerankConfig:
             "second_direction",
             "num_loading_threads",
         )
-        require_text(self, "rerank.", "store_path", "calibration")
+        require_text(self, "rerank.", "candidates", "store_path", "calibration")
+        require(
+            self.candidates is None or self.decision is DecisionRule.pair,
+            f"rerank.decision={self.decision}, rerank.candidates={self.candidates}: nobody knows the distances of "
+            "given candidates, and the decision needs them; expected one of the two",
+        )
         for name, is_set in (
             ("store_path", self.store_path is not None),
             ("store_whole_database", self.store_whole_database),
@@ -678,6 +685,11 @@ class QueryConfig:
 
     def __post_init__(self) -> None:
         require_text(self, "", "queries", "output")
+        require(
+            self.rerank.candidates is None or not self.filter.is_set,
+            f"rerank.candidates={self.rerank.candidates}: what is given is not searched for, and filter.* says where "
+            "to search; expected one of the two",
+        )
         require(
             self.rerank.report_candidates is None,
             f"rerank.report_candidates={self.rerank.report_candidates}: queries without ground truth are not audited; "

@@ -243,6 +243,10 @@ class SearchCheckpointsConfig(BenchmarkJobConfig):
             f"rerank.report_candidates={self.rerank.report_candidates}: checkpoints are not audited; expected null",
         )
         require(
+            self.rerank.candidates is None,
+            f"rerank.candidates={self.rerank.candidates}: each checkpoint finds its own candidates; expected null",
+        )
+        require(
             self.rerank.calibration is None,
             f"rerank.calibration={self.rerank.calibration}: it is one network's, checkpoints are many; expected null",
         )

@@ -125,6 +125,11 @@ def _read_settings(url: str) -> dict[str, Any]:
             raise UserError(
                 f"predictions={url}: a run with {name}; expected one that scored all pairs in both directions"
             )
+    if rerank.get("candidates_sha256") is not None:
+        raise UserError(
+            f"predictions={url}: a run with rerank.candidates, whose distances nobody knows; expected one that "
+            "searched an index"
+        )
     if not model.get("weights_sha256") or round_size < 1:
         raise UserError(f"{settings_url}: not the settings of an evaluation; expected its weights and batch size")
     return {"model": model, "rerank": rerank, "index": settings.get("index")}

@@ -37,8 +37,8 @@ class RunFacts:
     seconds_rerank: float
     num_rejected_database: int
     num_rejected_queries: int
-    index: dict[str, Any]
-    """Its kind and, if it is approximate, its measured recall."""
+    index: dict[str, Any] | None
+    """Its kind and, if it is approximate, its measured recall; None where candidates were given."""
     report_candidates: Sequence[int] | None = None
     second_direction: int | None = None
     """What `audited_candidates` gets."""
