@@ -24,8 +24,8 @@ from pairvpr.machine import in_a_line
 from pairvpr.secrets import without_secrets
 from pairvpr.terminal import give_up_broken_stdout, libraries_write_to, make_streams_usable, say
 
-KEPT = "what is finished is kept"
-GOES_ON = f"{KEPT}: the same line again goes on from there"
+KEPT = "finished work is kept"
+GOES_ON = f"{KEPT}: run the same command again to continue"
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
@@ -98,7 +98,7 @@ def outcome_of(error: BaseException) -> Outcome:
             return Outcome(1, f"error: {in_a_line(cause)}; {KEPT}", has_log=True)
         if type(cause).__module__.startswith("ray."):
             return Outcome(1, f"incomplete: Ray failed: {in_a_line(cause)}; {GOES_ON}", has_log=True)
-    return Outcome(1, f"defect of the program, please report it: {in_a_line(error)}; {KEPT}", has_log=True)
+    return Outcome(1, f"bug in the program, please report it: {in_a_line(error)}; {KEPT}", has_log=True)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -120,7 +120,7 @@ def _last_word(log: str | None) -> Iterator[None]:
 
     It may be killed, and Ray's native code ends it where Ray's own processes are gone.
     """
-    line = f"incomplete: the process was killed, had no memory left, or Ray ended it; {GOES_ON} (full text: {log})"
+    line = f"incomplete: the process was killed, ran out of memory, or was ended by Ray; {GOES_ON} (full text: {log})"
     try:
         command = ["sh", "-c", 'read -r over || printf "%s\\n" "$0" >&2', line]
         watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)

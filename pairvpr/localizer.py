@@ -571,7 +571,7 @@ def _utm(position: NDArray[np.float64]) -> Utm | None:
 def _settled(rerank: RerankConfig | None, calibration: str | os.PathLike[str] | None) -> RerankConfig:
     settings = rerank or RerankConfig()
     if settings.dense_features is DenseFeatures.store:
-        raise UserError("rerank.dense_features=store: a Localizer has no store; expected cache or recompute")
+        raise UserError("rerank.dense_features=store: a Localizer can't use a store; expected cache or recompute")
     if settings.candidates is not None:
         raise UserError(f"rerank.candidates={settings.candidates}: a Localizer finds candidates itself; expected null")
     if settings.decision is not DecisionRule.pair:
@@ -626,11 +626,11 @@ def _manifest(directory: str, generation: int | None) -> IndexManifest:
     manifest = newest if generation is None else read_generation(directory, generation)
     if manifest is None:
         raise UserError(
-            f"generation={generation}: index {directory} has no such one; expected 1 to {newest.generation}"
+            f"generation={generation}: index {directory} has no such generation; expected 1 to {newest.generation}"
         )
     if not storage.exists(manifest.images_root):
         raise UserError(
-            f"index {directory}: its photos were in {manifest.images_root}, which is not there; expected them where "
+            f"index {directory}: its photos were in {manifest.images_root}, which does not exist; expected them where "
             "they were when it was built, because re-ranking reads them again"
         )
     return manifest
@@ -649,7 +649,7 @@ def _network(directory: str, manifest: IndexManifest, model: str | ModelConfig |
         if known is not None:
             return known
         raise UserError(
-            f"index {directory}: its {claim.FILE} is gone, which says what network {name} is; expected model=... "
+            f"index {directory}: its {claim.FILE}, which describes the network {name}, is missing; expected model=... "
             f"(one of {', '.join(network_names())}, or a ModelConfig)"
         )
     try:

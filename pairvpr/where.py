@@ -107,7 +107,8 @@ class Map:
         ):
             if is_needed and np.isnan(known).all():
                 raise UserError(
-                    f"the index knows no photo's {what}, which near, box or heading_deg need; expected one built with "
+                    f"the index has no {what} of its photos, which near, box or heading_deg need; expected one built "
+                    "with "
                     "positions=names, table or exif"
                 )
         filters = Filters.of(
@@ -132,10 +133,10 @@ class Map:
     def _box(self, box: tuple[Position, Position]) -> NDArray[np.float64]:
         """(4,) west, south, east, north."""
         if len(box) != 2 or not all(_is_pair(corner) for corner in box):
-            raise UserError(f"box={box}: expected two positions, its south-west and its north-east corner")
+            raise UserError(f"box={box}: expected two positions, the south-west and the north-east corner")
         south_west, north_east = (self._metres(corner, "box") for corner in box)
         if (south_west > north_east).any():
-            raise UserError(f"box={box}: expected its south-west corner first, then its north-east one")
+            raise UserError(f"box={box}: expected the south-west corner first, then the north-east one")
         return np.concatenate([south_west, north_east])
 
     def _metres(self, position: Position, key: str) -> NDArray[np.float64]:
@@ -154,12 +155,12 @@ class Map:
             )
         if self.zone is None:
             raise UserError(
-                f"{key}={position}: the index knows metres, but not of which UTM zone; expected utm_epsg=..., the "
+                f"{key}={position}: the index has positions in metres, but no UTM zone; expected utm_epsg=..., the "
                 "zone's EPSG code (32610 is zone 10 north), when it is opened, or pairvpr.Utm(east_m, north_m)"
             )
         metres = utm.to_utm(values[:1], values[1:], self.zone)
         if not utm.is_near(metres)[0]:
-            raise UserError(f"{key}={position}: too far from UTM zone {self.zone.number}, where the index lies")
+            raise UserError(f"{key}={position}: too far from UTM zone {self.zone.number}, which the index is in")
         return metres[0]
 
 
@@ -184,7 +185,7 @@ def _zone_of_epsg(epsg: int) -> UtmZone:
         if first < epsg <= first + _NUM_ZONES:
             return UtmZone(epsg - first, south)
     raise UserError(
-        f"utm_epsg={epsg}: expected a UTM zone of WGS84: {_EPSG_NORTH} + its number in the north, {_EPSG_SOUTH} + its "
+        f"utm_epsg={epsg}: expected a WGS84 UTM zone: {_EPSG_NORTH} + its number in the north, {_EPSG_SOUTH} + its "
         "number in the south"
     )
 

@@ -90,9 +90,9 @@ def prepare(configs: Sequence[EvaluateConfig]) -> list[Run]:
         if read_manifest(index) is None:
             check_writable(index, "index.path")
         if index in (output, storage.join(output, "queries")):
-            raise UserError(f"index.path={index}: the run writes other files there; expected a directory of its own")
+            raise UserError(f"index.path={index}: the run writes other files there; expected a separate directory")
     if len(configs) > 1 and configs[0].rerank.candidates is not None:
-        raise UserError("rerank.candidates: the pairs are of one benchmark; expected benchmark=..., not several")
+        raise UserError("rerank.candidates: the file is for one benchmark; expected benchmark=..., not several")
     calibration = calibrated(configs[0].rerank)
     benchmarks = _load(configs, outputs)
     weights = find_weights(configs[0].model)
@@ -116,7 +116,7 @@ def prepare(configs: Sequence[EvaluateConfig]) -> list[Run]:
         check_dense_store(run)
         if any(other.index == index and other.index_settings() != run.index_settings() for other in runs):
             raise UserError(
-                f"index.path={index}: these benchmarks have different databases; expected an index for each"
+                f"index.path={index}: these benchmarks have different databases; expected a separate index for each"
             )
         runs.append(run)
     check_sharing([run.store for run in runs if run.store is not None])

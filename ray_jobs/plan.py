@@ -145,8 +145,8 @@ def _check_shared(output: str | None) -> None:
     others = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU") and node["NodeID"] != here]
     if others and output is None:
         raise UserError(
-            "the cluster has several machines, and all must see the photos of the calibration: expected output=... on "
-            "a shared file system or a URL, they lie beside it meanwhile; or plan.images_per_s=..."
+            "the cluster has several machines, and all of them must see the calibration photos; expected output=... on "
+            "a shared file system or a URL (the photos are kept next to it), or plan.images_per_s=..."
         )
 
 

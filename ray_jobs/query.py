@@ -52,8 +52,8 @@ def query(config: QueryConfig) -> dict[str, Any]:
     manifest = open_manifest(index, config.index.path)
     if not storage.exists(manifest.images_root):
         raise UserError(
-            f"index.path={config.index.path}: its photos were in {manifest.images_root}, which is not there; "
-            "expected them where build_index saw them, re-ranking reads them again"
+            f"index.path={config.index.path}: its photos were in {manifest.images_root}, which does not exist; "
+            "expected them where build_index read them, because re-ranking reads them again"
         )
     run = _run(config, index, manifest)
     check_calibration(run)
@@ -118,7 +118,8 @@ def _filters(config: FilterConfig, benchmark: Benchmark) -> tuple[Filters, Place
     ):
         if needed and np.isnan(known).all():
             raise UserError(
-                f"filter: the index knows no photo's {what}; expected one built with positions=names, table, exif or "
+                f"filter: the index has no {what} of its photos; expected one built with positions=names, table or "
+                "exif, or "
                 "by evaluate"
             )
     near, heading_deg = _priors(config, benchmark.queries, zone_of_names(benchmark.database))

@@ -169,7 +169,7 @@ def check_photos(run: Run) -> None:
         found = differences({"paths_sha256": names_there}, {"paths_sha256": database.paths_sha256})
     if found:
         raise UserError(
-            f"index.path={run.index}: the finished index there is another one: {'; '.join(found)}; "
+            f"index.path={run.index}: the finished index there differs: {'; '.join(found)}; "
             "expected an index of this database, or another directory"
         )
 
@@ -194,7 +194,7 @@ def check_dense_store(run: Run) -> None:
     if wanted is None:
         return
     if wanted.url in (run.output, run.index, storage.join(run.output, "queries")):
-        raise UserError(f"{STORE_KEY}={wanted.url}: the run writes other files there; expected a directory of its own")
+        raise UserError(f"{STORE_KEY}={wanted.url}: the run writes other files there; expected a separate directory")
     check_store(wanted)
 
 
@@ -230,7 +230,8 @@ def check_calibration(run: Run) -> None:
     run.calibration.check(str(run.config.rerank.calibration), run.index_settings()["model"])
     if run.decision is not None and run.decision.votes is not None and np.isnan(run.benchmark.database.utm_m).all():
         raise UserError(
-            f"rerank.decision={run.config.rerank.decision}: no position of a database photo is known, and votes are of "
+            f"rerank.decision={run.config.rerank.decision}: no database photo has a known position, and votes are "
+            "between "
             "photos near each other; expected positions, or rerank.decision=fused"
         )
 

@@ -88,7 +88,7 @@ def search_checkpoints(config: SearchCheckpointsConfig) -> pa.Table:
     if failed:
         raise IncompleteRunError(
             f"{len(failed)} of {len(search.urls)} checkpoints failed: {', '.join(failed)}; their errors are in "
-            f"{storage.join(search.output, 'checkpoints.csv')}; the same line again tries only these"
+            f"{storage.join(search.output, 'checkpoints.csv')}; run the same command again to retry only these"
         )
     return table
 
@@ -101,7 +101,7 @@ def _prepare(config: SearchCheckpointsConfig) -> Search:
         name for name in names if name != ROLLING
     ] or names  # a finished run keeps its last one under a name of its own
     if not kept:
-        raise UserError(f"checkpoints={config.checkpoints}: no checkpoint there; expected {', '.join(SUFFIXES)} files")
+        raise UserError(f"checkpoints={config.checkpoints}: no checkpoint found; expected {', '.join(SUFFIXES)} files")
     search = Search(
         config=config,
         output=output,
@@ -109,7 +109,9 @@ def _prepare(config: SearchCheckpointsConfig) -> Search:
         urls={name: storage.join(folder, name) for name in kept},
     )
     if search.benchmark.positives is None:
-        raise UserError(f"benchmark={search.benchmark.name}: it has no ground truth; expected positives")
+        raise UserError(
+            f"benchmark={search.benchmark.name}: it has no ground truth; expected a benchmark with positives"
+        )
     check_claim(output, search.settings(), "output")
     return search
 

@@ -57,8 +57,8 @@ def ensure_index(
         return finished
     if finished is not None and not storage.has_atomic_creation(directory):
         raise UserError(
-            f"{directory}: the finished index is {finished.kind} ({finished.factory}); this store can't tell "
-            "two writers apart: expected python -m ray_jobs.update_index index.kind=... single_writer=true"
+            f"{directory}: the finished index is {finished.kind} ({finished.factory}); this storage can't keep "
+            "two writers apart; expected python -m ray_jobs.update_index index.kind=... single_writer=true"
         )
     budget_bytes = memory_budget_bytes(index)
     plan = plan_index(len(database), source.config, replace(index, num_shards=num_shards), budget_bytes=budget_bytes)
@@ -80,7 +80,7 @@ def memory_budget_bytes(config: BuildConfig) -> float:
         return config.memory_budget_gib * choose.GIB
     if not node_rooms():
         raise UserError(
-            "the cluster has no memory yet, it scales up when asked: give index.memory_budget_gib, what all shards of "
+            "the cluster has no memory until it scales up; expected index.memory_budget_gib, which all shards of "
             "the index may take together in search"
         )
     return SHARE_OF_MEMORY * cluster_memory_bytes()

@@ -28,7 +28,9 @@ def train(config: Any, datasets: list[str], make_stage: Any, start_weights: Call
         check_wandb()
     validation = None if train.validation is None else load_benchmark(train.validation, output)
     if validation is not None and validation.positives is None:
-        raise UserError(f"train.validation={validation.name}: it has no ground truth; expected positives")
+        raise UserError(
+            f"train.validation={validation.name}: it has no ground truth; expected a benchmark with positives"
+        )
     start = start_weights(config)
     csv = getattr(train, "gldv2_csv", None)
     sets = read_training_sets(datasets, storage.absolute(train.root), storage.join(output, "cache"), csv)

@@ -127,8 +127,8 @@ def update_index(config: UpdateIndexConfig) -> IndexManifest:
 def _check_single_writer(directory: str, single_writer: bool) -> None:
     if not single_writer and not storage.has_atomic_creation(directory):
         raise UserError(
-            f"index.path={directory}: this store may let two writers both create the same generation, and one change "
-            "would be lost; expected single_writer=true, your word that nobody else changes this index now"
+            f"index.path={directory}: this storage may let two writers create the same generation, and one change "
+            "would be lost; expected single_writer=true to confirm that nobody else changes this index now"
         )
 
 
@@ -189,7 +189,7 @@ def _less_those_there(
     versions = photo_versions(named)
     is_new = ~are_there(directory, manifest, removed, named, versions)
     if not is_new.all():
-        say(f"update: {(~is_new).sum():,} of {len(named):,} photos to add are in the index already")
+        say(f"update: {(~is_new).sum():,} of {len(named):,} photos to add are already in the index")
     new = Manifest.of(
         named.root, named.path_column.filter(pa.array(is_new)), named.utm_m[is_new], named.heading_deg[is_new]
     )
@@ -235,7 +235,8 @@ def _found(remove: str, there: Manifest, images: Manifest) -> NDArray[np.int64]:
         unknown = paths.filter(pa.array((rows == NO_PHOTO) & (find_photos(paths, images) == NO_PHOTO)))
         if len(unknown):
             raise UserError(
-                f"remove={remove}: {unknown[0]} is not in the index (nor are {len(unknown) - 1:,} more); expected "
+                f"remove={remove}: {unknown[0]} is not in the index ({len(unknown) - 1:,} more are not, either); "
+                "expected "
                 f"paths relative to {there.root}"
             )
         for i in np.flatnonzero(rows == SEVERAL)[:1]:
@@ -243,7 +244,7 @@ def _found(remove: str, there: Manifest, images: Manifest) -> NDArray[np.int64]:
         return np.unique(rows[rows >= 0])
     folder = _below_root(remove, "remove", there.root)
     if not _below(images, folder).any():
-        raise UserError(f"remove={remove}: no photo of the index is below it; expected a folder of {there.root}")
+        raise UserError(f"remove={remove}: it contains no photo of the index; expected a folder of {there.root}")
     return np.flatnonzero(_below(there, folder))
 
 
@@ -267,7 +268,7 @@ def _below_root(folder: str, key: str, root: str) -> str:
     above = root.rstrip("/") + "/"
     if not below.startswith(above):
         raise UserError(
-            f"{key}={folder}: not below {root}, where the index's photos are; expected a folder there, or a list "
+            f"{key}={folder}: it is not in {root}, where the index's photos are; expected a folder there, or a list "
             f"({', '.join(LIST_SUFFIXES)}) of paths relative to it"
         )
     return below[len(above) :]
@@ -291,12 +292,12 @@ def _listed(url: str, key: str, root: str) -> list[str]:
     paths = [posixpath.normpath(path) for path in paths]
     outside = next((path for path in paths if path.startswith(("/", "../"))), None)
     if outside is not None:
-        raise UserError(f"{key}={url}: {outside} is not relative to {root}; expected paths below it, without the root")
+        raise UserError(f"{key}={url}: {outside} is not a path inside {root}; expected paths relative to it")
     if not paths:
-        raise UserError(f"{key}={url}: no path in it; expected paths relative to {root}")
+        raise UserError(f"{key}={url}: it lists no path; expected paths relative to {root}")
     wrong = next((path for path in paths if key == "add" and not path.lower().endswith(IMAGE_SUFFIXES)), None)
     if wrong is not None:
-        raise UserError(f"{key}={url}: {wrong} is no photo; expected {', '.join(IMAGE_SUFFIXES)} files")
+        raise UserError(f"{key}={url}: {wrong} is not a photo; expected {', '.join(IMAGE_SUFFIXES)} files")
     return list(dict.fromkeys(paths))
 
 

@@ -30,7 +30,7 @@ class BenchmarkConfig:
         require_text(self, "benchmark.", "name")
         require(
             "/" not in self.name and not self.name.startswith("."),
-            f"benchmark.name={self.name}: expected a plain name, without '/' and no '.' in front",
+            f"benchmark.name={self.name}: expected a plain name without '/' and without a leading '.'",
         )
 
 
@@ -65,7 +65,7 @@ class PositionColumns:
         values = [getattr(self, name) for name in names]
         twice = [value for value in values if values.count(value) > 1]
         require(
-            not twice, f"benchmark.columns: {''.join(twice[:1])} stands for two columns; expected one name for each"
+            not twice, f"benchmark.columns: {''.join(twice[:1])} names two columns; expected a different name for each"
         )
 
 
@@ -99,10 +99,10 @@ class FoldersConfig(BenchmarkConfig):
         )
         for key, is_needed in (("database_table", True), ("queries_table", self.radius_m is not None)):
             has_table, reads_tables = getattr(self, key) is not None, self.positions is PositionSource.table
-            require(reads_tables or not has_table, f"benchmark.{key} is set: expected benchmark.positions=table, too")
+            require(reads_tables or not has_table, f"benchmark.{key} is set: expected also benchmark.positions=table")
             require(
                 has_table or not (reads_tables and is_needed),
-                f"benchmark.positions=table: expected benchmark.{key}=FILE, too, a CSV or Parquet file",
+                f"benchmark.positions=table: expected also benchmark.{key}=FILE, a CSV or Parquet file",
             )
 
 
@@ -170,7 +170,7 @@ class MslsConfig(BenchmarkConfig):
         require(len(set(self.cities)) == len(self.cities), f"{cities}: the same city is given twice")
         require(
             all(city and "/" not in city and not city.startswith(".") for city in self.cities),
-            f"{cities}: expected plain names of folders, such as [cph,sf]",
+            f"{cities}: expected plain folder names, such as [cph,sf]",
         )
 
 

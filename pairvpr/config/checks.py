@@ -23,4 +23,4 @@ def require_positive(config: object, prefix: str, *names: str) -> None:
 def require_text(config: object, prefix: str, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        require(value is None or value.strip() != "", f"{prefix}{name} is empty: expected a text")
+        require(value is None or value.strip() != "", f"{prefix}{name} is empty: expected a value")

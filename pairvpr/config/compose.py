@@ -105,7 +105,7 @@ def load_evaluations(arguments: Sequence[str]) -> list[schema.EvaluateConfig]:
         configs.append(load(schema.EvaluateConfig, [f"benchmark={name}", *kept]))
     labels = [config.benchmark.name for config in configs]
     if len(set(labels)) < len(labels):
-        raise UserError(f"benchmarks={names}: two have the same name, and each needs a folder of its own")
+        raise UserError(f"benchmarks={names}: two have the same name; expected different names")
     return configs
 
 
@@ -238,13 +238,13 @@ def _line(override: Override, node: Node) -> str:
             return line
         text = str(override.value()) if is_quoted else typed
         if "${" in text:
-            raise UserError(f"{line}: a text with '${{' is not possible here; expected the value itself")
+            raise UserError(f"{line}: '${{' (interpolation) is not supported here; expected the value itself")
         return _with_text(key, text)
     value = str(override.value()).lower()
     if isinstance(node, BooleanNode) and value not in FLAGS and "${" not in typed:
         raise UserError(f"{line}: expected true or false")
     if isinstance(node, IntegerNode | FloatNode) and re.match(r"\s*[+-]?0[0-9_]", typed):
-        raise UserError(f"{line}: expected a number without a 0 in front of it")
+        raise UserError(f"{line}: expected a number without a leading 0")
     return _with_text(key, typed) if override.value() == typed else line
 
 

@@ -74,7 +74,7 @@ def require_gpus(config: DescribeConfig | SearchConfig | RerankConfig, prefix: s
     number = config.num_gpus_per_actor
     require(
         number is None or 0 <= number <= 1 or (1 < number < math.inf and number == int(number)),
-        f"{prefix}.num_gpus_per_actor={number}: expected 0 or more, above 1 a whole number",
+        f"{prefix}.num_gpus_per_actor={number}: expected 0 or more, and a whole number above 1",
     )
 
 
@@ -417,7 +417,7 @@ class RerankConfig:
             require(
                 not is_set or self.dense_features is DenseFeatures.store,
                 f"rerank.{name}={getattr(self, name)}: rerank.dense_features={self.dense_features} has no store; "
-                "expected rerank.dense_features=store, too",
+                "expected also rerank.dense_features=store",
             )
         self._check_calibrated()
         for name in ("cache_gib", "gpu_cache_gib"):
@@ -433,7 +433,7 @@ class RerankConfig:
         require(
             self.second_direction is None or numbers in (None, [self.num_candidates]),
             f"rerank.report_candidates={numbers}, rerank.second_direction={self.second_direction}: a score then "
-            "depends on the other candidates, and fewer can't be reported on; expected one of the two",
+            "depends on the other candidates, so fewer can't be reported; expected one of the two",
         )
         require_gpus(self, "rerank")
 
@@ -447,11 +447,12 @@ class RerankConfig:
         ):
             require(
                 not is_used or self.calibration is not None,
-                f"rerank.{setting} is set without rerank.calibration: expected a file of ray_jobs.calibrate, too",
+                f"rerank.{setting} is set without rerank.calibration: expected also a file from ray_jobs.calibrate",
             )
         require(
             not self.adaptive or self.second_direction is None,
-            f"rerank.adaptive=true, rerank.second_direction={self.second_direction}: expected one of them; a margin "
+            f"rerank.adaptive=true, rerank.second_direction={self.second_direction}: expected one of them, because a "
+            "margin "
             "is calibrated on pairs scored in both directions",
         )
 
@@ -573,7 +574,7 @@ class ChangedIndexConfig(ShardsConfig):
         require_text(self, "index.", "path")
         require(
             self.kind is not None or (self.num_lists is None and self.memory_budget_gib is None),
-            "index.num_lists or index.memory_budget_gib is set without index.kind: expected index.kind=..., too",
+            "index.num_lists or index.memory_budget_gib is set without index.kind: expected also index.kind=...",
         )
         require(0 <= self.compact_share < 1, f"index.compact_share={self.compact_share}: expected 0 to below 1")
         self.as_build_config()
@@ -610,7 +611,7 @@ class UpdateIndexConfig(PositionsConfig):
         )
         require(
             self.positions is not PositionSource.exif,
-            "positions=exif: added photos need metres of the index's own UTM zone; expected names, or table with UTM",
+            "positions=exif: added photos need metres in the index's UTM zone; expected names, or a table with UTM",
         )
 
 
@@ -644,14 +645,15 @@ class FilterConfig:
             self.box is None or (self.box[0] <= self.box[2] and self.box[1] <= self.box[3]),
             f"filter.box={self.box}: expected west <= east and south <= north",
         )
-        require(self.center is None or self.near_m is not None, "filter.center is set: expected filter.near_m, too")
+        require(self.center is None or self.near_m is not None, "filter.center is set: expected also filter.near_m")
         require(
             self.heading_deg is None or self.within_deg is not None,
-            "filter.heading_deg is set: expected filter.within_deg, too",
+            "filter.heading_deg is set: expected also filter.within_deg",
         )
         require(
             self.priors is None or self.needs_priors,
-            "filter.priors is set, but every condition has its value for all queries; expected filter.near_m without "
+            "filter.priors is set, but every condition already has a value for all queries; expected filter.near_m "
+            "without "
             "filter.center, or filter.within_deg without filter.heading_deg",
         )
 
@@ -738,5 +740,5 @@ class PlanConfig(BenchmarkJobConfig):
         given = "both are given" if self.benchmark is not None else "neither is given"
         require(
             (self.benchmark is None) != (self.plan.num_images is None),
-            f"benchmark=... and plan.num_images=...: {given}; expected one of them, the number of photos comes from it",
+            f"benchmark=... and plan.num_images=...: {given}; expected one of them, to give the number of photos",
         )

@@ -194,7 +194,7 @@ class TrainJobConfig(BenchmarkJobConfig):
         )
         require(
             not self.model.scaled_decoding,
-            "model.scaled_decoding=true: training crops and resizes whole photos; expected model.scaled_decoding=false",
+            "model.scaled_decoding=true: training decodes photos in full size; expected model.scaled_decoding=false",
         )
         require(
             self.model.max_megapixels == MAX_MEGAPIXELS,
@@ -248,11 +248,13 @@ class SearchCheckpointsConfig(BenchmarkJobConfig):
         )
         require(
             self.rerank.calibration is None,
-            f"rerank.calibration={self.rerank.calibration}: it is one network's, checkpoints are many; expected null",
+            f"rerank.calibration={self.rerank.calibration}: a calibration is for one network, and there are several "
+            "checkpoints; expected null",
         )
         require(
             self.rerank.dense_features is not DenseFeatures.store,
-            "rerank.dense_features=store: a store is one network's, checkpoints are many; expected recompute or cache",
+            "rerank.dense_features=store: a store is for one network, not several checkpoints; expected recompute or "
+            "cache",
         )
 
 

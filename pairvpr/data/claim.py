@@ -36,8 +36,8 @@ def check_claim(directory: str, settings: Mapping[str, Any], key: str, ignored: 
     found = differences(made_by, plain_without_secrets(dict(settings)), ignored)
     if found:
         raise UserError(
-            f"{key}={directory} was made by other settings: {'; '.join(found)}; "
-            "expected the same settings, or another directory"
+            f"{key}={directory} was made with different settings: {'; '.join(found)}; "
+            "expected the same settings or another directory"
         )
 
 
@@ -62,7 +62,7 @@ def check_writable_file(file: str, key: str, content: str) -> None:
         return
     path = storage.local_path(file).absolute()
     if path.is_dir():
-        raise UserError(f"{key}={file}: a directory; expected a file for {content} as JSON")
+        raise UserError(f"{key}={file}: it is a directory; expected a file name ({content} as JSON)")
     check_writable(str(path.parent), key)
 
 
@@ -105,7 +105,7 @@ def _announced(directory: str, settings: Mapping[str, Any], key: str) -> None:
                 return
             if min(others) < name or time.monotonic() > given_up_s:
                 raise UserError(
-                    f"{key}={directory}: another run with other settings is taking it right now; expected another "
+                    f"{key}={directory}: another run with different settings is claiming it now; expected another "
                     f"directory (if that run was killed, delete {storage.join(claims, min(others))})"
                 )
             time.sleep(SECONDS_BETWEEN_LOOKS)

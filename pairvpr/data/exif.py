@@ -38,18 +38,20 @@ def gps_position(data: bytes) -> GpsPosition:
             entries = image.getexif().get_ifd(IFD.GPSInfo)
     except Exception as error:  # Pillow raises nearly anything on foreign bytes
         raise GpsError(
-            f"can't be opened ({type(error).__name__}), not a photo or cut short; expected a whole one of "
-            f"{', '.join(FORMATS)} with GPSLatitude and GPSLongitude in its EXIF"
+            f"can't be opened ({type(error).__name__}): not a photo, or truncated; expected a complete "
+            f"{', '.join(FORMATS)} file file with GPSLatitude and GPSLongitude in its EXIF"
         ) from error
     needed = (GPS.GPSLatitude, GPS.GPSLatitudeRef, GPS.GPSLongitude, GPS.GPSLongitudeRef)
     missing = [tag.name for tag in needed if tag not in entries]
     if missing:
-        raise GpsError(f"no GPS position in its EXIF, or a damaged one: expected {', '.join(missing)}")
+        raise GpsError(f"its EXIF has no GPS position, or a damaged one; expected {', '.join(missing)}")
     _check_datum(entries)
     latitude_deg = _degrees(entries, GPS.GPSLatitude, GPS.GPSLatitudeRef, "NS")
     longitude_deg = _degrees(entries, GPS.GPSLongitude, GPS.GPSLongitudeRef, "EW")
     if latitude_deg == longitude_deg == 0.0:
-        raise GpsError("GPSLatitude and GPSLongitude are both 0, as of a camera without a fix; expected a position")
+        raise GpsError(
+            "GPSLatitude and GPSLongitude are both 0, which cameras write without a GPS fix; expected a position"
+        )
     return GpsPosition(latitude_deg, longitude_deg, _heading_deg(entries))
 
 
@@ -68,11 +70,13 @@ def _degrees(entries: dict[int, Any], tag: GPS, reference_tag: GPS, sides: str) 
     if not parts or not all(math.isfinite(part) for part in parts):
         raise GpsError(f"{tag.name} is {_quoted(value)}; expected degrees, minutes and seconds")
     if min(parts) < 0.0:
-        raise GpsError(f"{tag.name} is {_quoted(value)}; expected no sign, {reference_tag.name} says the side")
+        raise GpsError(
+            f"{tag.name} is {_quoted(value)}; expected no sign, because {reference_tag.name} gives the hemisphere"
+        )
     if max(parts[1:]) > 60.0:  # 60 itself is what rounding makes of 59.9999
         raise GpsError(f"{tag.name} is {_quoted(value)}; expected at most 60 minutes and 60 seconds")
     if any(part % 1.0 and any(parts[i + 1 :]) for i, part in enumerate(parts)):
-        raise GpsError(f"{tag.name} is {_quoted(value)}; expected a fraction in the last part alone")
+        raise GpsError(f"{tag.name} is {_quoted(value)}; expected a fraction only in the last part")
     if reference is None or reference.upper() not in tuple(sides):
         raise GpsError(f"{reference_tag.name} is {_quoted(entries[reference_tag])}; expected {sides[0]} or {sides[1]}")
     degrees = parts[0] + parts[1] / 60 + parts[2] / 3600

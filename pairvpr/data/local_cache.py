@@ -60,7 +60,7 @@ class LocalCache:
             file.close()
             raise damaged(url)
         if not _SHA256.fullmatch(sha256):
-            raise UserError(f"{url}: the manifest's sha256 of it, {sha256!r}, is not one; build the index again")
+            raise UserError(f"{url}: the manifest gives it {sha256!r}, which is not a sha256; build the index again")
         path = self._directory / sha256
         while (file := self._copy(path, sha256, num_bytes)) is None:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ def private_directory(name: str) -> Path:
     status = directory.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise UserError(
-            f"{directory}: not a folder that this user alone can read and write; expected that, or index.cache_dir=..."
+            f"{directory}: other users own it or can access it; expected a private folder, or index.cache_dir=..."
         )
     return directory
 
@@ -151,5 +151,5 @@ def _fetch(url: str, path: Path, sha256: str, num_bytes: int) -> None:
 def damaged(url: str) -> UserError:
     """What to raise for a file whose bytes are not those that were written."""
     return UserError(
-        f"{url} is damaged: its sha256 is not the manifest's; restore it, or delete the index and build it again"
+        f"{url} is damaged: its sha256 differs from the manifest's; restore it, or delete the index and build it again"
     )

@@ -52,8 +52,8 @@ class Manifest:
         """Raises `UserError` for a root with a secret in it: runs write down where photos are."""
         if without_secrets(self.root) != self.root:
             raise UserError(
-                f"{self.root}: a URL of photos can't hold a password, a token or a query, because runs write it down; "
-                "expected credentials where the store's client looks for them (environment, its own files)"
+                f"{self.root}: a photo URL can't contain a password, token or query, because runs record it; "
+                "expected credentials in the environment or in the storage client's own files"
             )
 
     @classmethod
@@ -163,7 +163,7 @@ class Manifest:
         paths = table.column("path")
         if paths.null_count or pc.any(pc.match_substring_regex(paths, storage.OUTSIDE)).as_py():
             outside = paths.filter(pc.fill_null(pc.match_substring_regex(paths, storage.OUTSIDE), True))[0].as_py()
-            raise sealed.DamagedFileError(url, f"the path {outside!r} leaves the folder of photos", remedy)
+            raise sealed.DamagedFileError(url, f"the path {outside!r} points outside the photo folder", remedy)
         return cls(root, table)
 
 
@@ -251,7 +251,7 @@ def check_photos_are_seen(manifest: Manifest) -> None:
     """Raise `UserError` where this node does not see the folder of the photos: then no photo is to blame."""
     if storage.is_local(manifest.root) and not _holds_something(storage.local_path(manifest.root)):
         raise UserError(
-            f"{manifest.root}: this folder of photos is missing or empty on node {socket.gethostname()}; expected a "
+            f"{manifest.root}: this photo folder is missing or empty on node {socket.gethostname()}; expected a "
             "folder that every node sees, or a URL"
         )
 

@@ -39,7 +39,7 @@ def read_variable(data: bytes, name: str) -> MatValue | None:
     """The variable `name` of a file's bytes; None where there is none. Raises `MatError`."""
     if data[:8] == b"\x89HDF\r\n\x1a\n" or data[:20].startswith(b"MATLAB 7.3 MAT-file"):
         raise NewerMatError(
-            "a MATLAB 7.3 (HDF5) file; expected an earlier one, as MATLAB's save(FILE, ..., '-v7') writes"
+            "a MATLAB 7.3 (HDF5) file; expected an older format, as written by MATLAB's save(FILE, ..., '-v7')"
         )
     order = {b"IM": "<", b"MI": ">"}.get(data[126:_HEADER_BYTES])
     if not data.startswith(b"MATLAB 5.0 MAT-file") or order is None:
@@ -52,7 +52,7 @@ def read_variable(data: bytes, name: str) -> MatValue | None:
         array = reader.unpacked(element)
         if reader.name_of(array) == name:
             if found is not None:
-                raise MatError(f"two variables {name}")
+                raise MatError(f"two variables are named {name}")
             found = reader.value(array)
     return found
 
@@ -81,7 +81,7 @@ class _Reader:
         if self._elements_left < 0:
             raise MatError(f"more than {_MOST_ELEMENTS:,} elements")
         if place + 8 > len(data):
-            raise MatError("it ends within an element")
+            raise MatError("it ends inside an element")
         kind, size = struct.unpack_from(f"{self._order}II", data, place)
         if kind >> 16:  # a short one, which holds its bytes instead of a size
             kind, size, start, end = kind & 0xFFFF, kind >> 16, place + 4, place + 8
@@ -91,7 +91,7 @@ class _Reader:
             start = place + 8
             end = start + size + (0 if kind == _COMPRESSED else -size % 8)
         if start + size > len(data):
-            raise MatError(f"an element of {size:,} bytes, where {len(data) - start:,} are left")
+            raise MatError(f"an element of {size:,} bytes, but only {len(data) - start:,} are left")
         if is_top and kind not in (_MATRIX, _COMPRESSED):
             raise MatError(f"an element of kind {kind}, expected a variable")
         return _Element(kind, data[start : start + size]), end
@@ -104,10 +104,10 @@ class _Reader:
         try:
             data = packed.decompress(element.data, self._bytes_left)
         except zlib.error as error:
-            raise MatError(f"damaged where it is compressed: {error}") from error
+            raise MatError(f"its compressed data is damaged: {error}") from error
         self._bytes_left -= len(data)
         if not packed.eof:
-            raise MatError(f"a variable that is cut short, or more than {_MOST_UNPACKED_BYTES:,} bytes")
+            raise MatError(f"a truncated variable, or one of more than {_MOST_UNPACKED_BYTES:,} bytes")
         inner, _ = self.element(0, data)
         if inner.kind != _MATRIX:
             raise MatError(f"an element of kind {inner.kind}, expected a variable")
@@ -132,7 +132,7 @@ class _Reader:
     def value(self, array: bytes, depth: int = 0) -> MatValue:
         """What a variable, a cell or a field holds."""
         if depth > _DEEPEST:
-            raise MatError(f"more than {_DEEPEST} levels of cells")
+            raise MatError(f"cells nested more than {_DEEPEST} levels deep")
         if not array:
             return np.empty((0, 0))
         flags, shape_part, _, *rest = self._parts(array)
@@ -167,31 +167,31 @@ class _Reader:
         length, names, *values = parts
         lengths = self._numbers(length)
         if len(lengths) != 1 or not 1 <= lengths[0] <= 64 or len(names.data) % int(lengths[0]):
-            raise MatError("a struct without names of fields")
+            raise MatError("a struct without field names")
         step = int(lengths[0])
         found = [
             names.data[i : i + step].split(b"\0")[0].decode("ascii", "replace") for i in range(0, len(names.data), step)
         ]
         if len(set(found)) != len(found):
-            raise MatError("a struct with two fields of one name")
+            raise MatError("a struct with two fields of the same name")
         return dict(zip(found, self._nested(values, len(found), depth), strict=True))
 
     def _numbers(self, part: _Element) -> NDArray[np.generic]:
         kind = _NUMBERS.get(part.kind)
         if kind is None or len(part.data) % int(kind[1]):
-            raise MatError(f"numbers of kind {part.kind} in {len(part.data):,} bytes")
+            raise MatError(f"numbers of type {part.kind} in {len(part.data):,} bytes")
         return np.frombuffer(part.data, self._order + kind)
 
     def _text(self, part: _Element, size: int, shape: list[int]) -> str:
         encoding = _TEXTS.get(part.kind)
         if encoding is None or (size and shape[0] != 1):
-            raise MatError(f"a text of kind {part.kind} and shape {shape}")
+            raise MatError(f"a text of type {part.kind} and shape {shape}")
         if encoding not in ("latin-1", "utf-8"):
             encoding += "-le" if self._order == "<" else "-be"
         try:
             text = part.data.decode(encoding)
         except UnicodeDecodeError as error:
-            raise MatError(f"a text that is not {encoding}") from error
+            raise MatError(f"a text that is not valid {encoding}") from error
         if len(text) != size and len(text.encode("utf-16-le")) // 2 != size and len(part.data) != size:
             raise MatError(f"a text of {len(text)} letters, expected {size}")
         return text

@@ -41,7 +41,7 @@ def parse_names(paths: pa.Array, where: str) -> tuple[NDArray[np.float64], NDArr
     if fields.null_count:
         path = paths[pc.index(fields.is_null(), True).as_py()].as_py()
         raise UserError(
-            f"{where}: {path} is no panorama's name; expected @utm_east@utm_north@... with the yaw in field 9"
+            f"{where}: {path} is not the name of a panorama; expected @utm_east@utm_north@... with the yaw in field 9"
         )
     east_m, north_m, yaw_deg = (pc.cast(fields.field(i), pa.float64()).to_numpy(zero_copy_only=False) for i in range(3))
     return np.stack([east_m, north_m], axis=1), yaw_deg

@@ -238,7 +238,7 @@ def _common_pair(files: list[TableFile], columns: PositionColumns) -> tuple[str,
     utm_pair, degrees_pair = (",".join(pair) for pair in _pairs(columns))
     raise UserError(
         f"{files[0].url} and {files[1].url}: one has {utm_pair}, the other {degrees_pair}; expected the same in both, "
-        "because the zone of the former is not known"
+        "because the UTM zone of the former is unknown"
     )
 
 

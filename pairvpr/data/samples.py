@@ -94,7 +94,8 @@ def draw_views(training_set: TrainingSet, place: int, count: int, rng: Generator
             return Drawn(list(read.values()), tuple(view.url for view in read), num_redrawn, num_skipped, candidate)
     last = next((f"; the last broken one is {url} ({error})" for url, error in reversed(broken.items())), "")
     raise UserError(
-        f"{training_set.name}: none of {num_tries} places, from number {place} on, has {count} readable photos{last}"
+        f"{training_set.name}: none of {num_tries} places, starting with number {place}, has {count} readable "
+        f"photos{last}"
     )
 
 
@@ -109,7 +110,7 @@ def _read_views(
     broken: dict[str, BrokenImageError] = {}
     while len(views := training_set.draw(place, count, rng, broken.keys())) == count:
         if not broken.keys().isdisjoint(view.url for view in views):
-            raise RuntimeError(f"{training_set.name} drew a photo of place {place} that it was told is broken")
+            raise RuntimeError(f"{training_set.name} drew a photo of place {place} that was already reported as broken")
         for view in views:
             if view not in loaded and view.url not in broken:
                 try:

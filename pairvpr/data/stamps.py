@@ -82,7 +82,7 @@ def check_unchanged(photos: Manifest, directory: str) -> None:
     if len(found):
         raise UserError(
             f"{photos.root}: {len(found):,} of {len(photos):,} photos have changed since they were described in "
-            f"{directory}, the first is {photos.path(int(found[0]))}; expected them as they were, or another "
-            f"output=. An index of build_index takes them in by: update_index index.path={directory} add=FILE, where "
+            f"{directory}, the first is {photos.path(int(found[0]))}; expected unchanged photos, or another "
+            f"output=. To update an index from build_index: update_index index.path={directory} add=FILE, where "
             "FILE lists their paths"
         )

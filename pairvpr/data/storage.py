@@ -141,7 +141,7 @@ def create_exclusively(url: str, data: bytes) -> bool:
             return True
         with suppress(FileNotFoundError):  # deleted since: the name is free again
             return read_bytes(url) == data
-    raise StorageError(f"{url}: the store says that it is there and that it is not")
+    raise StorageError(f"{url}: the store reports it both as present and as missing")
 
 
 def has_atomic_creation(url: str) -> bool:
@@ -451,15 +451,15 @@ def _check_upload(filesystem: AbstractFileSystem, path: str, sent: IO[bytes]) ->
     try:
         info = filesystem.info(path)
     except FileNotFoundError as error:
-        raise OSError("it is not there after its upload") from error
+        raise OSError("it is missing after its upload") from error
     num_bytes = sent.seek(0, os.SEEK_END)
     if info["size"] != num_bytes:
-        raise OSError(f"{info['size']} bytes of {num_bytes} arrived")
+        raise OSError(f"{info['size']} of {num_bytes} bytes arrived")
     etag = str(info.get("ETag", "")).strip('"')
     if _MD5.fullmatch(etag) and etag != (md5 := _md5(sent)):
         with cast(IO[bytes], filesystem.open(path, "rb")) as held:
             if _md5(held) != md5:
-                raise OSError("other bytes arrived than were sent")
+                raise OSError("the stored bytes differ from those that were sent")
 
 
 _MD5 = re.compile(r"[0-9a-f]{32}")

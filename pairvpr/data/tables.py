@@ -134,7 +134,7 @@ class TableFile:
         if missing or twice:
             what = f"no column {', '.join(missing)}" if missing else f"more than one column {', '.join(twice)}"
             raise UserError(
-                f"{self.url}: {what}; expected {','.join(names)} once each, its header is {','.join(self.names)}"
+                f"{self.url}: {what}; expected {','.join(names)} once each, but its header is {','.join(self.names)}"
             )
         places = [self._places(name)[0] for name in names]
         try:
@@ -229,7 +229,7 @@ def _as_utf8(url: str, data: bytes) -> bytes:
             raise UserError(f"{url}: not a CSV file, or a damaged one: {storage.reason(error)}") from error
     if (place := data.find(b"\0")) >= 0:
         row = data.count(b"\n", 0, place) + 1
-        raise UserError(f"{url}: not a CSV file: its line {row} holds a zero byte; expected UTF-8 text")
+        raise UserError(f"{url}: not a CSV file: line {row} contains a NUL byte; expected UTF-8 text")
     return data
 
 

@@ -93,12 +93,14 @@ def check_sharing(stores: Sequence[WantedStore]) -> None:
         if first is wanted:
             continue
         if first.settings(WHOLE_DATABASE) != wanted.settings(WHOLE_DATABASE):
-            raise UserError(f"{KEY}={wanted.url}: these benchmarks have different databases; expected a store for each")
+            raise UserError(
+                f"{KEY}={wanted.url}: these benchmarks have different databases; expected a separate store for each"
+            )
         manifest = None if wanted.config.store_whole_database else dense_store.read_manifest(wanted.url)
         if not wanted.config.store_whole_database and not _holds_whole_database(manifest):
             raise UserError(
                 f"{KEY}={wanted.url}: these benchmarks have different candidates; expected "
-                "rerank.store_whole_database=true, or null, a store for each"
+                "rerank.store_whole_database=true, or null (a separate store for each)"
             )
 
 
@@ -106,8 +108,8 @@ def _check_finished(url: str, there: Mapping[str, Any], here: Mapping[str, Any])
     found = differences(there, here)
     if found:
         raise UserError(
-            f"{KEY}={url}: the finished store there is another one: {'; '.join(found)}; expected one made by the same "
-            "settings, or another directory"
+            f"{KEY}={url}: the finished store there differs: {'; '.join(found)}; expected one made with the same "
+            "settings or another directory"
         )
 
 
@@ -153,8 +155,8 @@ def _check_room(wanted: WantedStore, num_images: int) -> None:
     store_bytes, disk = num_images * wanted.layout.record_bytes, disk_bytes(wanted.url)
     if disk is not None and store_bytes > disk:
         raise UserError(
-            f"{KEY}={wanted.url}: dense features of {num_images:,} photos take {size_text(store_bytes)} of disk, there "
-            f"are {size_text(disk)} for it; expected another disk, rerank.stored_as=int8, or "
+            f"{KEY}={wanted.url}: dense features of {num_images:,} photos take {size_text(store_bytes)} of disk, but "
+            f"only {size_text(disk)} can be used; expected another disk, rerank.stored_as=int8, or "
             "rerank.dense_features=cache"
         )
 
@@ -186,8 +188,8 @@ def _raise_failures(failed: Mapping[int, str]) -> None:
     named = "; ".join(f"shard {shard}: {error}" for shard, error in sorted(failed.items())[:NUM_FAILURES_NAMED])
     more = f"; and {len(failed) - NUM_FAILURES_NAMED} more" if len(failed) > NUM_FAILURES_NAMED else ""
     raise IncompleteRunError(
-        f"{len(failed)} shards of dense features failed three times: {named}{more}. Everything else is kept: the same "
-        "line again tries only these"
+        f"{len(failed)} shards of dense features failed three times: {named}{more}. Everything else is kept: run "
+        "the same command again to retry only these"
     )
 
 

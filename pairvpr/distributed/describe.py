@@ -83,8 +83,8 @@ def describe(
     if about is not None:
         if (about.num_images, about.num_shards) != (len(manifest), description.num_shards):
             raise UserError(
-                f"{description.directory}: described are {about.num_images:,} photos in {about.num_shards} shards; "
-                f"expected {len(manifest):,} in {description.num_shards}; delete it, and the same line makes it anew"
+                f"{description.directory}: it describes {about.num_images:,} photos in {about.num_shards} shards; "
+                f"expected {len(manifest):,} in {description.num_shards}; delete it and run the same command again"
             )
         stamps.check_unchanged(manifest, description.directory)
         say(f"describe {label}: finished earlier, skipped")
@@ -142,7 +142,7 @@ def _forget_changed(description: Description, label: str) -> None:
         if not len(changed):
             return
         first = photos.path(int(changed[0]))
-        say(f"describe {label}: {len(changed):,} photos have changed since, {first} first; they are described anew")
+        say(f"describe {label}: {len(changed):,} photos have changed since ({first} first); they are described again")
     stamps.write(directory, now)
 
 
@@ -162,8 +162,8 @@ def _as_error_for_people(error: BaseException, step: str, progress: Progress) ->
         last = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")
         why = f"a model actor that died again and again ({limits}): {type(error).__name__}: {last}"
     return IncompleteRunError(
-        f"{step}: {progress.total - progress.done:,} of {progress.total:,} photos are not described, because of {why}. "
-        "What is finished is kept: the same line again does the rest"
+        f"{step}: {progress.total - progress.done:,} of {progress.total:,} photos were not described: {why}. "
+        "Finished work is kept: run the same command again to do the rest"
     )
 
 
@@ -233,8 +233,8 @@ def _complain(plan: ActorPlan) -> None:
     """Actors that find no node wait without a word, and a cluster may get one yet."""
     resources = ray.cluster_resources()
     say(
-        f"describe: no photo is described yet; each of {plan.num_actors} actors wants {plan.cpus_per_actor:g} CPUs and "
-        f"{plan.gpus_per_actor:g} GPUs of one node; the cluster has {resources.get('CPU', 0.0):g} CPUs and "
+        f"describe: no photo is described yet; each of {plan.num_actors} actors needs {plan.cpus_per_actor:g} CPUs and "
+        f"{plan.gpus_per_actor:g} GPUs on one node; the cluster has {resources.get('CPU', 0.0):g} CPUs and "
         f"{resources.get('GPU', 0.0):g} GPUs, at most {most_gpus_of_a_node():g} GPUs on one node"
     )
 

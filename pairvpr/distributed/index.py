@@ -69,6 +69,6 @@ def _get(ref: Any) -> Any:
     except RayError as error:  # its worker or node died, most likely of too little memory
         why = f"{type(error).__name__}: {storage.reason(error)}"
         raise IncompleteRunError(
-            f"index: a task died {MAX_TRIES + 1} times ({why}); what is finished is kept. Expected more memory, or "
+            f"index: a task died {MAX_TRIES + 1} times ({why}); finished work is kept. Expected more memory, or "
             "more and smaller shards (index.num_shards)"
         ) from error

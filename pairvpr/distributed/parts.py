@@ -164,17 +164,17 @@ def commit_shard(
 def _arrays(url: str, data: bytes) -> dict[str, NDArray[Any]]:
     """What `write` put into a part."""
     try:
-        sealed.check_archive(io.BytesIO(data), url, "the same line describes its photos anew")
+        sealed.check_archive(io.BytesIO(data), url, "run the same command again to describe its photos again")
         with np.load(io.BytesIO(data), allow_pickle=False) as part:
             arrays = {name: part[name] for name in ARRAYS}
             arrays |= {name: part.get(name, nothing) for name, nothing in REMARKS.items()}
         first, stop = map(int, url.rsplit("/", 1)[-1].removesuffix(".npz").split("-"))
         here = np.sort(np.concatenate([arrays["ids"], arrays["rejected_ids"]]))
         if len(arrays["descriptors"]) != len(arrays["ids"]) or not np.array_equal(here, np.arange(first, stop)):
-            raise ValueError("it is of other photos")
+            raise ValueError("it belongs to other photos")
         return arrays
     except Exception as error:  # zip, zlib and numpy raise nearly anything on damaged bytes
         storage.remove_file(url)
         raise IncompleteRunError(
-            f"{url} was damaged ({type(error).__name__}) and is deleted; the same line again describes its photos anew"
+            f"{url} was damaged ({type(error).__name__}) and was deleted; run the same command again to redo it"
         ) from error

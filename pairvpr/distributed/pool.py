@@ -182,7 +182,7 @@ class SupervisedPool(Generic[Unit]):
             if key is None or member.since_s > began_before_s:
                 continue
             if len(self._members_at(key)) == 1 and len(work.failures.get(key, ())) < MAX_TRIES:
-                say(f"{self._what}: a unit is late, an idle actor tries it, too")
+                say(f"{self._what}: a unit is late, so an idle actor runs it, too")
                 return key
         return None
 
@@ -211,7 +211,7 @@ class SupervisedPool(Generic[Unit]):
             if self._failed_starts < MAX_TRIES * len(self._members):
                 self._replace(member)
             elif any(other.node_id for other in self._members):
-                say(f"{self._what}: goes on with an actor less, one can't start: {_reason(error)}")
+                say(f"{self._what}: continuing with one actor fewer, which can't start: {_reason(error)}")
                 self._members.remove(member)
             else:
                 raise IncompleteRunError(f"{self._what}: no actor can start: {_reason(error)}") from error
@@ -230,7 +230,7 @@ class SupervisedPool(Generic[Unit]):
         except RayError as error:
             member.free()
             if not isinstance(error, RayTaskError):
-                say(f"{self._what}: an actor died; its unit is done again elsewhere")
+                say(f"{self._what}: an actor died; another one redoes its unit")
                 self._replace(member)
             if key is not None:
                 self._blame(key, None if isinstance(error, RayTaskError) else member.node_id, error, work)

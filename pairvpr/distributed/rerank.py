@@ -30,7 +30,7 @@ UNITS_READ_AT_ONCE = 16
 UNIT_SCHEMA = pa.schema(
     [("query_id", pa.int64()), ("reranked", pa.list_(pa.int64())), ("pair_scores", pa.list_(pa.float32()))]
 )
-MADE_ANEW = "the same line scores its queries anew"
+MADE_ANEW = "its queries are scored again"
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def _read_unit(directory: str, unit: WorkUnit) -> tuple[list[Reranked], float, d
         raise sealed.DamagedFileError(url, storage.reason(error), MADE_ANEW) from error
     here = {answer.query_id: sorted(answer.ids.tolist()) for answer in answers}
     if here != {query_id: sorted(ids) for query_id, ids in unit.candidates.items()} or not math.isfinite(seconds):
-        raise sealed.DamagedFileError(url, "it is not of this unit's queries and candidates", MADE_ANEW)
+        raise sealed.DamagedFileError(url, "it belongs to other queries or candidates", MADE_ANEW)
     if any(len(answer.ids) != len(answer.pair_scores) for answer in answers):
         raise sealed.DamagedFileError(url, "its scores do not fit its candidates", MADE_ANEW)
     return answers, seconds, lost
@@ -194,7 +194,7 @@ def _read_units(directory: str, units: Iterable[WorkUnit]) -> RerankResult:
     for unit in units:
         found = _read_unit(directory, unit)
         if found is None:
-            raise IncompleteRunError(f"{directory}: unit {unit.unit} is gone; the same line makes it anew")
+            raise IncompleteRunError(f"{directory}: unit {unit.unit} is missing; run the same command again to redo it")
         by_query |= {answer.query_id: answer for answer in found[0]}
         seconds += found[1]
         for name, reasons in found[2].items():
@@ -222,5 +222,5 @@ def _report_failures(failed: dict[int, str], units: dict[int, WorkUnit], benchma
     more = f"; and {len(rows) - NUM_FAILURES_NAMED} more" if len(rows) > NUM_FAILURES_NAMED else ""
     raise IncompleteRunError(
         f"{len(rows)} of the re-ranking units failed three times: {named}{more}; all are listed in {url}. "
-        "Everything else is kept: the same line again tries only these"
+        "Everything else is kept: run the same command again to retry only these"
     )

@@ -35,7 +35,7 @@ CANDIDATES_SCHEMA = pa.schema(
         ("squared_distances", pa.list_(pa.float32())),
     ]
 )
-MADE_ANEW = "the same line makes it anew"
+MADE_ANEW = "it is computed again"
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,9 @@ def retrieve(
     if candidates is not None:
         if candidates.generation != manifest.generation:
             raise UserError(
-                f"{url} is of generation {candidates.generation} of the index, which is now at {manifest.generation}; "
-                "expected the same one, or another output"
+                f"{url} belongs to generation {candidates.generation} of the index, which is now at "
+                f"{manifest.generation}; "
+                "expected the same generation, or another output"
             )
         say("retrieve: finished earlier, skipped")
         return candidates
@@ -252,7 +253,7 @@ def _kept_candidates(url: str, query_ids: NDArray[np.int64], num_images: int) ->
             return None
         ids = candidates.ids
         if not np.array_equal(candidates.query_ids, query_ids) or not ((ids >= NO_ID) & (ids < num_images)).all():
-            raise sealed.DamagedFileError(url, "it is of other queries or of another index", MADE_ANEW)
+            raise sealed.DamagedFileError(url, "it belongs to other queries or another index", MADE_ANEW)
         return candidates
     except sealed.DamagedFileError as error:
         sealed.warn(error)

@@ -117,13 +117,15 @@ def _check_limits(folder: str, variable: str) -> None:
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most_files != resource.RLIM_INFINITY and most_files < MIN_OPEN_FILES:
         raise UserError(
-            f"Ray needs {MIN_OPEN_FILES} open files, this process may have {most_files}; expected `ulimit -n 65536`"
+            f"Ray needs {MIN_OPEN_FILES} open files, but this process may open only {most_files}; expected `ulimit -n "
+            "65536`"
         )
     with suppress(OSError):  # Ray makes the folder, and says well enough why it can't
         free_bytes = shutil.disk_usage(folder).free
         if free_bytes < MIN_FREE_BYTES:
             raise UserError(
-                f"{variable}={folder}: Ray keeps its files there, and its disk has {free_bytes >> 20} MiB; expected "
+                f"{variable}={folder}: Ray keeps its files there, but the disk has only {free_bytes >> 20} MiB free; "
+                "expected "
                 f"{MIN_FREE_BYTES >> 20} MiB"
             )
     try:
@@ -131,7 +133,7 @@ def _check_limits(folder: str, variable: str) -> None:
             socket.create_connection(server.getsockname(), timeout=SECONDS_TO_CONNECT).close()
     except OSError as error:
         raise UserError(
-            f"Ray's processes talk over 127.0.0.1, which does not work: {in_a_line(error)}; expected a loopback "
+            f"Ray's processes communicate over 127.0.0.1, which does not work: {in_a_line(error)}; expected a loopback "
             "interface that is up, and free ports"
         ) from error
 
@@ -139,9 +141,7 @@ def _check_limits(folder: str, variable: str) -> None:
 def _connect(address: str, key: str) -> None:
     """Raises `UserError`, naming the setting `key`, where no cluster answers."""
     if address.startswith(("http://", "https://")):
-        raise UserError(
-            f"{key}={address}: that is the dashboard's address; use `ray job submit` with it, or give HOST:6379"
-        )
+        raise UserError(f"{key}={address}: this is the dashboard's address, for `ray job submit`; expected HOST:6379")
     _check_reachable(address, key)
     try:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
@@ -208,7 +208,7 @@ def plan_actors(config: DescribeConfig | RerankConfig) -> ActorPlan:
     section = "describe" if isinstance(config, DescribeConfig) else "rerank"
     if not cpus and (config.num_actors is None or config.num_gpus_per_actor is None):
         raise UserError(
-            f"the cluster has no CPUs yet, it scales up when asked: give {section}.num_actors and "
+            f"the cluster has no CPUs until it scales up; expected {section}.num_actors and "
             f"{section}.num_gpus_per_actor"
         )
     gpus_per_actor = config.num_gpus_per_actor

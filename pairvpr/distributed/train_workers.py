@@ -123,11 +123,12 @@ def fit(job: Job) -> None:
             why = storage.reason(failure) if failure is not None else "the workers ended early"
             if failures > train.max_failures or in_vain >= MAX_STARTS_WITHOUT_PROGRESS:
                 raise IncompleteRunError(
-                    f"training stopped after step {done:,} of {job.num_steps:,}: {why} (start {failures}, of which the "
-                    f"last {in_vain} gave no new checkpoint). The last checkpoint is kept: the same line again goes on "
-                    "from it"
+                    f"training stopped after step {done:,} of {job.num_steps:,}: {why} (attempt {failures}; the "
+                    f"last {in_vain} wrote no new checkpoint). The last checkpoint is kept: run the same command again "
+                    "to "
+                    "continue from it"
                 ) from failure
-            say(f"training: {why}; starting again after step {done:,}")
+            say(f"training: {why}; restarting after step {done:,}")
 
 
 def _start(settings: Mapping[str, Any], scaling: ScalingConfig, folder: str) -> Exception | None:

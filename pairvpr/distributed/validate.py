@@ -23,7 +23,9 @@ VALIDATED_N = (1, 5, 10)
 def validate(model: PairVPR, benchmark: Benchmark, batch_size: int, context: TrainContext) -> dict[str, float]:
     """`recall@N` in percent for N of 1, 5, 10, over all queries. Every rank calls it and gets the same."""
     if benchmark.positives is None:
-        raise UserError(f"train.validation={benchmark.name}: it has no ground truth; expected positives")
+        raise UserError(
+            f"train.validation={benchmark.name}: it has no ground truth; expected a benchmark with positives"
+        )
     describer = Describer(model)
     database_ids, database = _described(benchmark.database, describer, batch_size, context)
     query_ids, queries = _described(benchmark.queries, describer, batch_size, context)

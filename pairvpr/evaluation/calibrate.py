@@ -123,7 +123,7 @@ def _read_settings(url: str) -> dict[str, Any]:
     ):
         if partial:
             raise UserError(
-                f"predictions={url}: a run with {name}; expected one that scored all pairs in both directions"
+                f"predictions={url}: the run had {name}; expected one that scored all pairs in both directions"
             )
     if rerank.get("candidates_sha256") is not None:
         raise UserError(
@@ -131,7 +131,9 @@ def _read_settings(url: str) -> dict[str, Any]:
             "searched an index"
         )
     if not model.get("weights_sha256") or round_size < 1:
-        raise UserError(f"{settings_url}: not the settings of an evaluation; expected its weights and batch size")
+        raise UserError(
+            f"{settings_url}: it lacks the weights or the batch size; expected the settings of an evaluation"
+        )
     return {"model": model, "rerank": rerank, "index": settings.get("index")}
 
 
@@ -155,7 +157,9 @@ def _read_queries(run: FinishedRun, utm_m: NDArray[np.float64] | None) -> list[L
         raise UserError(f"{url}: not the predictions of a run: {storage.reason(error)}") from error
     expected = run.protocol.get("num_queries")
     if len(queries) != expected:
-        raise UserError(f"{url}: {len(queries)} queries, {expected} in metrics.json; expected files of one run")
+        raise UserError(
+            f"{url}: {len(queries)} queries, but {expected} in metrics.json; expected files of the same run"
+        )
     return queries
 
 
@@ -193,7 +197,7 @@ def _half(queries: Sequence[LocatedQuery], is_chosen: NDArray[np.bool_], url: st
     answered = [query for query in chosen if len(query.scores)]
     if len(answered) < FEWEST_QUERIES:
         raise UserError(
-            f"predictions={url}: {len(answered)} queries were answered in one half of the {len(queries)}; "
+            f"predictions={url}: only only {len(answered)} queries were answered in one half of the {len(queries)}; "
             f"expected {FEWEST_QUERIES} or more in each"
         )
     return _Half(
@@ -207,8 +211,8 @@ def _check_both_kinds(fitted: _Half, url: str) -> None:
     """Raise `UserError` where all answers are right, or all wrong: any temperature would be a guess."""
     if fitted.is_right.all() or not fitted.is_right.any():
         raise UserError(
-            f"predictions={url}: the best answers to all {len(fitted.is_right)} queries that are fitted to are "
-            f"{'right' if fitted.is_right.all() else 'wrong'}; expected right and wrong ones, to tell them apart"
+            f"predictions={url}: the best answers to all {len(fitted.is_right)} queries in the fitted half are "
+            f"{'right' if fitted.is_right.all() else 'wrong'}; expected both right and wrong ones"
         )
 
 

@@ -77,7 +77,7 @@ def read_run(url: str) -> FinishedRun:
     content = sealed.read_json(metrics_url, "expected the metrics.json of an evaluation")
     if content is None:
         if storage.exists(storage.join(url, SETTINGS_FILE)):
-            raise UserError(f"{url}: the run is not finished; the line that began it goes on with it")
+            raise UserError(f"{url}: the run is not finished; run the same command again to continue it")
         raise UserError(f"{url}: no metrics.json there; expected the output directory of an evaluation")
     missing = [key for key in NEEDED if key not in content]
     if missing:
@@ -107,7 +107,7 @@ def _different_tests(first: FinishedRun, other: FinishedRun) -> UserError:
     )
     names = dict.fromkeys(run.metrics["benchmark"] for run in (first, other))
     return UserError(
-        f"{' and '.join(names)}: {first.url} (here) and {other.url} (there) are different tests, "
+        f"{' and '.join(names)}: {first.url} (here) and {other.url} (there) are different tests, so "
         f"their numbers can't be compared: {found}"
     )
 
@@ -178,7 +178,7 @@ def first_answer_is_right(run: FinishedRun) -> NDArray[np.bool_]:
     num_answered, num_queries = len(table.column("positives").drop_null()), run.protocol.get("num_queries")
     if num_answered != num_queries:
         raise UserError(
-            f"{url}: {num_answered} queries with ground truth, {num_queries} in metrics.json; expected files of one run"
+            f"{url}: {num_answered} queries with ground truth, {num_queries} in metrics.json; expected one run's files"
         )
     best = [np.array(ids[:1], np.int64) for ids in table.column("reranked").to_pylist()]
     positives = [np.array(ids, np.int64) for ids in table.column("positives").to_pylist()]

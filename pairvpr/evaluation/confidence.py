@@ -74,8 +74,8 @@ class Calibration:
         found = differences({"model": self.model}, {"model": model}, ("model.precision",))
         if found:
             raise UserError(
-                f"rerank.calibration={url}: it was made with another network: {'; '.join(found)}; "
-                "expected a calibration of this one (ray_jobs.calibrate)"
+                f"rerank.calibration={url}: it was made for another network: {'; '.join(found)}; "
+                "expected a calibration of this network (ray_jobs.calibrate)"
             )
 
     def decision(self, url: str, rule: DecisionRule, num_candidates: int) -> Decision | None:
@@ -99,7 +99,8 @@ class Calibration:
             )
         if num_candidates != self.num_candidates:
             raise UserError(
-                f"rerank.decision={rule}: {url} was made with {self.num_candidates} candidates, rerank.num_candidates "
+                f"rerank.decision={rule}: {url} was made for {self.num_candidates} candidates, but "
+                "rerank.num_candidates "
                 f"is {num_candidates}; expected the same"
             )
         return found
@@ -108,12 +109,12 @@ class Calibration:
         """Raise `UserError` unless a run in rounds of so many pairs, deciding so, may stop by it."""
         if (self.stop_margin if decision is None else decision.stop_margin) is None:
             raise UserError(
-                f"rerank.adaptive=true: {url} has no margin to stop at (its run scored {self.num_candidates} "
+                f"rerank.adaptive=true: {url} has no stop margin (its run scored {self.num_candidates} "
                 f"candidates in rounds of {self.round_size}); expected one calibrated on more candidates or max_loss"
             )
         if self.round_size != round_size:
             raise UserError(
-                f"rerank.adaptive=true: {url} holds for rounds of {self.round_size} pairs, rerank.batch_size is "
+                f"rerank.adaptive=true: {url} is for rounds of {self.round_size} pairs, but rerank.batch_size is "
                 f"{round_size}; expected the same"
             )
 
@@ -143,9 +144,9 @@ def read_calibration(url: str) -> Calibration:
     except UserError as error:
         raise UserError(f"rerank.calibration={error}") from error
     if content is None:
-        raise UserError(f"rerank.calibration={url}: not there; expected a file of ray_jobs.calibrate")
+        raise UserError(f"rerank.calibration={url}: no such file; expected one from ray_jobs.calibrate")
     if "format_version" not in content:
-        raise UserError(f"rerank.calibration={url}: no calibration; expected a file of ray_jobs.calibrate")
+        raise UserError(f"rerank.calibration={url}: not a calibration; expected a file from ray_jobs.calibrate")
     if content["format_version"] not in range(OLDEST_FORMAT_VERSION, FORMAT_VERSION + 1):
         raise UserError(
             f"rerank.calibration={url}: format version {content['format_version']}; expected "
@@ -154,7 +155,7 @@ def read_calibration(url: str) -> Calibration:
     try:
         return _parsed(content)
     except (KeyError, TypeError, ValueError, DamagedFileError) as error:
-        raise UserError(f"rerank.calibration={url}: damaged; expected a file of ray_jobs.calibrate") from error
+        raise UserError(f"rerank.calibration={url}: damaged; expected a file from ray_jobs.calibrate") from error
 
 
 def _parsed(content: Mapping[str, Any]) -> Calibration:

@@ -137,7 +137,7 @@ def build_shard(
     index: Any = faiss.index_factory(rows.shape[1], spec.factory) if trained is None else faiss.clone_index(trained)
     if index.d != rows.shape[1]:
         raise UserError(
-            f"{storage.join(directory, path)}: {rows.shape[1]} values a row, the index has {index.d}; "
+            f"{storage.join(directory, path)}: {rows.shape[1]} values per row, but the index has {index.d}; "
             "build the index again"
         )
     for piece in _pieces(rows_file):

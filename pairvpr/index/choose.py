@@ -162,7 +162,8 @@ def _check_enough_rows(num_rows: int, config: BuildConfig) -> None:
     num_lists = config.num_lists or default_num_lists(num_rows)
     if KINDS[config.kind].has_lists and num_rows < num_lists:
         raise UserError(
-            f"index.kind={config.kind}: {num_rows:,} photos can't fill {num_lists:,} lists; expected index.kind=flat "
+            f"index.kind={config.kind}: {num_rows:,} photos are too few for {num_lists:,} lists; expected "
+            "index.kind=flat "
             "or fewer index.num_lists"
         )
 

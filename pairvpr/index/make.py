@@ -135,8 +135,8 @@ def described_shards(directory: str, prefix: str, num_shards: int, first_id: int
     if (num_covered, first_covered) != (num_images, first_id) or not in_order:
         where = storage.join(directory, prefix.rstrip("/") or "shards")
         raise UserError(
-            f"{where}: its shards hold {num_covered:,} photos from id {first_covered:,} on, expected {num_images:,} "
-            f"from {first_id:,}; delete it, and the same line describes these photos anew"
+            f"{where}: its shards hold {num_covered:,} photos from id {first_covered:,}; expected {num_images:,} "
+            f"from id {first_id:,}; delete it and run the same command again"
         )
     return entries
 
@@ -177,7 +177,7 @@ def _built(
     trained, threads = None, config.num_build_threads
     if choose.KINDS[spec.kind].needs_training:
         runner.run("", _check_rows, [(directory, entry.files["descriptors.npy"]) for entry in draft.shards])
-        runner.say(f"index: {spec.factory}: learning from a sample")
+        runner.say(f"index: {spec.factory}: training on a sample")
         (trained,) = runner.run("", _train, [(directory, draft, spec, threads)])
     shards = build_shards(directory, draft.shards, spec, trained, threads, runner)
     manifest = replace(draft, kind=spec.kind.value, factory=spec.factory, trained=trained, shards=shards)
@@ -225,7 +225,7 @@ def _finished_file(directory: str, path: str) -> StoredFile | None:
         content = sealed.read_json(url, remedy)
         file = None if content is None else sealed.parsed(StoredFile, content, url, remedy)
         if file is not None and file.path != path:
-            raise sealed.DamagedFileError(url, f"it is of {file.path}", remedy)
+            raise sealed.DamagedFileError(url, f"it belongs to {file.path}", remedy)
         return file
     except sealed.DamagedFileError as error:
         sealed.warn(error)

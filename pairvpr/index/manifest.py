@@ -39,9 +39,9 @@ class StoredFile:
     def __post_init__(self) -> None:
         """Raises `ValueError` for a path that leaves the directory, and for what is no digest."""
         if not storage.is_inside(self.path):
-            raise ValueError(f"the path {self.path!r} leaves the directory")
+            raise ValueError(f"the path {self.path!r} points outside the directory")
         if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
-            raise ValueError(f"the sha256 {self.sha256!r} is none")
+            raise ValueError(f"{self.sha256!r} is not a sha256")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ class IndexManifest:
         """Raise `ValueError` where the entries do not fit one another."""
         IndexKind(self.kind)
         if not re.fullmatch(r"(IVF\d{1,9},)?[A-Za-z0-9]+", self.factory):
-            raise ValueError(f"the factory {self.factory!r} is none")
+            raise ValueError(f"{self.factory!r} is not a factory string of faiss")
         if not {"name", "weights_sha256"} <= self.model.keys():
             raise ValueError("expected model with name and weights_sha256")
         if not self.effort.keys() <= {"num_probes", "num_rescored"}:
@@ -137,8 +137,8 @@ def commit(directory: str, manifest: IndexManifest) -> None:
 def changed_meanwhile(directory: str, generation: int) -> UserError:
     """Another writer made `generation` while this one worked."""
     return UserError(
-        f"{directory}: another writer changed the index meanwhile (generation {generation} is its own); nothing is "
-        "lost: the same line again makes this change on top of that one"
+        f"{directory}: another writer has changed the index in the meantime (generation {generation}); nothing is "
+        "lost: run the same command again to apply this change on top of it"
     )
 
 
@@ -209,7 +209,7 @@ def read_images(directory: str, manifest: IndexManifest) -> Manifest:
         url = storage.join(directory, part.file.path)
         table = Manifest.parse(read_checked(directory, part.file), url, manifest.images_root).table
         if len(table) != part.count:
-            raise UserError(f"{url}: {len(table):,} photos, the manifest has {part.count:,}; build the index again")
+            raise UserError(f"{url}: {len(table):,} photos, but the manifest has {part.count:,}; build the index again")
         tables.append(table)
     together = pa.concat_tables(tables)
     ids = pa.array(np.arange(len(together)))
@@ -232,8 +232,8 @@ def check_model(
     made_by = manifest.model
     if made_by["weights_sha256"] != weights_sha256:
         raise UserError(
-            f"index {directory} was made by model {made_by['name']} with weights {made_by['weights_sha256'][:12]}, "
-            f"not by {name} with weights {weights_sha256[:12]}; expected the same weights"
+            f"index {directory} was made with model {made_by['name']} and weights {made_by['weights_sha256'][:12]}, "
+            f"not with {name} and weights {weights_sha256[:12]}; expected the same weights"
         )
     if model is None:
         return
@@ -246,4 +246,4 @@ def check_model(
     )
     differences = claim.differences({"model": there}, {"model": here})
     if differences:
-        raise UserError(f"index {directory} was made by another network: {'; '.join(differences)}; expected the same")
+        raise UserError(f"index {directory} was made with another network: {'; '.join(differences)}; expected the same")

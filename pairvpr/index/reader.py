@@ -114,17 +114,17 @@ class OpenIndex:
         with self._open(file) as path:
             rows = store.load_array(path, np.float32, 2, self._url(file), mmap_mode="r")
         self._check(file, "rows", len(rows), entry.num_rows)
-        self._check(file, "values a row", rows.shape[1], self.manifest.descriptor_dim)
+        self._check(file, "values per row", rows.shape[1], self.manifest.descriptor_dim)
         return rows
 
     def _index(self, entry: ShardEntry, flags: int) -> Any:
         name = self.spec.index_file(self.manifest.trained)
         if name not in entry.files:
-            raise UserError(f"{self.directory}: the manifest names no {name} of {entry.path}; build the index again")
+            raise UserError(f"{self.directory}: the manifest lists no {name} for {entry.path}; build the index again")
         file = entry.files[name]
         with self._open(file) as path:
             index = build.read_faiss(path, self._url(file), flags)
-        self._check(file, "values a row", index.d, self.manifest.descriptor_dim)
+        self._check(file, "values per row", index.d, self.manifest.descriptor_dim)
         self._check(file, "rows", index.ntotal, entry.num_rows)
         if self._trained is not None and self.spec.num_lists:
             self._share_centres(index)
@@ -150,7 +150,7 @@ class OpenIndex:
     def _check(self, file: StoredFile, what: str, found: int, expected: int) -> None:
         if found != expected:
             raise UserError(
-                f"{storage.join(self.directory, file.path)}: {found:,} {what}, the manifest has {expected:,}; "
+                f"{storage.join(self.directory, file.path)}: {found:,} {what}, but the manifest has {expected:,}; "
                 "build the index again"
             )
 

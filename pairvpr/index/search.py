@@ -154,9 +154,7 @@ def _search_block(
 def _check_lists_left(shard: Shard, num_probes: int) -> None:
     """All rows were seen and too few have a distance: some distance is NaN."""
     if num_probes >= getattr(shard.index, "nlist", 0):
-        raise UserError(
-            "distances of descriptors are too large for their number format; expected rows of about unit length"
-        )
+        raise UserError("squared distances overflow float32; expected descriptors of about unit length")
 
 
 def _rows(found: Found, rows: NDArray[np.int64]) -> Found:

@@ -36,8 +36,8 @@ REMARKS = "remarks.parquet"
 REMARKS_SCHEMA = pa.schema([("path", pa.string()), ("remark", pa.string())])
 READ_AT_ONCE = 16
 ARRAYS = ("ids.npy", "descriptors.npy")
-SAME_LINE = "the same line makes it anew"
-DESCRIBED_ANEW = "delete it, and the same line describes its photos anew"
+SAME_LINE = "run the same command again"
+DESCRIBED_ANEW = "delete it and run the same command again to describe its photos"
 _MOST_HEADER_BYTES = 4096
 
 
@@ -179,9 +179,9 @@ def read_shard_description(directory: str, shard: int) -> ShardDescription | Non
     about = sealed.parsed(ShardDescription, content, url, DESCRIBED_ANEW)
     paths = {name: file.path for name, file in about.files.items()}
     if paths != {name: f"{shard_path(shard)}/{name}" for name in ARRAYS}:
-        raise sealed.DamagedFileError(url, "it is of another shard", DESCRIBED_ANEW)
+        raise sealed.DamagedFileError(url, "it belongs to another shard", DESCRIBED_ANEW)
     if about.num_rows + len(about.rejected) != about.count:
-        raise sealed.DamagedFileError(url, "its photos do not add up", DESCRIBED_ANEW)
+        raise sealed.DamagedFileError(url, "its numbers of photos do not add up", DESCRIBED_ANEW)
     return about
 
 
@@ -238,7 +238,7 @@ def finish_description(directory: str, images: Manifest, shards: list[ShardDescr
 
 def read_description(directory: str) -> Description | None:
     """The root's described.json, or None while not all is described. Raises `UserError` for a damaged one."""
-    url, remedy = storage.join(directory, "described.json"), "delete it, and the same line makes it anew"
+    url, remedy = storage.join(directory, "described.json"), "delete it and run the same command again"
     content = sealed.read_json(url, remedy)
     return None if content is None else sealed.parsed(Description, content, url, remedy)
 
@@ -260,10 +260,10 @@ def read_descriptors(directory: str) -> tuple[NDArray[np.int64], NDArray[np.floa
     description = read_description(directory)
     shards = [read_shard_description(directory, shard) for shard in range(description.num_shards if description else 0)]
     if not shards or None in shards:
-        raise UserError(f"{directory}: not all of it is described; {SAME_LINE}")
+        raise UserError(f"{directory}: some of its photos are not described; {SAME_LINE}")
     files = [about.files for about in shards if about is not None]
     ids = [read_checked_array(directory, its["ids.npy"], np.int64, 1) for its in files]
     rows = [read_checked_array(directory, its["descriptors.npy"], np.float32, 2) for its in files]
     if [len(part) for part in ids] != [len(part) for part in rows]:
-        raise UserError(f"{directory}: other numbers of ids and of descriptors; delete it, and {SAME_LINE}")
+        raise UserError(f"{directory}: different numbers of ids and descriptors; delete it and {SAME_LINE}")
     return np.concatenate(ids), np.concatenate(rows)

@@ -20,7 +20,7 @@ FILE = "versions.parquet"
 """Beside the `images.parquet` of an update."""
 SCHEMA = pa.schema([("path", pa.string()), ("version", pa.string())])
 ASKED_AT_ONCE = 32
-REMEDY = "delete it, and photos that it names are described again when they are added again"
+REMEDY = "delete it; its photos are then described again when they are added again"
 
 
 def photo_versions(photos: Manifest) -> pa.Array:

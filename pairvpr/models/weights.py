@@ -142,8 +142,8 @@ def float_arrays(
     broken = [name for name, array in arrays.items() if not np.isfinite(array).all()]
     if broken:
         raise UserError(
-            f"{key}={url}: NaN or infinite numbers in {len(broken)} of {len(arrays)} tensors: {_first(broken)}; "
-            "expected finite ones in float32"
+            f"{key}={url}: NaN or infinite values in {len(broken)} of {len(arrays)} tensors: {_first(broken)}; "
+            "expected finite float32 values"
         )
     return arrays
 

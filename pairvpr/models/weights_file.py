@@ -80,7 +80,9 @@ def read_state_dict(file: WeightsFile, key: str = "model.weights") -> dict[str, 
     """
     data = _read(file, key)
     if hashlib.sha256(data).hexdigest() != file.sha256:
-        raise UserError(f"{key}={file.url}: the file changed while the run started; expected one that stays as it is")
+        raise UserError(
+            f"{key}={file.url}: the file changed while the run started; expected a file that does not change"
+        )
     try:
         content = _tensors_of_torch(data) if data.startswith(TORCH_STARTS) else _tensors_of_safetensors(data)
         state, taken_off = _without_wrappers(_state_dict(content))
@@ -112,7 +114,7 @@ def _tensors_of_safetensors(data: bytes) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(data)
     except Exception as error:
-        raise _UnusableError(f"not a whole .safetensors file: {storage.reason(error)}") from error
+        raise _UnusableError(f"not a complete .safetensors file: {storage.reason(error)}") from error
 
 
 def _tensors_of_torch(data: bytes) -> object:
@@ -126,11 +128,11 @@ def _tensors_of_torch(data: bytes) -> object:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _UnusableError(
-            "refused, it holds more than tensors (a pickle can run code); "
+            "refused: it contains more than tensors (a pickle can run code); "
             "expected a state dict saved by torch.save, or .safetensors"
         ) from error
     except Exception as error:  # the unpickler raises nearly anything on damaged bytes
-        raise _UnusableError("not a whole .pth file") from error
+        raise _UnusableError("not a complete .pth file") from error
 
 
 def _check_zip(data: bytes) -> None:
@@ -146,9 +148,11 @@ def _check_zip(data: bytes) -> None:
     except _UnusableError:
         raise
     except Exception as error:  # zipfile, too
-        raise _UnusableError(f"not a whole .pth file: {storage.reason(error)}") from error
+        raise _UnusableError(f"not a complete .pth file: {storage.reason(error)}") from error
     if damaged is not None:
-        raise _UnusableError(f"damaged: the checksum of its record {damaged!r} does not fit; expected a whole file")
+        raise _UnusableError(
+            f"damaged: the checksum of its record {damaged!r} does not match; expected a complete file"
+        )
 
 
 def _state_dict(content: object) -> Mapping[str, Tensor]:
@@ -162,7 +166,7 @@ def _state_dict(content: object) -> Mapping[str, Tensor]:
     state = content[below[0]] if below else content
     for name, value in state.items():
         if not isinstance(name, str) or not _is_plain_tensor(value):
-            raise _UnusableError(f"it holds {str(name)[:60]!r}, which is no plain tensor; {expected}")
+            raise _UnusableError(f"it holds {str(name)[:60]!r}, which is not a plain tensor; {expected}")
     return state
 
 
@@ -219,7 +223,7 @@ def _from_hub(url: str) -> WeightsFile:
     file = WeightsFile(url, Path(path), storage.sha256(path))
     blob = file.path.resolve()
     if _SHA256.fullmatch(blob.name) and blob.name != file.sha256:  # large files are named for their content
-        raise OSError(f"its copy in Hugging Face's cache is damaged; delete {blob}")
+        raise OSError(f"the copy in Hugging Face's cache is damaged; delete {blob}")
     return file
 
 
@@ -236,7 +240,7 @@ def _fetched(url: str) -> WeightsFile:
     except storage.StorageError as error:
         if copy is None or not _is_whole(copy):
             raise
-        say(f"{error}: using the copy of an earlier run")
+        say(f"{error}: using the copy from an earlier run")
         return WeightsFile(url, copy, copy.name)
     if copy is None or version is None or known["version"] != version or not _is_whole(copy):
         copy = _fetch(url, folder)

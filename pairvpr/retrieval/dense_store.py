@@ -269,7 +269,7 @@ def read_row(store: str, shard: int, ids: NDArray[np.int64], layout: Layout) -> 
         return None
     about = _shard(data, url)
     if about.layout != layout or about.ids_sha256 != _sha256(_npy(ids)):
-        raise UserError(f"{url}: a shard of other images or of another layout; expected a directory of its own")
+        raise UserError(f"{url}: this shard has other images or another layout; expected a separate directory")
     return ShardRow(first_id=int(ids[0]), last_id=int(ids[-1]), count=len(ids), sha256=_sha256(data))
 
 
@@ -382,7 +382,7 @@ class DenseStore:
         size = _found(url, lambda: storage.size_bytes(url))
         if zlib.crc32(head) != about.head_crc32 or size != about.records_file_bytes:
             raise _damaged(url)
-        named = sealed.read_json(self._file(shard, UNREADABLE), "delete the store, and the same line fills it anew")
+        named = sealed.read_json(self._file(shard, UNREADABLE), "delete the store and run the same command again")
         return _Table(ids, crc32, about, {int(image_id): reason for image_id, reason in (named or {}).items()})
 
     def _checked_sha256(self, url: str, sha256: str) -> bytes:
@@ -402,8 +402,7 @@ def _found(url: str, read: Callable[[], T]) -> T:
 
 def _damaged(url: str, what: str = "damaged") -> UserError:
     return UserError(
-        f"{url}: {what}; delete its folder and the store's {MANIFEST}, and the line that filled the store fills this "
-        "shard anew"
+        f"{url}: {what}; delete its folder and the store's {MANIFEST}, then run the command that filled the store again"
     )
 
 
@@ -428,7 +427,7 @@ def _unsealed(data: bytes, url: str, of: type) -> dict[str, Any]:
         raise _damaged(url) from error
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise UserError(
-            f"{url}: format {version} of stored dense features; this version reads {FORMAT_VERSION}, "
+            f"{url}: dense features stored in format {version}; this version reads format {FORMAT_VERSION}, "
             "a newer one reads it"
         )
     if _sealed(content) != data or content.keys() != {item.name for item in fields(of)}:

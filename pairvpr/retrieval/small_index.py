@@ -50,7 +50,7 @@ def build_small_index(
     if finished is not None:
         if not make.is_wanted(finished, index):
             raise UserError(
-                f"index={directory}: the finished index there is {finished.kind}; expected another directory"
+                f"index={directory}: the finished index there is of kind {finished.kind}; expected another directory"
             )
         stamps.check_unchanged(database, directory)
         return finished

@@ -91,7 +91,7 @@ def load(url: str, stage: int, key: str) -> Checkpoint:
     """Read a checkpoint of `stage`. Raises `FileNotFoundError`, and `UserError` for what is none, naming `key`."""
     found = _checked(url, key)
     if found.stage != stage:
-        raise UserError(f"{key}={url}: a checkpoint of stage {found.stage}; expected one of stage {stage}")
+        raise UserError(f"{key}={url}: it is it is a checkpoint of stage {found.stage}; expected one of stage {stage}")
     return found
 
 
@@ -111,7 +111,7 @@ def _checked(url: str, key: str) -> Checkpoint:
         raise UserError(f"{key}={url}: format version {content['format_version']}; expected {FORMAT_VERSION}")
     missing = KEYS - content.keys()
     if missing:
-        raise UserError(f"{key}={url}: not a whole checkpoint, it lacks {', '.join(sorted(missing))}")
+        raise UserError(f"{key}={url}: an incomplete checkpoint, without {', '.join(sorted(missing))}")
     return Checkpoint(
         stage=content["stage"],
         position=Position(**content["position"]),

@@ -165,7 +165,7 @@ def _run(stage: Stage[Any], config: TrainConfig, context: TrainContext) -> None:
     position, counts = _restore(stage, scaler, context)
     log = None
     if context.rank == 0:
-        context.say(f"{context.world_size} worker(s) ready, going on after step {position.step:,}")
+        context.say(f"{context.world_size} worker(s) ready, continuing after step {position.step:,}")
         log = MetricsLog(context.output, position.step, wandb=config.wandb, settings=context.settings)
     batches = iter(_loader(stage, config, context, position, batches_per_epoch))
     last_step = min(config.epochs * batches_per_epoch, config.max_steps or math.inf)
@@ -221,7 +221,7 @@ def _step(
         result = stage.backward(batch, scaler)
     except NotFiniteError as error:
         raise NotFiniteError(
-            f"the loss of step {row['step']} is not a number (lr {row['lr']:.3g}); photos: {error}; the last "
+            f"the loss of step {row['step']} is not finite (lr {row['lr']:.3g}); photos: {error}; the last "
             "checkpoint is kept. Expected a lower learning rate, train.clip_grad, or model.precision=bf16 or fp32, in "
             "another output"
         ) from error

@@ -67,7 +67,7 @@ def read_metrics(output: str) -> list[dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise sealed.DamagedFileError(url, f"not lines of JSON ({storage.reason(error)})", remedy) from error
     if not all(isinstance(row, dict) and type(row.get("step")) is int for row in rows):
-        raise sealed.DamagedFileError(url, "a row without its step", remedy)
+        raise sealed.DamagedFileError(url, "a row has no step", remedy)
     return rows
 
 

@@ -57,7 +57,7 @@ def test_given_candidates_are_scored_and_nothing_is_searched(
     table = pa.table(dict(zip(("query", "database", "score"), map(list, zip(*scored, strict=True)), strict=True)))
     pq.write_table(table.take(list(range(len(table)))[::-1]), tmp_path / "pairs.txt")
     (other,) = load_evaluations(line)
-    with pytest.raises(UserError, match=r"made by other settings: rerank\.candidates_sha256"):
+    with pytest.raises(UserError, match=r"made with different settings: rerank\.candidates_sha256"):
         evaluate([other])
     evaluate(load_evaluations([*line, f"output={tmp_path}/again"]))
     again = pq.read_table(tmp_path / "again" / "predictions.parquet")

@@ -29,14 +29,17 @@ def test_a_temporary_folder_without_space(tmp_path: Path) -> None:
     shell = mounted(f"mount -t tmpfs -o size=1m tmpfs {tmp_path}")
     code, _, error = ended(*START, shell=shell, env={"RAY_TMPDIR": str(tmp_path)})
     assert code == 2
-    the_line(error, f"error: RAY_TMPDIR={tmp_path}: Ray keeps its files there, and its disk has 1 MiB; expected 64 MiB")
+    the_line(
+        error,
+        f"error: RAY_TMPDIR={tmp_path}: Ray keeps its files there, but the disk has only 1 MiB free; expected 64 MiB",
+    )
 
 
 @pytest.mark.soak
 def test_too_few_files() -> None:
     code, _, error = ended(*START, shell='ulimit -n 100; "$@"')
     assert code == 2
-    the_line(error, "Ray needs 256 open files, this process may have 100; expected `ulimit -n 65536`")
+    the_line(error, "Ray needs 256 open files, but this process may open only 100; expected `ulimit -n 65536`")
 
 
 @pytest.mark.soak
@@ -46,7 +49,9 @@ def test_no_network() -> None:
         pytest.skip("namespaces are not allowed here")
     code, _, error = ended(*START, shell='exec unshare -n "$@"')
     assert code == 2
-    the_line(error, "Ray's processes talk over 127.0.0.1, which does not work: ", "a loopback interface that is up")
+    the_line(
+        error, "Ray's processes communicate over 127.0.0.1, which does not work: ", "a loopback interface that is up"
+    )
 
 
 @pytest.mark.soak

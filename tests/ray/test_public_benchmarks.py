@@ -33,7 +33,7 @@ def test_sfxl_runs_over_one_index(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (tmp_path / "out" / "index" / "manifest.json").is_file()
     assert (printed.out + printed.err).count("index: finished earlier, skipped") == 1
     assert main([f"{tmp_path}/out/sfxl_v1", f"{tmp_path}/out/sfxl_night"]) == 2
-    assert "are different tests, their numbers can't be compared: queries_paths_sha256: " in capsys.readouterr().err
+    assert "are different tests, so their numbers can't be compared: queries_paths_sha256: " in capsys.readouterr().err
 
 
 def test_a_challenge_gets_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,4 +83,4 @@ def test_an_empty_folder_is_a_mistake(city: Path, tmp_path: Path) -> None:
     line = evaluation_arguments(city, tmp_path / "out")
     stopped = run_job("search_checkpoints", [*_without_index(line), f"checkpoints={tmp_path}"])
     assert stopped.returncode == 2
-    assert "no checkpoint there" in stopped.stderr
+    assert "no checkpoint found" in stopped.stderr

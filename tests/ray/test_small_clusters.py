@@ -67,7 +67,7 @@ def test_a_model_actor_that_never_starts_ends_the_run(
     source = ModelSource(config.model, cast(Any, None))
     photos = folder_manifest(str(city / "queries"), "queries")
     description = Description(photos, str(tmp_path), 1, source, config.describe)
-    words = "13 of 13 photos are not described, because of a model actor that died again and again .at most 1 restarts"
+    words = "13 of 13 photos were not described: a model actor that died again and again .at most 1 restarts"
     with pytest.raises(IncompleteRunError, match=words):
         describe(description, "queries", needs_a_readable_photo=False)
 
@@ -77,7 +77,7 @@ def test_a_users_mistake_in_a_task_arrives_as_one_line(city: Path, tmp_path: Pat
     config = load_evaluations(arguments(city, "unused"))[0]
     source = ModelSource(config.model, ray.put(load_weights(config.model)))
     description = Description(Manifest.of("/nowhere", ["a.jpg"]), str(tmp_path), 1, source, config.describe)
-    with pytest.raises(UserError, match=r"^/nowhere: this folder of photos is missing .*, or a URL$"):
+    with pytest.raises(UserError, match=r"^/nowhere: this photo folder is missing .*, or a URL$"):
         describe(description, "database", needs_a_readable_photo=True)
 
 

@@ -66,7 +66,7 @@ def test_starts_in_vain_end(root: Path, tmp_path: Path) -> None:
     stopped = run_job("train_stage_one", _line(1, root, tmp_path / "out"))
     assert stopped.returncode == 1, stopped.stderr
     assert "training stopped after step 0 of 10: a worker failed: IsADirectoryError" in stopped.stderr
-    assert stopped.stderr.count("starting again after step 0") == 4
+    assert stopped.stderr.count("restarting after step 0") == 4
     assert "Traceback" not in stopped.stderr
 
 

@@ -32,12 +32,16 @@ def test_a_job_that_ends_well_says_nothing_and_leaves_no_log(tmp_path: Path) -> 
         ("raise UserError('a=1: expected 2')", 2, ["error: a=1: expected 2\n"]),
         ("raise IncompleteRunError('half')", 1, ["incomplete: half\n"]),
         ("raise IncompleteRunError('half') from KeyError(1)", 1, ["incomplete: half (full text: "]),
-        ("{}['key']", 1, ["defect of the program, please report it: KeyError: 'key'", "full text"]),
+        ("{}['key']", 1, ["bug in the program, please report it: KeyError: 'key'", "full text"]),
         ("open('/none/ü', 'wb')", 1, ["error: /none/ü: No such file or directory", "full text"]),
         ("open('/' + 'x' * 300, 'wb')", 1, ["File name too long; expected shorter names"]),
         ("bytearray(1 << 60)", 1, ["error: this machine has no memory left; expected more of it"]),
-        ("raise KeyboardInterrupt", 130, ["interrupted: what is finished is kept: the same line again goes on"]),
-        ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)", 1, ["stopped by SIGTERM: ", "the same line again"]),
+        ("raise KeyboardInterrupt", 130, ["interrupted: finished work is kept: run the same command again"]),
+        (
+            "os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)",
+            1,
+            ["stopped by SIGTERM: ", "run the same command again"],
+        ),
         ("sys.exit(signal.SIGTERM)", 1, ["stopped by SIGTERM: "]),
         pytest.param(
             "os.kill(os.getpid(), signal.SIGHUP); time.sleep(30)",
@@ -48,7 +52,7 @@ def test_a_job_that_ends_well_says_nothing_and_leaves_no_log(tmp_path: Path) -> 
             ),
         ),
         ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, ["incomplete: the process was killed", "full text"]),
-        ("os._exit(1)", 1, ["incomplete: the process was killed, had no memory left, or Ray ended it", "full text"]),
+        ("os._exit(1)", 1, ["incomplete: the process was killed, ran out of memory, or was ended by Ray", "full text"]),
         ("os.abort()", -signal.SIGABRT, ["incomplete: the process was killed", "full text"]),
     ],
 )

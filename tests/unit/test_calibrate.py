@@ -239,8 +239,8 @@ def test_one_round_has_nothing_to_stop(tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("rerank", "words"),
     [
-        ({"stop_margin": 1.0}, "a run with rerank.adaptive=true; expected one that scored all pairs in both"),
-        ({"second_direction": 5}, "a run with rerank.second_direction=5; expected one that scored all pairs in both"),
+        ({"stop_margin": 1.0}, "the run had rerank.adaptive=true; expected one that scored all pairs in both"),
+        ({"second_direction": 5}, "the run had rerank.second_direction=5; expected one that scored all pairs in both"),
         ({"batch_size": None}, "not the settings of an evaluation"),
     ],
 )
@@ -253,11 +253,11 @@ def test_too_few_queries_or_all_alike(tmp_path: Path) -> None:
     message = mistake(write_run(tmp_path / "few", queries(98)), tmp_path)
     assert "queries were answered in one half of the 98; expected 50 or more in each" in message
     wrong = [ScoredQuery(query.scores, np.zeros_like(query.is_positive)) for query in queries()]
-    assert "that are fitted to are wrong; expected right and wrong" in mistake(
+    assert "in the fitted half are wrong; expected both right and wrong" in mistake(
         write_run(tmp_path / "w", wrong), tmp_path
     )
     right = [ScoredQuery(query.scores, np.ones_like(query.is_positive)) for query in queries()]
-    assert "that are fitted to are right; expected right and wrong" in mistake(
+    assert "in the fitted half are right; expected both right and wrong" in mistake(
         write_run(tmp_path / "r", right), tmp_path
     )
 
@@ -296,7 +296,7 @@ def test_damaged_predictions(tmp_path: Path, damage: str) -> None:
         else:
             write_located_run(tmp_path / "other", [*located, *drawn(1)])
         file.write_bytes((tmp_path / "other" / "predictions.parquet").read_bytes())
-    expected = "expected files of one run" if damage == "other" else "the predictions of a run"
+    expected = "expected files of the same run" if damage == "other" else "the predictions of a run"
     assert expected in mistake(url, tmp_path)
 
 
@@ -312,7 +312,7 @@ def test_as_a_user_calls_it(
     assert run_job("calibrate") == 2
     assert (
         capsys.readouterr().err
-        == f"error: output={tmp_path}: a directory; expected a file for the calibration as JSON\n"
+        == f"error: output={tmp_path}: it is a directory; expected a file name (the calibration as JSON)\n"
     )
 
 

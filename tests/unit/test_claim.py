@@ -51,9 +51,9 @@ def test_every_difference_is_named_and_nothing_else(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         check_claim(str(tmp_path), other, "index.path")
     assert str(caught.value) == (
-        f"index.path={tmp_path} was made by other settings: index_num_shards 3 there, 4 now; "
+        f"index.path={tmp_path} was made with different settings: index_num_shards 3 there, 4 now; "
         "model.encoder.depth 2 there, 3 now; model.weights_sha256 ab there, absent now; seed absent there, 7 now; "
-        "expected the same settings, or another directory"
+        "expected the same settings or another directory"
     )
 
 
@@ -119,7 +119,7 @@ def test_a_claim_that_a_killed_run_announced_is_named(tmp_path: Path, monkeypatc
     directory = f"memory://{tmp_path.name}/killed"
     left = f"{directory}/claims/{'0' * 64}-{'1' * 32}.json"
     storage.write_bytes(left, b"{}")
-    with pytest.raises(UserError, match=f"another run with other settings is taking it right now.*delete {left}"):
+    with pytest.raises(UserError, match=f"another run with different settings is claiming it now.*delete {left}"):
         claim(directory, SETTINGS, "output")
     storage.remove_file(left)
     claim(directory, SETTINGS, "output")

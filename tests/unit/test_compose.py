@@ -116,7 +116,7 @@ def test_a_margin_is_for_pairs_scored_both_ways() -> None:
 
 
 def test_a_search_of_checkpoints_has_no_calibration() -> None:
-    with pytest.raises(UserError, match=r"^rerank\.calibration=/c: it is one network's, checkpoints are many"):
+    with pytest.raises(UserError, match=r"^rerank\.calibration=/c: a calibration is for one network"):
         load(SearchCheckpointsConfig, [*TOY, "checkpoints=/k", "rerank.calibration=/c"])
 
 
@@ -148,8 +148,8 @@ def test_the_last_of_two_equal_keys_wins() -> None:
         ("~rerank.batch_size", ["rerank.batch_size"]),
         ("model", ["'model'", "expected key=value"]),
         ("rerank.batch_size=1,2", ["rerank.batch_size", "'1,2'", "Integer"]),
-        ("rerank.batch_size=0755", ["rerank.batch_size=0755", "without a 0 in front"]),
-        ("rerank.cache_gib=01.5", ["rerank.cache_gib=01.5", "without a 0 in front"]),
+        ("rerank.batch_size=0755", ["rerank.batch_size=0755", "without a leading 0"]),
+        ("rerank.cache_gib=01.5", ["rerank.cache_gib=01.5", "without a leading 0"]),
         ("rerank.batch_size=0x1F", ["rerank.batch_size", "'0x1F'", "Integer"]),
         ("rerank.batch_size=1e3", ["rerank.batch_size", "'1000.0'", "Integer"]),
         ("rerank.adaptive=2", ["rerank.adaptive=2: expected true or false"]),
@@ -172,7 +172,10 @@ def test_the_last_of_two_equal_keys_wins() -> None:
         ("index.num_shards=0", ["index.num_shards=0: expected a number above 0"]),
         ("index.num_retrieved=-5", ["index.num_retrieved=-5"]),
         ("describe.num_gpus_per_actor=-1", ["describe.num_gpus_per_actor=-1.0: expected 0 or more"]),
-        ("describe.num_gpus_per_actor=1.5", ["describe.num_gpus_per_actor=1.5: expected", "above 1 a whole number"]),
+        (
+            "describe.num_gpus_per_actor=1.5",
+            ["describe.num_gpus_per_actor=1.5: expected", "and a whole number above 1"],
+        ),
         ("rerank.num_gpus_per_actor=inf", ["rerank.num_gpus_per_actor=inf: expected 0 or more"]),
         ("rerank.num_gpus_per_actor=nan", ["rerank.num_gpus_per_actor=nan: expected 0 or more"]),
         ("cluster.num_cpus=0", ["cluster.num_cpus=0"]),
@@ -185,7 +188,7 @@ def test_the_last_of_two_equal_keys_wins() -> None:
         ("model.encoder.num_registers=-1", ["model.encoder.num_registers=-1: expected 0 or more"]),
         ("model.decoder.num_heads=5", ["model.decoder.num_heads=5 does not divide"]),
         ("model.decoder.embed_dim=90", ["model.decoder.embed_dim=90: expected a multiple of 4"]),
-        ("output=${nope}", ["output=${nope}: a text with '${' is not possible here"]),
+        ("output=${nope}", ["output=${nope}: '${' (interpolation) is not supported here"]),
         ("benchmark.seed=${oc.env:NOT_SET_ANYWHERE}", ["NOT_SET_ANYWHERE"]),
         ("model@encoder=vitb", ["model@encoder"]),
         ("benchmark@benchmark=toy_city", ["benchmark"]),
@@ -529,7 +532,7 @@ def test_every_benchmark_has_its_own_name_and_is_complete(name: str) -> None:
         (["benchmark=nordland_2760", "benchmark.tolerance_frames=-1"], ["benchmark.tolerance_frames=-1: expected 0"]),
         (["benchmark=nordland_2760", "benchmark.frames_per_query=0"], ["benchmark.frames_per_query=0: expected"]),
         (["benchmark=pitts30k_val", "benchmark.radius_m=-1"], ["benchmark.radius_m=-1.0: expected"]),
-        (["benchmark=toy_city", "datasets_root=''"], ["datasets_root is empty: expected a text"]),
+        (["benchmark=toy_city", "datasets_root=''"], ["datasets_root is empty: expected a value"]),
     ],
 )
 def test_mistakes_in_public_benchmarks(arguments: list[str], parts: list[str]) -> None:

@@ -241,11 +241,11 @@ def test_what_is_no_calibration(tmp_path: Path, changes: dict[str, Any], words: 
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
-    assert "not there; expected a file of ray_jobs.calibrate" in mistake(f"{tmp_path}/none.json")
+    assert "no such file; expected one from ray_jobs.calibrate" in mistake(f"{tmp_path}/none.json")
     assert "can't be read" in mistake(str(tmp_path))
     assert "not JSON" in mistake(write(tmp_path, "{"))
     assert "not a JSON object" in mistake(write(tmp_path, [1]))
-    assert "no calibration" in mistake(write(tmp_path, {"recall": 1}))
+    assert "not a calibration" in mistake(write(tmp_path, {"recall": 1}))
     content = CALIBRATION.content()
     del content["temperature"]
     assert "damaged" in mistake(write(tmp_path, content))
@@ -260,10 +260,10 @@ def test_another_network_is_refused() -> None:
 
 def test_other_rounds_are_refused() -> None:
     CALIBRATION.check_rounds("c.json", 4)
-    with pytest.raises(UserError, match=r"^rerank\.adaptive=true: c\.json holds for rounds of 4 pairs, .* is 16"):
+    with pytest.raises(UserError, match=r"^rerank\.adaptive=true: c\.json is for rounds of 4 pairs, .* is 16"):
         CALIBRATION.check_rounds("c.json", 16)
     endless = Calibration(**{**CALIBRATION.__dict__, "stop_margin": None})
-    with pytest.raises(UserError, match=r"has no margin to stop at \(its run scored 10 candidates in rounds of 4\)"):
+    with pytest.raises(UserError, match=r"has no stop margin \(its run scored 10 candidates in rounds of 4\)"):
         endless.check_rounds("c.json", 4)
 
 
@@ -322,12 +322,12 @@ def test_decisions_of_another_run_are_refused() -> None:
     assert DECIDED.decision("c.json", DecisionRule.fused, 10) == FUSED
     assert DECIDED.decision("c.json", DecisionRule.consensus, 10) == CONSENSUS
     for changes, num_candidates, words in (
-        ({}, 20, r"was made with 10 candidates, rerank\.num_candidates is 20; expected the same$"),
+        ({}, 20, r"was made for 10 candidates, but rerank\.num_candidates is 20; expected the same$"),
         ({"consensus": None, "has_positions": False}, 10, r"photos have no positions.*expected .* pair, fused$"),
         ({"consensus": None}, 10, r"has no votes: they did not prove themselves.*expected .* pair, fused$"),
     ):
         with pytest.raises(UserError, match=rf"^rerank\.decision=consensus: c\.json .*{words}"):
             replace(DECIDED, **changes).decision("c.json", DecisionRule.consensus, num_candidates)
     DECIDED.check_rounds("c.json", 4, FUSED)
-    with pytest.raises(UserError, match="has no margin to stop at"):
+    with pytest.raises(UserError, match="has no stop margin"):
         DECIDED.check_rounds("c.json", 4, CONSENSUS)

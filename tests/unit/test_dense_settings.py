@@ -165,7 +165,7 @@ def test_a_store_that_the_disk_can_not_hold_is_refused(config: EvaluateConfig, m
     wanted = wanted_by(config)
     monkeypatch.setattr(dense, "disk_bytes", lambda _: 2 * wanted.layout.record_bytes)
     message = mistake(lambda: make_store(wanted, np.array([0]), lambda: np.arange(3), NO_SOURCE))
-    assert "dense features of 3 photos take 0.75 KiB of disk, there are 0.50 KiB for it" in message
+    assert "dense features of 3 photos take 0.75 KiB of disk, but only 0.50 KiB can be used" in message
     assert not Path(wanted.url).exists()
 
 
@@ -185,7 +185,9 @@ def test_two_benchmarks_share_the_store_of_one_database_only(config: EvaluateCon
     assert second.store is not None
     assert first.store.url == second.store.url
     other = two(replace(config, index=IndexConfig()), database=f"{tmp_path}/queries")
-    assert "these benchmarks have different databases; expected a store for each" in mistake(lambda: prepare(other))
+    assert "these benchmarks have different databases; expected a separate store for each" in mistake(
+        lambda: prepare(other)
+    )
     of_each = changed(config, store_whole_database=False)
     assert "these benchmarks have different candidates" in mistake(lambda: prepare(two(of_each)))
     runs = prepare(two(changed(of_each, store_path=None)))
@@ -227,10 +229,10 @@ def test_queries_refuse_the_store_of_another_model_before_weights_are_loaded(
 @pytest.mark.parametrize("setting", ["store_path=x", "store_whole_database=true"])
 def test_settings_of_a_store_need_one(setting: str) -> None:
     message = mistake(lambda: load(EvaluateConfig, ["benchmark=toy_city", "output=o", f"rerank.{setting}"]))
-    assert "rerank.dense_features=cache has no store; expected rerank.dense_features=store, too" in message
+    assert "rerank.dense_features=cache has no store; expected also rerank.dense_features=store" in message
 
 
 def test_eight_bits_need_a_store_and_checkpoints_have_none() -> None:
     assert "rerank.stored_as=int8" in mistake(lambda: RerankConfig(stored_as=StoredAs.int8))
     line = ["checkpoints=c", "benchmark=toy_city", "model.weights=null", "output=o", "rerank.dense_features=store"]
-    assert "checkpoints are many" in mistake(lambda: load(SearchCheckpointsConfig, line))
+    assert "not several checkpoints" in mistake(lambda: load(SearchCheckpointsConfig, line))

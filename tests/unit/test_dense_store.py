@@ -274,7 +274,9 @@ def test_a_later_format_is_refused(tmp_path: Path, file: str) -> None:
     fill(str(tmp_path))
     content = json.loads((tmp_path / file).read_text())
     (tmp_path / file).write_text(json.dumps(content | {"format_version": 2, "news": 1}))
-    expected = f"{tmp_path}/{file}: format 2 of stored dense features; this version reads 1, a newer one reads it"
+    expected = (
+        f"{tmp_path}/{file}: dense features stored in format 2; this version reads format 1, a newer one reads it"
+    )
     readers = {
         "manifest.json": lambda: DenseStore.open(str(tmp_path)),
         "shards/00000/shard.json": lambda: dense_store.read_row(str(tmp_path), 0, IDS[:3], layout()),
@@ -300,7 +302,7 @@ def test_a_shard_is_finished_only_for_its_own_images_and_layout(tmp_path: Path) 
     assert row is not None
     assert (row.first_id, row.last_id, row.count) == (2, 5, 3)
     for ids, of in ((IDS[1:4], layout()), (IDS[:3], layout(StoredAs.int8)), (IDS[:3], layout(dtype=torch.float16))):
-        with pytest.raises(UserError, match=r"shards/00000/shard\.json: a shard of other images or of another layout"):
+        with pytest.raises(UserError, match=r"shards/00000/shard\.json: this shard has other images or another layout"):
             dense_store.read_row(url, 0, ids, of)
 
 

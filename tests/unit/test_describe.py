@@ -102,7 +102,7 @@ def test_a_description_that_does_not_start_says_what_it_waits_for(
     monkeypatch.setattr(ray, "cluster_resources", resources)
     assert list(steps._finished_parts(description_of(tmp_path, 2, 1), [0])) == [0]
     assert capsys.readouterr().err == (
-        "describe: no photo is described yet; each of 2 actors wants 1 CPUs and 4 GPUs of one node; "
+        "describe: no photo is described yet; each of 2 actors needs 1 CPUs and 4 GPUs on one node; "
         "the cluster has 8 CPUs and 2 GPUs, at most 1 GPUs on one node\n"
     )
 
@@ -115,13 +115,13 @@ def from_a_task(error: Exception) -> RayTaskError:
     ("error", "kind", "words"),
     [
         (from_a_task(UserError("/photos: wrong\nRay Data's own settings")), UserError, "/photos: wrong"),
-        (from_a_task(OSError("disk\nlines")), IncompleteRunError, "because of OSError: disk. What is finished is kept"),
+        (from_a_task(OSError("disk\nlines")), IncompleteRunError, "OSError: disk. Finished work is kept"),
         (from_a_task(IncompleteRunError("part 3 was damaged")), IncompleteRunError, "part 3 was damaged"),
-        (ValueError("inside\nRay Data"), IncompleteRunError, "database: 6 of 10 photos are not described, because of "),
+        (ValueError("inside\nRay Data"), IncompleteRunError, "database: 6 of 10 photos were not described: "),
         (
             ActorDiedError(),
             IncompleteRunError,
-            "because of a model actor that died again and again (at most 20 restart",
+            "a model actor that died again and again (at most 20 restart",
         ),
     ],
 )

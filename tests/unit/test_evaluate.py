@@ -144,7 +144,7 @@ def test_scaled_photos_are_another_index_and_settings_without_the_key_mean_whole
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model": {"name": "other", WEIGHTS_SHA256: "cd" * 32}}, "was made by model other with weights cdcdcdcdcdcd"),
+        ({"model": {"name": "other", WEIGHTS_SHA256: "cd" * 32}}, "was made with model other and weights cdcdcdcdcdcd"),
         ({"num_images": 4}, "images do not cover the ids 0 to 3 in order"),
         ({"photos": 4}, "num_images 4 there, 3 now"),
         ({"descriptor_dim": 8}, "descriptor_dim 8 there, 16 now"),
@@ -229,11 +229,11 @@ def test_a_calibration_is_part_of_the_settings_and_its_absence_is_not(config: Ev
 @pytest.mark.parametrize(
     ("changes", "words", "before_weights"),
     [
-        ({"round_size": 16}, "holds for rounds of 16 pairs, rerank.batch_size is 3; expected the same", True),
-        ({"stop_margin": None}, "has no margin to stop at", True),
+        ({"round_size": 16}, "is for rounds of 16 pairs, but rerank.batch_size is 3; expected the same", True),
+        ({"stop_margin": None}, "has no stop margin", True),
         ({"format_version": 9}, "format version 9; expected 1", True),
         ({"model": {"name": "vitb"}}, "model.descriptor_dim absent there, 16 now; ", True),
-        ({"weights": "cd" * 32}, f"made with another network: model.{WEIGHTS_SHA256} cdcd", False),
+        ({"weights": "cd" * 32}, f"made for another network: model.{WEIGHTS_SHA256} cdcd", False),
     ],
 )
 def test_a_calibration_that_does_not_fit_is_refused(
@@ -374,7 +374,7 @@ def test_a_store_that_fails_amid_a_run_is_one_line(capsys: pytest.CaptureFixture
 
     assert exit_code_of(work) == 1
     line, _, log = capsys.readouterr().err.partition(" (full text: ")
-    assert line == "error: s3://bucket/part: OSError: 503 slow down; what is finished is kept"
+    assert line == "error: s3://bucket/part: OSError: 503 slow down; finished work is kept"
     Path(log.rstrip(")\n")).unlink()
 
 

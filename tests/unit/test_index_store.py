@@ -188,10 +188,10 @@ def test_a_missing_file_is_named(directory: str, tmp_path: Path) -> None:
 def test_a_shard_of_another_width_or_length_is_refused(tmp_path: Path) -> None:
     index = str(tmp_path / "index")
     manifest = small_index(index)
-    with pytest.raises(UserError, match=r"index\.faiss: 4 values a row, the manifest has 8"):
+    with pytest.raises(UserError, match=r"index\.faiss: 4 values per row, but the manifest has 8"):
         open_index(index, replace(manifest, descriptor_dim=8), tmp_path).shard(0)
     longer = replace(manifest.shards[0], num_rows=9)
-    with pytest.raises(UserError, match=r"index\.faiss: 2 rows, the manifest has 9"):
+    with pytest.raises(UserError, match=r"index\.faiss: 2 rows, but the manifest has 9"):
         open_index(index, replace(manifest, shards=[longer]), tmp_path).shard(0)
 
 
@@ -265,7 +265,7 @@ def test_a_generation_is_made_by_one_writer(directory: str) -> None:
     second = replace(manifest, generation=2, num_removed=1)
     commit(directory, second)
     commit(directory, second)  # as a writer that did not hear of its success would
-    with pytest.raises(UserError, match="another writer changed the index meanwhile"):
+    with pytest.raises(UserError, match="another writer has changed the index in the meantime"):
         commit(directory, replace(second, num_removed=2))
     assert read_manifest(directory) == second
 
@@ -322,7 +322,7 @@ def test_images_that_do_not_fit_the_manifest_are_refused(directory: str) -> None
     (table,) = manifest.images
     other = image_table(directory, "images.parquet", Manifest.of("/photos", PATHS[:4]), 0)
     manifest = replace(manifest, images=[replace(other, count=table.count)])
-    with pytest.raises(UserError, match=r"images\.parquet: 4 photos, the manifest has 11"):
+    with pytest.raises(UserError, match=r"images\.parquet: 4 photos, but the manifest has 11"):
         read_images(directory, manifest)
 
 
@@ -349,5 +349,5 @@ def test_a_description_continues_ids(tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "rejected.parquet").to_pylist() == [{"path": "y.jpg", "error": "broken"}]
     entries = described_shards(str(tmp_path), "", 2, 100, 3)
     assert [(entry.first_id, entry.count) for entry in entries] == [(100, 1), (101, 2)]
-    with pytest.raises(UserError, match="its shards hold 1 photos from id 100 on, expected 3 from 100; delete it"):
+    with pytest.raises(UserError, match="its shards hold 1 photos from id 100; expected 3 from id 100; delete it"):
         described_shards(str(tmp_path), "", 1, 100, 3)

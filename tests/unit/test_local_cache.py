@@ -149,7 +149,9 @@ def test_a_damaged_remote_file_is_named_and_not_kept(cache: LocalCache, tmp_path
     url, digest, num_bytes = _remote("a")
     if change == "bytes":
         storage.write_bytes(url, b"b" * 100)
-    message = f"^{url} is damaged: its sha256 is not the manifest's; restore it, or delete the index and build it again"
+    message = (
+        f"^{url} is damaged: its sha256 differs from the manifest's; restore it, or delete the index and build it again"
+    )
     with pytest.raises(UserError, match=message):
         _read(cache, url, digest, num_bytes + (change == "size"))
     assert _names(tmp_path) == set()
@@ -163,7 +165,7 @@ def test_a_missing_file_is_file_not_found(cache: LocalCache, tmp_path: Path) -> 
 
 def test_a_name_that_is_no_sha256_never_becomes_a_path(cache: LocalCache, tmp_path: Path) -> None:
     url, _, num_bytes = _remote("a")
-    with pytest.raises(UserError, match="is not one; build the index again"):
+    with pytest.raises(UserError, match="which is not a sha256; build the index again"):
         _read(cache, url, "../../outside", num_bytes)
     assert list(tmp_path.iterdir()) == []
 
@@ -177,7 +179,7 @@ def test_a_local_file_is_its_own_copy(cache: LocalCache, tmp_path: Path, prefix:
     assert not (tmp_path / "cache").exists()
     another = hashlib.sha256(b"other").hexdigest()
     for expected, num_bytes in ((another, 5), (digest, 6)):
-        with pytest.raises(UserError, match="is damaged: its sha256 is not the manifest's"):
+        with pytest.raises(UserError, match="is damaged: its sha256 differs from the manifest's"):
             _read(cache, f"{prefix}{path}", expected, num_bytes)
     assert path.read_bytes() == b"value"
 
@@ -248,18 +250,18 @@ def test_the_folder_of_copies_is_this_users_own(tmp_path: Path, monkeypatch: pyt
     assert folder.stat().st_mode & 0o777 == 0o700
     assert private_directory("copies") == folder
     folder.chmod(0o755)
-    with pytest.raises(UserError, match="not a folder that this user alone can read and write"):
+    with pytest.raises(UserError, match="other users own it or can access it"):
         private_directory("copies")
     folder.rmdir()
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     folder.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="not a folder that this user alone"):
+    with pytest.raises(UserError, match="other users own it"):
         private_directory("copies")
     folder.unlink()
     folder.mkdir(mode=0o700)
     monkeypatch.setattr(os, "getuid", lambda: 4242)
     (tmp_path / "copies-4242").mkdir(mode=0o700)
-    with pytest.raises(UserError, match="not a folder that this user alone"):
+    with pytest.raises(UserError, match="other users own it"):
         private_directory("copies")
 
 

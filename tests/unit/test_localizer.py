@@ -205,7 +205,7 @@ def test_conditions(folder: Path, localizer: Localizer, queries: list[Path]) -> 
 @pytest.mark.parametrize(
     ("conditions", "says"),
     [
-        ({"near": (37.0, -122.0), "radius_m": 5.0}, "not of which UTM zone; expected utm_epsg="),
+        ({"near": (37.0, -122.0), "radius_m": 5.0}, "no UTM zone; expected utm_epsg="),
         ({"near": (545000.0, 4175000.0), "radius_m": 5.0}, "expected latitude and longitude in degrees"),
         ({"near": Utm(1.0, 2.0)}, "expected both of them, or neither"),
         ({"radius_m": 5.0}, "expected both of them, or neither"),
@@ -262,21 +262,24 @@ def test_what_cannot_be_opened(folder: Path, tmp_path: Path, queries: list[Path]
     for open_it, says in (
         (lambda: Localizer.open(tmp_path / "none"), "no finished index there"),
         (lambda: Localizer.open(folder / "photos"), "no finished index there"),
-        (lambda: Localizer.open(index, generation=7, model=NETWORK), "generation=7: index .* has no such one"),
-        (lambda: Localizer.open(index, model=other), "was made by model small with weights .*, not by small"),
+        (lambda: Localizer.open(index, generation=7, model=NETWORK), "generation=7: index .* has no such generation"),
+        (lambda: Localizer.open(index, model=other), "was made with model small and weights .*, not with small"),
         (lambda: Localizer.open(index, model="vitx"), "model=vitx: unknown; expected one of tiny"),
         (lambda: Localizer.open(index, model=NETWORK, weights=tmp_path / "x.pth"), "no such file"),
         (lambda: Localizer.open(index, model=NETWORK, device="abacus"), "device=abacus: .*; expected cpu"),
         (lambda: Localizer.open(index, model=NETWORK, precision="fp8"), "precision=fp8: expected one of fp32"),
         (lambda: Localizer.open(index, model=NETWORK, calibration=tmp_path / "calibration.json"), "calibration.json"),
         (lambda: Localizer.open(index, model=NETWORK, memory_gib=-1), "memory_gib=-1: expected 0 or more"),
-        (lambda: Localizer.open(index, model=NETWORK, utm_epsg=4326), "utm_epsg=4326: expected a UTM zone"),
+        (lambda: Localizer.open(index, model=NETWORK, utm_epsg=4326), "utm_epsg=4326: expected a WGS84 UTM zone"),
         (lambda: Localizer.build(tmp_path / "none", tmp_path / "i", model=NETWORK), "photos=.*: no such folder"),
         (lambda: Localizer.build(folder / "photos", tmp_path / "i", model=NETWORK, kind="x"), "kind=x: expected one"),
-        (lambda: Localizer.build(folder / "photos", index, model=other, positions="names"), "made by other settings"),
+        (
+            lambda: Localizer.build(folder / "photos", index, model=other, positions="names"),
+            "made with different settings",
+        ),
         (
             lambda: Localizer.open(unplaced, model=NETWORK).locate(queries[0], near=Utm(1.0, 2.0), radius_m=5.0),
-            "the index knows no photo's position",
+            "the index has no position of its photos",
         ),
     ):
         opened: Callable[[], object] = open_it
@@ -403,7 +406,7 @@ def test_candidates_that_are_gone_or_changed_cost_themselves_alone(
 
     recomputing = Localizer.open(tmp_path / "index", **OPTIONS)  # with no features in its cache
     shutil.rmtree(tmp_path / "photos")
-    with pytest.raises(UserError, match="this folder of photos is missing or empty"):
+    with pytest.raises(UserError, match="this photo folder is missing or empty"):
         recomputing.locate(queries[0])
 
 

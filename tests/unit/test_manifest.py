@@ -121,7 +121,7 @@ def test_photos_are_found_by_path_and_taken_by_id() -> None:
 )
 def test_a_path_that_leaves_the_folder_of_photos_is_refused(tmp_path: Path, path: str) -> None:
     Manifest.of("root", ["a.jpg", path]).write(str(tmp_path / "images.parquet"))
-    with pytest.raises(UserError, match=r"images\.parquet is damaged: the path .* leaves the folder of photos"):
+    with pytest.raises(UserError, match=r"images\.parquet is damaged: the path .* points outside the photo folder"):
         Manifest.read(str(tmp_path / "images.parquet"), "root")
 
 

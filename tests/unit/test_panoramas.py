@@ -43,7 +43,9 @@ def test_names_are_split_at_the_at_sign(rows: list[tuple[object, object, int]], 
     "name", ["photo.jpg", "@1@2@.jpg", NAME.replace("@235@", "@@"), NAME.replace("@0543", "@x0543")]
 )
 def test_another_name_is_refused_by_name(name: str) -> None:
-    with pytest.raises(UserError, match=r"^here: \S+ is no panorama's name; expected @utm_east@.*field 9$") as error:
+    with pytest.raises(
+        UserError, match=r"^here: \S+ is not the name of a panorama; expected @utm_east@.*field 9$"
+    ) as error:
         panoramas.parse_names(pa.array([NAME, name, "worse.jpg"]), "here")
     assert name in str(error.value)
 

@@ -127,6 +127,6 @@ def test_a_damaged_part_is_deleted_and_named(tmp_path: Path, damage: str) -> Non
     data[len(data) // 2] ^= 1
     content = {"truncated": data[: len(data) // 2], "empty": b"", "foreign": b"not an archive", "flipped": data}
     file.write_bytes(content[damage])
-    with pytest.raises(IncompleteRunError, match=rf"^{file} was damaged .* is deleted; the same line again"):
+    with pytest.raises(IncompleteRunError, match=rf"^{file} was damaged .* was deleted; run the same command again"):
         commit_shard(str(tmp_path), store.shard_ranges(5, 1)[0], [parts.url(0)], 4)
     assert not file.exists()

@@ -102,8 +102,8 @@ def test_compressed_files_and_rows_instead_of_columns(root: Path) -> None:
             "utmDb of dbStruct is 2 x 2; expected 2 x 3, one column for each of",
         ),
         ({"utmDb": np.array(UTM_DATABASE).T}, "utmDb of dbStruct is 3 x 2; expected 2 x 3"),
-        ({"utmDb": "north"}, "dbImageFns or utmDb of dbStruct holds no names and no numbers"),
-        ({"dbImageFns": cells(["a.jpg", np.zeros(2), "b.jpg"])}, "dbImageFns or utmDb of dbStruct holds no names"),
+        ({"utmDb": "north"}, "dbStruct.dbImageFns holds no names, or dbStruct.utmDb no numbers"),
+        ({"dbImageFns": cells(["a.jpg", np.zeros(2), "b.jpg"])}, "dbStruct.dbImageFns holds no names"),
         ({"dbImageFns": "a.jpg"}, "utmDb of dbStruct is 2 x 3; expected 2 x 1"),
     ],
 )

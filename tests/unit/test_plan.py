@@ -350,7 +350,7 @@ def test_planning_needs_no_faiss_torch_or_ray() -> None:
 
 
 def test_lists_that_so_few_photos_can_not_fill_are_a_mistake() -> None:
-    with pytest.raises(UserError, match=r"^index.kind=ivf_8bit: 5 photos can't fill 16 lists"):
+    with pytest.raises(UserError, match=r"^index.kind=ivf_8bit: 5 photos are too few for 16 lists"):
         plan(5, kind=IndexKind.ivf_8bit)
 
 
@@ -362,7 +362,7 @@ def test_lists_that_so_few_photos_can_not_fill_are_a_mistake() -> None:
         (["plan.num_images=0"], "plan.num_images=0: expected a number above 0"),
         (["plan.num_images=5", "plan.images_per_s=0"], "plan.images_per_s=0.0: expected a number above 0"),
         (["plan.num_images=5", "plan.calibration_photos=-1"], "plan.calibration_photos=-1: expected a number above 0"),
-        (["plan.num_images=5", "output=''"], "output is empty: expected a text"),
+        (["plan.num_images=5", "output=''"], "output is empty: expected a value"),
         (["plan.num_image=5"], "unknown key plan.num_image: did you mean plan.num_images?"),
         (["benchmark=toycity"], "benchmark=toycity: unknown; did you mean toy_city?"),
         (["benchmark=sfxl_v1"], "missing: datasets_root=..."),
@@ -420,7 +420,7 @@ def test_other_machines_must_see_the_photos_of_a_calibration(monkeypatch: pytest
     nodes = [{"Alive": True, "Resources": {"CPU": 2.0}, "NodeID": name} for name in "ab"]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     monkeypatch.setattr(ray, "get_runtime_context", Context)
-    with pytest.raises(UserError, match=r"^the cluster has several machines, .*; or plan.images_per_s=\.\.\.$"):
+    with pytest.raises(UserError, match=r"^the cluster has several machines, .*, or plan.images_per_s=\.\.\.$"):
         job._check_shared(None)
     job._check_shared("s3://bucket/plan.json")
     del nodes[1]

@@ -432,7 +432,7 @@ EXPECTED = (
         (b"path,utm_east,utm_north\n\n \n,,\n", ": no row that can be used; expected one for each photo"),
         (b'path,utm_east,utm_north\n"a.jpg,4,9\n', ", row 2: 1 cells, expected 3"),
         (b"", ": not a CSV file: its first line is empty"),
-        (b"\xff\xd8\xff\xe0\x00\x10JFIF", ": not a CSV file: its line 1 holds a zero byte"),
+        (b"\xff\xd8\xff\xe0\x00\x10JFIF", ": not a CSV file: line 1 contains a NUL byte"),
     ],
 )
 def test_what_is_no_table_of_positions_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
@@ -499,7 +499,7 @@ def test_a_table_with_one_reading_is_read(tmp_path: Path, content: bytes, form: 
         ("b.jpg,1 N,2", "row 2: utm_east is '1 N'; expected a number"),
         ("b.jpg,1,2\n./b.jpg,1,2", "row 3: b.jpg again, first in row 2"),
         ("b.jpg,1,2,", "row 2: 4 cells, expected 3"),
-        ("b.jpg,1,2\0", "its line 2 holds a zero byte"),
+        ("b.jpg,1,2\0", "line 2 contains a NUL byte"),
     ],
 )
 def test_a_row_with_more_than_one_reading_is_refused(tmp_path: Path, rows: str, message: str) -> None:
@@ -649,8 +649,8 @@ def test_padded_and_lower_case_references_have_one_reading(reference: str) -> No
         ((50, 61, 0), "at most 60 minutes and 60 seconds"),
         ((50, 0, 60.01), "at most 60 minutes and 60 seconds"),
         ((50, 4631, 0), "at most 60 minutes"),
-        ((50.5, 30, 0), "a fraction in the last part alone"),
-        ((50, 30.5, 30), "a fraction in the last part alone"),
+        ((50.5, 30, 0), "a fraction only in the last part"),
+        ((50, 30.5, 30), "a fraction only in the last part"),
         ((IFDRational(1, 0), 0, 0), "degrees, minutes and seconds"),
         ((50, 30, IFDRational(0, 0)), "degrees, minutes and seconds"),
         ((50, 30), "degrees, minutes and seconds"),
@@ -674,7 +674,9 @@ def signed_latitude(degrees: int) -> bytes:
 
 def test_a_value_with_a_sign_of_its_own_is_refused() -> None:
     assert gps_position(signed_latitude(33)).latitude_deg == 33.0
-    with pytest.raises(GpsError, match=r"^GPSLatitude is \(-33\.0.*; expected no sign, GPSLatitudeRef says the side"):
+    with pytest.raises(
+        GpsError, match=r"^GPSLatitude is \(-33\.0.*; expected no sign, because GPSLatitudeRef gives the hemisphere"
+    ):
         gps_position(signed_latitude(-33))
 
 
@@ -687,7 +689,7 @@ def test_other_datums_are_refused() -> None:
 
 
 def test_no_fix_is_no_position() -> None:
-    with pytest.raises(GpsError, match="are both 0, as of a camera without a fix"):
+    with pytest.raises(GpsError, match="are both 0, which cameras write without a GPS fix"):
         gps_position(east({"GPSLatitude": (0, 0, 0), "GPSLongitude": (0, 0, 0)}))
 
 
@@ -834,8 +836,8 @@ def test_an_exif_block_cut_anywhere_never_says_another_place() -> None:
             found = gps_position(data)
             assert (found.latitude_deg, found.longitude_deg) == (expected.latitude_deg, expected.longitude_deg)
         except GpsError as error:
-            messages.add(str(error).split(":")[0])
-    assert messages == {"no GPS position in its EXIF, or a damaged one"}
+            messages.add(str(error).split(";")[0])
+    assert messages == {"its EXIF has no GPS position, or a damaged one"}
     messages = set[str]()
     for cut in range(len(whole)):
         try:
@@ -843,16 +845,16 @@ def test_an_exif_block_cut_anywhere_never_says_another_place() -> None:
         except GpsError as error:
             messages.add(str(error).split(")")[1])
     assert len(messages) == 1
-    assert "not a photo or cut short" in messages.pop()
+    assert "not a photo, or truncated" in messages.pop()
 
 
 def test_photos_that_do_not_say_where_are_named_one_by_one(tmp_path: Path) -> None:
     put(tmp_path, "queries/q.jpg", photo(**WEST))
     whole = photo(**EAST)
     wrong = {
-        "a.jpg": (photo(), "no GPS position in its EXIF, or a damaged one: expected GPSLatitude, GPSLatitudeRef"),
-        "b.jpg": (whole[: whole.index(b"Exif\0\0") + 60], "can't be opened (OSError), not a photo or cut short"),
-        "c.jpg": (b"", "can't be opened (UnidentifiedImageError), not a photo or cut short; expected a whole one of"),
+        "a.jpg": (photo(), "its EXIF has no GPS position, or a damaged one; expected GPSLatitude, GPSLatitudeRef"),
+        "b.jpg": (whole[: whole.index(b"Exif\0\0") + 60], "can't be opened (OSError): not a photo, or truncated"),
+        "c.jpg": (b"", "can't be opened (UnidentifiedImageError): not a photo, or truncated; expected a complete"),
         "d.jpg": (east({"GPSLatitude": (95, 0, 0)}), "GPSLatitude is 95; expected degrees from -90 to 90"),
         "e.jpg": (east({"GPSLongitude": (181, 0, 0)}), "GPSLongitude is 181; expected degrees from -180"),
         "f.jpg": (east({"GPSLatitudeRef": "E"}), "GPSLatitudeRef is 'E'; expected N or S"),
@@ -860,7 +862,7 @@ def test_photos_that_do_not_say_where_are_named_one_by_one(tmp_path: Path) -> No
             east({"GPSLatitude": (IFDRational(0, 0),) * 3}),
             "GPSLatitude is (nan, nan, nan); expected degrees, minutes and seconds",
         ),
-        "h.jpg": (whole.replace(b"\x88\x25", b"\x88\x26", 1), "no GPS position in its EXIF"),
+        "h.jpg": (whole.replace(b"\x88\x25", b"\x88\x26", 1), "its EXIF has no GPS position"),
     }
     for name, (data, _) in wrong.items():
         put(tmp_path, f"database/{name}", data)
@@ -872,7 +874,7 @@ def test_photos_that_do_not_say_where_are_named_one_by_one(tmp_path: Path) -> No
     for line, (_, message) in zip(found, wrong.values(), strict=False):
         assert line.split(": ", 1)[1].startswith(message)
     assert "can't be read: " in found[-1]
-    with pytest.raises(UserError, match=r"a\.jpg: no GPS position in its EXIF.* \(and 8 more; ray_jobs"):
+    with pytest.raises(UserError, match=r"a\.jpg: its EXIF has no GPS position.* \(and 8 more; ray_jobs"):
         load(tmp_path, "exif")
 
 
@@ -888,12 +890,12 @@ def test_no_photo_says_where(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"database_table": "t.csv"}, r"benchmark\.database_table is set: expected benchmark\.positions=table, too"),
-        ({"queries_table": "t.csv"}, r"benchmark\.queries_table is set: expected benchmark\.positions=table"),
-        ({"positions": PositionSource.table}, r"positions=table: expected benchmark\.database_table=FILE"),
+        ({"database_table": "t.csv"}, r"benchmark\.database_table is set: expected also benchmark\.positions=table"),
+        ({"queries_table": "t.csv"}, r"benchmark\.queries_table is set: expected also benchmark\.positions=table"),
+        ({"positions": PositionSource.table}, r"positions=table: expected also benchmark\.database_table=FILE"),
         (
             {"positions": PositionSource.table, "database_table": "t.csv", "radius_m": 25.0},
-            r"positions=table: expected benchmark\.queries_table=FILE",
+            r"positions=table: expected also benchmark\.queries_table=FILE",
         ),
         ({"database_table": " "}, r"benchmark\.database_table is empty"),
     ],
@@ -904,7 +906,7 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message:
 
 
 def test_columns_need_names_of_their_own() -> None:
-    with pytest.raises(UserError, match=r"benchmark\.columns: lat stands for two columns"):
+    with pytest.raises(UserError, match=r"benchmark\.columns: lat names two columns"):
         PositionColumns(latitude="lat", longitude="lat")
     with pytest.raises(UserError, match=r"benchmark\.columns\.path is empty"):
         PositionColumns(path="")

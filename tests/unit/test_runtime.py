@@ -30,7 +30,7 @@ def connect(key: str, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("address", "words"),
     [
-        ("http://127.0.0.1:8265", "the dashboard's address; use `ray job submit` with it, or give HOST:6379"),
+        ("http://127.0.0.1:8265", "the dashboard's address, for `ray job submit`; expected HOST:6379"),
         ("https://head:8265", "the dashboard's address"),
         ("nonsense", "Invalid address format: nonsense; expected HOST:PORT of a running cluster, or auto"),
         ("auto", "Could not find any running Ray instance"),

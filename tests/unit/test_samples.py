@@ -218,14 +218,14 @@ def test_a_set_that_is_all_broken_is_given_up_with_its_name_and_an_error() -> No
     load = FakeLoad(frozenset(f"gldv2/{place}/{i}" for place in range(150) for i in range(4)))
     with pytest.raises(UserError) as raised:
         draw_views(fake, 120, 3, np.random.default_rng(0), load)
-    assert str(raised.value).startswith("gldv2: none of 100 places, from number 120 on, has 3 readable photos; ")
+    assert str(raised.value).startswith("gldv2: none of 100 places, starting with number 120, has 3 readable photos; ")
     assert "spoilt gldv2/69/" in str(raised.value)  # the hundredth
     assert "\n" not in str(raised.value)
     assert {view.url.split("/")[1] for view in load.asked} == {str(i % 150) for i in range(120, 220)}
 
 
 def test_a_set_of_too_small_places_is_given_up_without_an_error_to_name() -> None:
-    with pytest.raises(UserError, match=r"none of 2 places, from number 1 on, has 3 readable photos$"):
+    with pytest.raises(UserError, match=r"none of 2 places, starting with number 1, has 3 readable photos$"):
         draw_views(FakeSet("set", (2, 2)), 1, 3, np.random.default_rng(0), FakeLoad())
 
 
@@ -235,7 +235,7 @@ class _Stubborn(FakeSet):
 
 
 def test_a_set_that_draws_broken_photos_again_is_a_defect_and_no_endless_loop() -> None:
-    with pytest.raises(RuntimeError, match="told is broken"):
+    with pytest.raises(RuntimeError, match="already reported as broken"):
         draw_views(_Stubborn("set", (2,)), 0, 2, np.random.default_rng(0), FakeLoad(frozenset({"set/0/0"})))
 
 

@@ -111,14 +111,14 @@ def test_nothing_that_leaves_a_job_holds_a_secret(url: str, tmp_path: Path) -> N
     assert not any(SECRET in text for text in written)
     check_claim(f"{tmp_path}/run", plain_without_secrets(content), "output")
     check_claim(f"{tmp_path}/run", content, "output")  # the same settings as before
-    with pytest.raises(UserError, match=r"was made by other settings: c 1 there, 2 now"):
+    with pytest.raises(UserError, match=r"was made with different settings: c 1 there, 2 now"):
         check_claim(f"{tmp_path}/run", content | {"c": 2}, "output")
     assert json.loads((tmp_path / "metrics.json").read_text())["c"] == 1
 
 
 @pytest.mark.parametrize("url", URLS)
 def test_photos_lie_at_no_url_with_a_secret(url: str) -> None:
-    with pytest.raises(UserError, match="a URL of photos can't hold a password") as caught:
+    with pytest.raises(UserError, match="a photo URL can't contain a password") as caught:
         Manifest.of(url, ["a.jpg"])
     assert SECRET not in str(caught.value)
 

@@ -272,7 +272,7 @@ def test_a_name_that_is_freed_meanwhile_is_created(flaky: type[FlakyFileSystem])
 def test_a_store_that_contradicts_itself_is_not_asked_forever(flaky: type[FlakyFileSystem]) -> None:
     flaky.error = FileExistsError("taken")
     flaky.failures_left["pipe_file"] = 1000
-    with pytest.raises(storage.StorageError, match="the store says that it is there and that it is not"):
+    with pytest.raises(storage.StorageError, match="the store reports it both as present and as missing"):
         storage.create_exclusively(URL, b"value")
     assert flaky.requests["pipe_file"] == storage.NUM_TRIES
 
@@ -522,7 +522,9 @@ def test_a_store_that_damages_every_file_is_told(
 ) -> None:
     _damage_uploads(monkeypatch, [_hold(b"vxlue")] * storage.NUM_TRIES)
     _tell_etags(monkeypatch, _quoted_md5)
-    with pytest.raises(storage.StorageError, match=f"^{URL}: OSError: other bytes arrived than were sent$"):
+    with pytest.raises(
+        storage.StorageError, match=f"^{URL}: OSError: the stored bytes differ from those that were sent$"
+    ):
         write()
 
 

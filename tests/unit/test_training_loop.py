@@ -170,7 +170,7 @@ def test_a_loss_that_is_no_number_stops_the_run(root: Path, stage: int, tmp_path
     last = tmp_path / "out" / "checkpoints" / "last.pt"
     before = last.read_bytes()
     with pytest.raises(
-        NotFiniteError, match=r"loss of step \d+ is not a number \(lr .*(Bangkok|Boston)_.*jpg"
+        NotFiniteError, match=r"loss of step \d+ is not finite \(lr .*(Bangkok|Boston)_.*jpg"
     ) as stopped:
         train_here(stage, [*line, "train.lr=1e30"])
     assert "\n" not in str(stopped.value)
@@ -250,13 +250,13 @@ def test_exported_weights_are_what_inference_loads(root: Path, tmp_path: Path, n
 
 def test_checkpoints_of_the_other_stage_are_refused(undisturbed: Path, stage: int, tmp_path: Path) -> None:
     url = str(undisturbed / "checkpoints" / "last.pt")
-    with pytest.raises(UserError, match=f"a checkpoint of stage {stage}; expected one of stage {3 - stage}"):
+    with pytest.raises(UserError, match=f"it is a checkpoint of stage {stage}; expected one of stage {3 - stage}"):
         checkpoint.load(url, 3 - stage, "output")
     (tmp_path / "last.pt").write_bytes(Path(url).read_bytes()[:1000])
     with pytest.raises(UserError, match="not a checkpoint"):
         checkpoint.load(str(tmp_path / "last.pt"), stage, "output")
     torch.save({"format_version": checkpoint.FORMAT_VERSION, "stage": stage}, tmp_path / "last.pt")
-    with pytest.raises(UserError, match="it lacks counts, model, optimizer"):
+    with pytest.raises(UserError, match="an incomplete checkpoint, without counts, model, optimizer"):
         checkpoint.load(str(tmp_path / "last.pt"), stage, "output")
     torch.save({"model": {}}, tmp_path / "weights.pt")
     with pytest.raises(UserError, match="weights alone"):

@@ -128,7 +128,9 @@ def test_gsv_csv_files_are_refused_by_name(tmp_path: Path, rows: list[str], head
 
 
 def test_gsv_missing_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere/Dataframes: no CSV file of a city; expected <City>\.csv of Bangkok"):
+    with pytest.raises(
+        UserError, match=r"nowhere/Dataframes: no CSV file of a city; expected <City>\.csv for some of Bangkok"
+    ):
         read_gsv_cities(str(tmp_path / "nowhere"))
     root = gsv(tmp_path, {"PRS": gsv_rows(1, 4)})
     (tmp_path / "Dataframes" / "PRS.csv").write_text("")
@@ -261,7 +263,7 @@ class Harmless:
         (([[(0, 0)]], {(0, 0): "a"}), "not the published grouping"),
         (([[(0, 0), (15, 0)]], {(0, 0): [panorama(1, 1)]}), r"no paths of the cell \(15, 0\)"),
         (([[]], {}), "no cells"),
-        (([[(0, 0)]], {(0, 0): ["photo.jpg"]}), r"photo\.jpg is no panorama's name"),
+        (([[(0, 0)]], {(0, 0): ["photo.jpg"]}), r"photo\.jpg is not the name of a panorama"),
         (([[(0, 0)]], Harmless()), "can't be read"),
     ],
 )
@@ -283,7 +285,7 @@ def test_a_folder_without_a_place_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no cell of 15 m x 15 m has 5 of the 4 panoramas"):
         read_sfxl(root, directory)
     sfxl_files(tmp_path / "set", ["photo.jpg"])
-    with pytest.raises(UserError, match=r"panoramas: photo\.jpg is no panorama's name"):
+    with pytest.raises(UserError, match=r"panoramas: photo\.jpg is not the name of a panorama"):
         read_sfxl(root, directory)
 
 
@@ -384,7 +386,7 @@ def test_sets_are_read_by_name_from_their_folders(tmp_path: Path) -> None:
     [
         (["gsv_cities", "gsv"], "train.datasets: unknown gsv; expected some of sfxl, gsv_cities, gldv2"),
         ([], "train.datasets: none given; expected"),
-        (["gldv2", "gldv2"], "train.datasets: gldv2, gldv2 names a set twice"),
+        (["gldv2", "gldv2"], "train.datasets: gldv2, gldv2 lists a dataset twice"),
     ],
 )
 def test_unknown_names_are_refused(tmp_path: Path, names: list[str], message: str) -> None:

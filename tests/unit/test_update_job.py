@@ -59,24 +59,24 @@ def update(root: Path, *line: str) -> Callable[[], object]:
     ("line", "expected"),
     [
         ([], "nothing to do: expected one or more of add=..., remove=..., compact=true, index.kind=..."),
-        (["add=ROOT/elsewhere"], "not below ROOT/photos, where the index's photos are"),
+        (["add=ROOT/elsewhere"], "it is not in ROOT/photos, where the index's photos are"),
         (["add=ROOT/photos/none"], "add=ROOT/photos/none: no such folder"),
         (["add=ROOT/none.txt"], "add=ROOT/none.txt: no such file"),
         (["remove=ROOT/none.csv"], "remove=ROOT/none.csv: no such file"),
-        (["remove=ROOT/unknown.txt"], "z.png is not in the index (nor are 1 more)"),
-        (["remove=ROOT/photos/nothing"], "no photo of the index is below it"),
+        (["remove=ROOT/unknown.txt"], "z.png is not in the index (1 more are not, either)"),
+        (["remove=ROOT/photos/nothing"], "it contains no photo of the index"),
         (["add=ROOT/list.txt", "remove=ROOT/list.txt"], "add and remove both name a.png"),
-        (["add=ROOT/words.txt"], "readme.md is no photo; expected .jpg"),
-        (["add=ROOT/empty.txt"], "no path in it"),
-        (["remove=ROOT/absolute.txt"], "absolute.txt: /photos/a.png is not relative to ROOT/photos"),
-        (["add=ROOT/outside.txt"], "outside.txt: ../a.png is not relative to ROOT/photos"),
+        (["add=ROOT/words.txt"], "readme.md is not a photo; expected .jpg"),
+        (["add=ROOT/empty.txt"], "it lists no path"),
+        (["remove=ROOT/absolute.txt"], "absolute.txt: /photos/a.png is not a path inside ROOT/photos"),
+        (["add=ROOT/outside.txt"], "outside.txt: ../a.png is not a path inside ROOT/photos"),
         (["add=ROOT/list.txt", "remove=ROOT/dotted.txt"], "add and remove both name a.png"),
-        (["remove=ROOT/list.txt", "index.num_lists=8"], "is set without index.kind: expected index.kind=..., too"),
+        (["remove=ROOT/list.txt", "index.num_lists=8"], "is set without index.kind: expected also index.kind=..."),
         (["add=ROOT/photos", "positions=exif"], "positions=exif: added photos need metres"),
         (["add=ROOT/photos", "positions=names"], "add: a.png has no coordinates in its name"),
         (["add=ROOT/photos", "positions=table"], "expected positions=table and positions_table=FILE together"),
         (["compact=true", "index.compact_share=1.5"], "index.compact_share=1.5: expected 0 to below 1"),
-        (["add=ROOT/photos"], "was made by model small with weights abababababab"),
+        (["add=ROOT/photos"], "was made with model small and weights abababababab"),
         (["compact=true", "index.path=ROOT/nothing"], "no finished index there"),
     ],
 )
@@ -119,21 +119,21 @@ def test_a_store_that_can_not_tell_writers_apart(root: Path) -> None:
     photos = folder_manifest(f"{root}/photos", "database")
     write_index("memory://shared/index", [], np.eye(3, 16, dtype=np.float32), images=photos)
     line = ["index.path=memory://shared/index", "compact=true"]
-    assert "expected single_writer=true, your word" in mistake(update(root, *line))
-    assert "was made by model small" in mistake(update(root, *line, "single_writer=true"))
+    assert "expected single_writer=true to confirm" in mistake(update(root, *line))
+    assert "was made with model small" in mistake(update(root, *line, "single_writer=true"))
 
 
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
         (["filter.near_m=-1"], "filter.near_m=-1.0: expected a number above 0"),
-        (["filter.center=[1,2]"], "filter.center is set: expected filter.near_m, too"),
+        (["filter.center=[1,2]"], "filter.center is set: expected also filter.near_m"),
         (["filter.near_m=5", "filter.center=[1]"], "filter.center=[1.0]: expected [east, north] in metres"),
         (["filter.box=[3,0,1,1]"], "expected west <= east and south <= north"),
-        (["filter.heading_deg=5"], "filter.heading_deg is set: expected filter.within_deg, too"),
-        (["filter.box=[0,0,1,1]", "filter.priors=x.csv"], "every condition has its value for all queries"),
-        (["filter.box=[0,0,1,1]"], "the index knows no photo's position"),
-        (["filter.within_deg=5", "filter.heading_deg=5"], "the index knows no photo's heading"),
+        (["filter.heading_deg=5"], "filter.heading_deg is set: expected also filter.within_deg"),
+        (["filter.box=[0,0,1,1]", "filter.priors=x.csv"], "every condition already has a value for all queries"),
+        (["filter.box=[0,0,1,1]"], "the index has no position of its photos"),
+        (["filter.within_deg=5", "filter.heading_deg=5"], "the index has no heading of its photos"),
     ],
 )
 def test_filters(root: Path, line: list[str], expected: str) -> None:
@@ -183,7 +183,7 @@ def test_what_can_not_fit_is_refused_with_the_numbers() -> None:
     insisted = load(BuildIndexConfig, [*words, "index.allow_overcommit=true"]).index
     assert kinds_to_try(10_000_000, 512, 0.01 * 2**30, insisted) == ["ivf_rabitq"]
     too_few = load(BuildIndexConfig, ["database=x", "output=y", "index.kind=ivf_8bit"]).index
-    assert "10 photos can't fill 16 lists" in mistake(lambda: kinds_to_try(10, 512, 1e9, too_few))
+    assert "10 photos are too few for 16 lists" in mistake(lambda: kinds_to_try(10, 512, 1e9, too_few))
 
 
 def test_lists_of_an_update_follow_the_rule_of_tables(root: Path) -> None:

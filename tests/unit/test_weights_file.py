@@ -112,7 +112,7 @@ def test_a_store_that_does_not_answer_is_done_without(
     assert value_of(find_weights_file(url)) == 1
     said = capsys.readouterr().err
     assert "no route to host" in said
-    assert "copy of an earlier run" in said
+    assert "copy from an earlier run" in said
     with pytest.raises(UserError, match=r"can't be read: .*no route to host"):
         find_weights_file("memory://other/w.pth")
 

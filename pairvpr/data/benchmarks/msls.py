@@ -49,7 +49,7 @@ def load(config: MslsConfig, problems: Problems) -> Benchmark:
     """
     root = storage.join(storage.absolute(config.root), config.split)
     if not _is_there(root):
-        raise UserError(f"benchmark.root={config.root}: no folder {config.split}/ in it; expected the download of MSLS")
+        raise UserError(f"benchmark.root={config.root}: it has no folder {config.split}/; expected the MSLS download")
     database, queries = (
         {city: _read_photos(root, city, part, config, problems) for city in config.cities}
         for part in ("database", "query")

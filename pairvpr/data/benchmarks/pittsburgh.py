@@ -89,7 +89,7 @@ def _listed(url: str, fields: dict[str, MatValue], names_field: str, utm_field: 
     values, utm = fields[names_field], fields[utm_field]
     names = [value for value in (values if isinstance(values, list) else [values]) if isinstance(value, str)]
     if not isinstance(utm, np.ndarray) or (isinstance(values, list) and len(names) != len(values)):
-        raise UserError(f"{url}: {names_field} or {utm_field} of dbStruct holds no names and no numbers")
+        raise UserError(f"{url}: dbStruct.{names_field} holds no names, or dbStruct.{utm_field} no numbers")
     utm_m = utm.T
     if utm_m.shape != (len(names), 2):
         raise UserError(

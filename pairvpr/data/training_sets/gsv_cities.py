@@ -119,7 +119,7 @@ def read_gsv_cities(root: str) -> GsvCities:
                 cities.append((city, range(num_places, num_places + len(photos_per_place))))
             num_places += len(photos_per_place)
     if not tables:
-        raise UserError(f"{dataframes}: no CSV file of a city; expected <City>.csv of {', '.join(CITIES)}")
+        raise UserError(f"{dataframes}: no CSV file of a city; expected <City>.csv for some of {', '.join(CITIES)}")
     if not num_places:
         raise UserError(f"{dataframes}: no place with at least {MIN_PHOTOS} photos in {len(tables)} CSV files")
     return GsvCities(root, pa.concat_tables(tables).combine_chunks(), offsets_of(np.concatenate(counts)), cities)

@@ -29,7 +29,7 @@ def read_training_sets(
         what = f"unknown {', '.join(unknown)}" if unknown else "none given"
         raise UserError(f"train.datasets: {what}; expected some of {', '.join(FOLDERS)}")
     if len(set(names)) < len(names):
-        raise UserError(f"train.datasets: {', '.join(names)} names a set twice; expected each once")
+        raise UserError(f"train.datasets: {', '.join(names)} lists a dataset twice; expected each once")
     return [_read(name, storage.join(root, FOLDERS[name]), cache_directory, landmarks_csv) for name in names]
 
 

@@ -210,7 +210,7 @@ def _read_cache(url: str, root: str) -> SfXl | None:
     if not len(place) or place[0] != 0 or not np.isin(np.diff(place), (0, 1)).all():
         raise sealed.DamagedFileError(url, "its places are not in order", remedy)
     if pc.any(pc.match_substring_regex(paths, storage.OUTSIDE)).as_py():
-        raise sealed.DamagedFileError(url, "a path leaves the folder of panoramas", remedy)
+        raise sealed.DamagedFileError(url, "a path points outside the panorama folder", remedy)
     return SfXl(
         root=root,
         paths=paths,
