@@ -1,4 +1,4 @@
-"""`pairvpr calibrate predictions=OUT output=calibration.json`: how sure is an answer, when may one stop?"""
+"""`pairvpr calibrate predictions=OUT output=calibration.json`: fit confidence and early stopping."""
 
 from __future__ import annotations
 

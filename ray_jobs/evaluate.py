@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
 def evaluate(configs: Sequence[EvaluateConfig]) -> list[dict[str, Any]]:
     """Run one benchmark or several; prints a table for each and returns the contents of their metrics.json.
 
-    Raises `IncompleteRunError` for the benchmarks in which work failed for good, when all others are done.
+    Raises `IncompleteRunError`, after all others are done, for benchmarks in which work failed for good.
     """
     runs = prepare(configs)
     weights = load_weights(configs[0].model, runs[0].weights)
@@ -77,7 +77,7 @@ def evaluate(configs: Sequence[EvaluateConfig]) -> list[dict[str, Any]]:
 
 
 def prepare(configs: Sequence[EvaluateConfig]) -> list[Run]:
-    """Check all benchmarks of a run; writes nothing. Those of a list get folders of their own and share the weights."""
+    """Check all benchmarks of a run; writes nothing. Several benchmarks get separate folders and share the weights."""
     outputs = [storage.absolute(config.output) for config in configs]
     if len(configs) > 1 or configs[0].benchmarks:
         outputs = [storage.join(output, config.benchmark.name) for output, config in zip(outputs, configs, strict=True)]

@@ -35,7 +35,7 @@ from ray_jobs.steps import memory_budget_bytes
 
 WIDTH_PX, HEIGHT_PX, JPEG_QUALITY = 640, 480, 90
 NUM_DRAWN = 64
-"""Different photos of a calibration; a longer one has them again and again."""
+"""Distinct calibration photos; a longer calibration repeats them."""
 BATCHES_PER_ACTOR = 4
 ENOUGH_S = 5.0
 MOST_PHOTOS = 100_000
@@ -52,7 +52,7 @@ class Throughput:
 
     @property
     def images_per_s(self) -> float:
-        """Photos that all actors together describe in a second."""
+        """Photos per second of all actors together."""
         return self.num_timed / max(self.seconds, 1e-9)
 
     def __str__(self) -> str:
@@ -61,14 +61,14 @@ class Throughput:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """One plan; it is no failure that there is no room for it."""
+    """One plan; it is not an error if the plan does not fit."""
     plan(load(PlanConfig, arguments))
 
 
 def plan(config: PlanConfig) -> dict[str, Any]:
-    """Print the plan as a table and as JSON, write the JSON to `output` if there is one, and return it.
+    """Print the plan as a table and as JSON, write the JSON to `output` if given, and return it.
 
-    Ray is started only for what is not given: the speed, and the memory that an index may take.
+    Ray is started only to find what is not given: the speed, and the memory for an index.
     """
     if config.output is not None:
         check_writable_file(config.output, "output", "the plan")
@@ -102,7 +102,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
 
 
 def _numbers(config: PlanConfig) -> tuple[int, int | None]:
-    """Photos of the database; queries, where they are known."""
+    """Number of photos in the database, and of queries if known."""
     asked = config.plan
     if config.benchmark is None:
         assert asked.num_images is not None
@@ -119,10 +119,10 @@ def _write(output: str, content: dict[str, Any]) -> None:
 
 
 def measured_throughput(config: PlanConfig) -> Throughput:
-    """Describe drawn photos with the untrained network, whose speed is that of any weights; nothing of it is kept.
+    """Describe generated photos with the untrained network (speed does not depend on weights); nothing is kept.
 
-    Timed are those after the first half, when the actors have started and have used up what was decoded meanwhile.
-    Photos lie ready in the memory of the disk, so a slow store of photos is not seen.
+    Only the second half is timed, when the actors have started and used up the photos decoded meanwhile. The photos
+    are in the page cache, so slow photo storage is not measured.
     """
     _check_shared(config.output)
     asked = config.plan.calibration_photos
@@ -140,7 +140,7 @@ def measured_throughput(config: PlanConfig) -> Throughput:
 
 
 def _check_shared(output: str | None) -> None:
-    """Raise `UserError` where other machines would look for photos in a temporary folder of this one."""
+    """Raise `UserError` if other machines could not see photos in this machine's temporary folder."""
     here = ray.get_runtime_context().get_node_id()
     others = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU") and node["NodeID"] != here]
     if others and output is None:
@@ -152,7 +152,7 @@ def _check_shared(output: str | None) -> None:
 
 @contextmanager
 def _scratch(output: str | None) -> Iterator[str]:
-    """A directory for the calibration, which goes with it."""
+    """A directory for the calibration, deleted afterwards."""
     if output is None:
         with tempfile.TemporaryDirectory(prefix="pairvpr-") as folder:
             yield folder
@@ -165,7 +165,7 @@ def _scratch(output: str | None) -> Iterator[str]:
 
 
 def _draw(folder: str, num_photos: int) -> list[str]:
-    """Paths in `folder` of drawn photos."""
+    """Paths of generated photos in `folder`."""
     say(f"calibration: drawing {num_photos} photos")
     places = -(-num_photos // len(toy_city.DATABASE_DAYS))
     photos = toy_city.database_photos(seed=0, num_places=places)[:num_photos]

@@ -75,7 +75,7 @@ def query(config: QueryConfig) -> dict[str, Any]:
 
 
 def _filter_settings(config: FilterConfig, filters: tuple[Filters, Places] | None) -> dict[str, Any]:
-    """What decides which photos a query may find: the settings, and what a file of priors says now."""
+    """The settings that decide which photos a query may find, with a checksum of the priors file."""
     settings = asdict(config)
     if config.needs_priors and filters is not None:
         settings[CONDITIONS] = hashlib.sha256(filters[0].conditions.tobytes()).hexdigest()
@@ -104,9 +104,9 @@ def _run(config: QueryConfig, index: str, manifest: IndexManifest) -> Run:
 
 
 def _filters(config: FilterConfig, benchmark: Benchmark) -> tuple[Filters, Places] | None:
-    """A line of conditions for each query, and where the photos of the index were taken; None without conditions.
+    """Conditions for each query, and the positions of the index's photos; None without conditions.
 
-    Raises `UserError` where no photo can meet a condition, and where a query has no prior that one needs.
+    Raises `UserError` if no photo can meet a condition, or if a query lacks a required prior.
     """
     if not config.is_set:
         return None
@@ -139,9 +139,9 @@ def _filters(config: FilterConfig, benchmark: Benchmark) -> tuple[Filters, Place
 def _priors(
     config: FilterConfig, queries: Manifest, zone: UtmZone | None
 ) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
-    """Prior position (2,) or (Q, 2), and heading () or (Q,), where there is a condition on them.
+    """Prior position (2,) or (Q, 2) and heading () or (Q,), if there is a condition on them.
 
-    `zone` is that of the index's positions, where their names state it.
+    `zone` is the UTM zone of the index's positions, if their names give it.
     """
     near = None if config.center is None else np.array(config.center)
     heading_deg = None if config.heading_deg is None else np.array(config.heading_deg)

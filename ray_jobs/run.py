@@ -1,4 +1,4 @@
-"""What a run is: its settings, and every check of what a user gave, before a file is written or Ray starts."""
+"""A run: its settings, and all checks of the user's input before a file is written or Ray starts."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Run:
 
     @property
     def judge(self) -> Judge | None:
-        """How sure the run is of its answers."""
+        """Computes the confidence of answers."""
         found = self.calibration
         if found is None:
             return None
@@ -66,18 +66,18 @@ class Run:
 
     @property
     def stop_margin(self) -> float | None:
-        """Where the re-ranking of a query stops early."""
+        """The margin at which re-ranking of a query stops early."""
         fitted = self.decision or self.calibration
         return fitted.stop_margin if fitted and self.config.rerank.adaptive else None
 
     @property
     def decision(self) -> Decision | None:
-        """How answers are decided, where by more than the pair score."""
+        """The decision, if answers are ordered by more than the pair score."""
         return None if self.calibration is None else decision_of(self.config.rerank, self.calibration)
 
     @property
     def store(self) -> WantedStore | None:
-        """The store of dense features that the run re-ranks from, if it is to have one."""
+        """The store of dense features that the run re-ranks from, if any."""
         settings = self.config.rerank
         if settings.dense_features is not DenseFeatures.store:
             return None
@@ -90,13 +90,13 @@ class Run:
         )
 
     def index_settings(self) -> dict[str, Any]:
-        """What decides the bytes of the index."""
+        """The settings that decide the bytes of the index."""
         return index_settings(
             self.benchmark.database, self.num_shards, self.config.model, self.weights.sha256, self.config.describe
         )
 
     def settings(self) -> dict[str, Any]:
-        """What decides the bytes of the predictions."""
+        """The settings that decide the bytes of the predictions."""
         return self.index_settings() | {
             "benchmark": {"name": self.benchmark.name} | self.benchmark.stamp(),
             "queries": {"root": self.benchmark.queries.root},
@@ -110,7 +110,7 @@ class Run:
         }
 
     def _decision_settings(self) -> dict[str, Any] | None:
-        """What orders the answers, where that is more than the pair score."""
+        """The settings of the order of answers, if it is by more than the pair score."""
         found = self.decision
         if found is None:
             return None
@@ -123,7 +123,7 @@ class Run:
         }
 
     def _unusual_settings(self) -> dict[str, Any]:
-        """What most runs don't ask for."""
+        """Settings that most runs leave at their defaults."""
         values = {
             "second_direction": self.config.rerank.second_direction,
             "candidates_sha256": self.given and self.given.sha256,
@@ -144,7 +144,7 @@ def check_claims(run: Run) -> None:
 
 
 def check_photos(run: Run) -> None:
-    """Raise `UserError` unless a finished index holds the run's database, also where its settings.json is gone."""
+    """Raise `UserError` unless a finished index holds the run's database, even if its settings.json is gone."""
     manifest = read_manifest(run.index)
     if manifest is None:
         return
@@ -189,7 +189,7 @@ def check_index_model(run: Run) -> None:
 
 
 def check_dense_store(run: Run) -> None:
-    """Raise `UserError` where the run's store of dense features is another one, or is no directory of its own."""
+    """Raise `UserError` if the store of dense features has other settings, or shares a directory with the run."""
     wanted = run.store
     if wanted is None:
         return
@@ -208,7 +208,7 @@ def given_candidates(config: RerankConfig, benchmark: Benchmark) -> GivenCandida
 
 
 def calibrated(config: RerankConfig) -> Calibration | None:
-    """The calibration that re-ranking is to use; raises `UserError` where it can't."""
+    """The calibration for re-ranking. Raises `UserError` if it does not fit the settings."""
     if config.calibration is None:
         return None
     found = read_calibration(config.calibration)
@@ -219,12 +219,12 @@ def calibrated(config: RerankConfig) -> Calibration | None:
 
 
 def decision_of(config: RerankConfig, calibration: Calibration) -> Decision | None:
-    """How re-ranking decides; raises `UserError` where the calibration has no such decision."""
+    """The decision for re-ranking. Raises `UserError` if the calibration has no such decision."""
     return calibration.decision(str(config.calibration), config.decision, config.num_candidates)
 
 
 def check_calibration(run: Run) -> None:
-    """Raise `UserError` unless the run's network is the calibrated one, and votes have positions to go by."""
+    """Raise `UserError` unless the run's network is the calibrated one and votes have positions."""
     if run.calibration is None:
         return
     run.calibration.check(str(run.config.rerank.calibration), run.index_settings()["model"])
@@ -237,7 +237,7 @@ def check_calibration(run: Run) -> None:
 
 
 def open_manifest(index: str, given: str) -> IndexManifest:
-    """The newest generation of an index. Raises `UserError`, naming the path as it was `given`, where there is none."""
+    """The newest generation of an index. Raises `UserError`, naming the path as `given`, if there is none."""
     manifest = read_manifest(index)
     if manifest is None:
         raise UserError(f"index.path={given}: no finished index there; expected a directory with manifest.json")

@@ -1,7 +1,7 @@
 """`pairvpr search_checkpoints checkpoints=DIR benchmark=toy_city output=OUT`: which epoch is the best?
 
-Every checkpoint of a training goes through the two-stage evaluation, each on an actor of its own, by the
-single-machine pipeline; as many run at once as the cluster has room for.
+Every checkpoint of a training run is evaluated in two stages by the single-machine pipeline, each on its own actor;
+as many run at once as the cluster has room for.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Search:
     """The checkpoints by name."""
 
     def settings(self) -> dict[str, Any]:
-        """What decides the numbers, in plain values."""
+        """The settings that decide the numbers, as plain values."""
         config = self.config
         return {
             "benchmark": {"name": self.benchmark.name} | self.benchmark.stamp(),
@@ -99,7 +99,7 @@ def _prepare(config: SearchCheckpointsConfig) -> Search:
     names = [name for name in storage.list_files(folder) if name.endswith(SUFFIXES)]
     kept = [
         name for name in names if name != ROLLING
-    ] or names  # a finished run keeps its last one under a name of its own
+    ] or names  # a finished run also keeps its last one under its own name
     if not kept:
         raise UserError(f"checkpoints={config.checkpoints}: no checkpoint found; expected {', '.join(SUFFIXES)} files")
     search = Search(
@@ -141,7 +141,7 @@ def _evaluate(search: Search) -> dict[str, str]:
 
 
 class _SearchActor(PoolActor):
-    """Evaluates checkpoints, and publishes each result before it reports it done."""
+    """Evaluates checkpoints, and publishes each result before reporting it done."""
 
     def __init__(self, benchmark: Benchmark, config: EvaluateConfig) -> None:
         self.benchmark, self.config = benchmark, config
@@ -170,7 +170,7 @@ def _result_url(output: str, name: str) -> str:
 
 
 def _read_result(url: str) -> dict[str, Any]:
-    """A checkpoint's result; empty where there is none, or a damaged one, which is said."""
+    """A checkpoint's result; empty if there is none or (with a warning) it is damaged."""
     try:
         return sealed.read_json(url, "its checkpoint is evaluated again") or {}
     except sealed.DamagedFileError as error:
@@ -179,7 +179,7 @@ def _read_result(url: str) -> dict[str, Any]:
 
 
 def _table(search: Search, failed: dict[str, str]) -> pa.Table:
-    """A row for each checkpoint, by name; recalls are null where it failed."""
+    """A row for each checkpoint, by name; recalls are null if it failed."""
     rows = []
     for name in search.urls:
         result = {} if name in failed else _read_result(_result_url(search.output, name))
@@ -205,7 +205,7 @@ def _publish(output: str, table: pa.Table) -> None:
 
 
 def _text(table: pa.Table) -> str:
-    """The table as a person reads it, and the best checkpoint: by re-ranked, then by global recall@1."""
+    """The printed table, and the best checkpoint, by re-ranked and then by global recall@1."""
     rows = table.to_pylist()
     width = max(len(row["checkpoint"]) for row in rows)
     lines = [f"{'recall@N (%)':<{width}}  " + "".join(f"{column.replace('_recall', ' '):>14}" for column in COLUMNS)]

@@ -1,4 +1,4 @@
-"""The steps that jobs share: an index is made, queries are answered. Each step is finished before the next one."""
+"""Steps shared by jobs: build an index, answer queries. Each step finishes before the next one starts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from pairvpr.terminal import say
 from ray_jobs.run import GivenCandidates, Run
 
 SHARE_OF_MEMORY = 0.5
-"""Of the cluster, for an index that is given no budget."""
+"""Share of the cluster's memory that an index may take by default."""
 
 
 def ensure_index(
@@ -49,7 +49,7 @@ def ensure_index(
     index: BuildConfig,
     settings: dict[str, Any],
 ) -> IndexManifest:
-    """Describe the database and build its index in a directory claimed with `settings`; what is finished is kept."""
+    """Describe the database and build its index in a directory claimed with `settings`, or resume doing so."""
     finished = read_manifest(directory)
     if finished is not None and make.is_wanted(finished, index):
         stamps.check_unchanged(database, directory)
@@ -75,7 +75,7 @@ def ensure_index(
 
 
 def memory_budget_bytes(config: BuildConfig) -> float:
-    """What all shards may take together in search."""
+    """Bytes that all shards together may take in search."""
     if config.memory_budget_gib is not None:
         return config.memory_budget_gib * choose.GIB
     if not node_rooms():
@@ -87,7 +87,7 @@ def memory_budget_bytes(config: BuildConfig) -> float:
 
 
 def about_generation(manifest: IndexManifest) -> str:
-    """One line on a generation."""
+    """A generation in one line."""
     recall = "exact" if manifest.measured is None else f"recall {manifest.measured['recall']} of the exact nearest"
     return (
         f"index: generation {manifest.generation}, {manifest.num_live:,} photos in {len(manifest.shards)} shards, "
@@ -115,7 +115,7 @@ def answer(
 ) -> dict[str, Any]:
     """Find each query's candidates, re-rank, and write the predictions, a challenge's submission, metrics.json.
 
-    `manifest` is the generation of the index that is searched, `filters` what each query may find in it. Where
+    `manifest` is the index generation to search; `filters` limits what each query may find. Where
     candidates are given instead, it is the one that the database photos are from, if any.
     """
     config, benchmark = run.config, run.benchmark
@@ -200,7 +200,7 @@ def _scored(run: Run, source: ModelSource, manifest: IndexManifest | None, found
 
 
 def _facts(run: Run, manifest: IndexManifest | None, found: _Found, scored: RerankResult) -> RunFacts:
-    """What a report says of a run beside its answers."""
+    """The report's facts about a run, besides its answers."""
     database, settings = run.benchmark.database, run.config.rerank
     return RunFacts(
         weights_sha256=run.weights.sha256,
@@ -226,7 +226,7 @@ def _facts(run: Run, manifest: IndexManifest | None, found: _Found, scored: Rera
 
 
 def _changed_candidates(run: Run, units: Sequence[WorkUnit], manifest: IndexManifest) -> dict[int, str]:
-    """Candidates whose photos are other ones than those in the index, by id, with what is to be said of them."""
+    """Candidates whose photos have changed since they were indexed: a reason by id."""
     pending = unfinished(units, run.output)
     candidates = np.array(sorted({i for unit in pending for row in unit.candidates.values() for i in row}), np.int64)
     changed = DescribedPhotos(run.index, manifest, run.benchmark.database).changed(candidates)
@@ -242,7 +242,7 @@ def _num_remarked(index: str, manifest: IndexManifest) -> int:
 def _stored_candidates(
     run: Run, units: Sequence[WorkUnit], source: ModelSource, manifest: IndexManifest | None
 ) -> str | None:
-    """Where the features of all candidates are stored, as long as there are units to score; None without a store."""
+    """The store with the features of all candidates, while there are units to score; None without a store."""
     wanted, pending = run.store, unfinished(units, run.output)
     if wanted is None or not pending:
         return None
@@ -254,7 +254,7 @@ def _stored_candidates(
 
 
 def about_index(manifest: IndexManifest, num_probes: int | None) -> dict[str, Any]:
-    """What a report says of the index: an approximate one with the recall that it was measured to have."""
+    """The report's entry on the index; for an approximate one, with its measured recall."""
     effort = manifest.effort if num_probes is None else manifest.effort | {"num_probes": num_probes}
     recall = None if manifest.measured is None or num_probes is not None else manifest.measured["recall"]
     return {

@@ -1,4 +1,4 @@
-"""What both training jobs do: check, read the training sets, claim the output, train."""
+"""Steps of both training jobs: check, read the training sets, claim the output, train."""
 
 from __future__ import annotations
 

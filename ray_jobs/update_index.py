@@ -1,4 +1,4 @@
-"""`pairvpr update_index index.path=INDEX add=DIR remove=LIST.txt`: photos come and go.
+"""`pairvpr update_index index.path=INDEX add=DIR remove=LIST.txt`: add and remove photos.
 
 Each change is a new generation of the index.
 """
@@ -55,7 +55,7 @@ from pairvpr.terminal import say
 from ray_jobs.run import open_manifest
 from ray_jobs.steps import about_generation, memory_budget_bytes
 
-pc: Any = compute  # its functions are made at run time, so their types are not known
+pc: Any = compute  # its functions are generated at run time, so their types are unknown
 
 LIST_SUFFIXES = (".txt", ".csv", ".parquet")
 
@@ -66,10 +66,10 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def update_index(config: UpdateIndexConfig) -> IndexManifest:
-    """Add, remove, compact, or change the kind; returns the new generation, or the newest where all that is done.
+    """Add, remove, compact, or change the kind; returns the new generation, or the newest if nothing is left to do.
 
-    Raises `UserError` before anything is written for what can't be done, and at the end where another writer was
-    faster: then nothing of the index has changed.
+    Raises `UserError` before anything is written if the change is impossible, and at the end if another writer was
+    faster; the index is then unchanged.
     """
     directory = storage.absolute(config.index.path)
     manifest = open_manifest(directory, config.index.path)
@@ -139,7 +139,7 @@ def _prefix(
     versions: pa.Array,
     config: UpdateIndexConfig,
 ) -> str:
-    """Where this change keeps its files. Two different changes never share a folder, the same one finds it again."""
+    """The folder for this change's files. Different changes never share one; the same change finds it again."""
     cut = [config.index.num_shards, config.index.num_build_threads, config.index.compact_share]
     about = [
         manifest.generation,
@@ -185,7 +185,7 @@ def _as_spelt_there(paths: Sequence[str], root: str) -> list[str]:
 def _less_those_there(
     directory: str, manifest: IndexManifest, removed: NDArray[np.int64], named: Manifest
 ) -> tuple[Manifest | None, pa.Array]:
-    """The photos that are not in the index as they are now, and their versions; no manifest where all are."""
+    """The photos that the index lacks in their present version, and their versions; no manifest if it has all."""
     versions = photo_versions(named)
     is_new = ~are_there(directory, manifest, removed, named, versions)
     if not is_new.all():
@@ -198,7 +198,7 @@ def _less_those_there(
 
 @contextmanager
 def _alone(directory: str, manifest: IndexManifest) -> Iterator[None]:
-    """Where the block fails because another writer was faster, which then clears this one's files away, say that."""
+    """If the block fails because a faster writer has deleted this one's files, say so."""
     try:
         yield
     except Exception as error:
@@ -228,7 +228,7 @@ def _gone(
 
 
 def _found(remove: str, there: Manifest, images: Manifest) -> NDArray[np.int64]:
-    """Positions in `there`, the live ones of `images`, of what `remove` names; what was removed earlier is left out."""
+    """Positions in `there` (the live `images`) of the photos that `remove` names, without those removed earlier."""
     if remove.lower().endswith(LIST_SUFFIXES):
         paths = pa.chunked_array([pa.array(_listed(remove, "remove", there.root), pa.string())])
         rows = find_photos(paths, there)
@@ -253,7 +253,7 @@ def _below(photos: Manifest, folder: str) -> NDArray[np.bool_]:
 
 
 def _less_unreadable(gone: NDArray[np.int64], images: Manifest, added: Manifest, described: str) -> NDArray[np.int64]:
-    """A photo that was to be replaced stays where what replaces it could not be read."""
+    """Keep photos whose replacement could not be read."""
     rejected = store.read_rejected(described)
     if not len(rejected):
         return gone

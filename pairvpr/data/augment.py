@@ -1,6 +1,6 @@
-"""What a photo goes through before it is trained on: the two stages' augmentations, on Pillow's 8-bit pixels.
+"""Augmentations of both training stages, on Pillow's 8-bit pixels.
 
-S = image side in pixels. All chance comes from the numpy generator that the caller hands over.
+S = image side in pixels. All randomness comes from the caller's numpy generator.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TRANSLATE = 150 / 331 * BIN  # share of the side
 ROTATE_DEGREES = 30 * BIN
 ENHANCE = 0.9 * BIN
 POSTERIZE_BITS = 8 - round(4 * BIN)
-SOLARIZE_FROM = math.ceil(255 * (1 - BIN))  # the first value that is inverted: the bin itself, 178.5, is none
+SOLARIZE_FROM = math.ceil(255 * (1 - BIN))  # the first inverted value: the bin itself, 178.5, is not an integer
 
 
 def augment_stage_one(image: Image.Image, image_size_px: int, rng: Generator) -> NDArray[np.uint8]:
@@ -44,7 +44,7 @@ def augment_stage_two(image: Image.Image, image_size_px: int, num_operations: in
 def crop_box(width_px: int, height_px: int, rng: Generator) -> tuple[int, int, int, int]:
     """(left, upper, right, lower) in px: uniform in area, log-uniform in aspect ratio, anywhere inside the photo.
 
-    Where no try fits, the largest central crop whose aspect ratio is allowed.
+    If no try fits, the largest central crop with an allowed aspect ratio.
     """
     for _ in range(CROP_TRIES):
         area = rng.uniform(*CROP_AREA) * width_px * height_px
@@ -60,14 +60,14 @@ def crop_box(width_px: int, height_px: int, rng: Generator) -> tuple[int, int, i
 
 
 def colour_jitter(image: Image.Image, rng: Generator) -> Image.Image:
-    """Brightness, contrast and saturation, each by its own factor, one after another in a random order."""
+    """Brightness, contrast and saturation, each by its own factor, in random order."""
     for index in rng.permutation(len(JITTERS)):
         image = JITTERS[index](image).enhance(rng.uniform(*JITTER))
     return image
 
 
 def rand_augment(image: Image.Image, num_operations: int, rng: Generator) -> Image.Image:
-    """So many of the fourteen operations, drawn uniformly and with replacement, each with a random sign."""
+    """Apply this many of the fourteen operations, drawn uniformly with replacement, each with a random sign."""
     for index in rng.integers(len(OPERATIONS), size=num_operations):
         sign = 1 if rng.integers(2) else -1
         image = OPERATIONS[index](image, sign)
@@ -82,77 +82,77 @@ def _affine(image: Image.Image, xx: float, xy: float, yx: float, yy: float) -> I
 
 
 def _shift(image: Image.Image, right_px: int, down_px: int) -> Image.Image:
-    """By whole pixels, black where nothing is, as Pillow crops beyond a border."""
+    """Shift by whole pixels, filling with black, as Pillow does for crops beyond the border."""
     return image.crop((-right_px, -down_px, image.width - right_px, image.height - down_px))
 
 
 def identity(image: Image.Image, sign: int) -> Image.Image:
-    """The photo as it is."""
+    """The unchanged photo."""
     return image
 
 
 def shear_x(image: Image.Image, sign: int) -> Image.Image:
-    """Rows slide, the more the lower; the upper left corner stays."""
+    """Horizontal shear; the upper left corner stays."""
     return _affine(image, 1, sign * SHEAR, 0, 1)
 
 
 def shear_y(image: Image.Image, sign: int) -> Image.Image:
-    """Columns slide, the more the further right; the upper left corner stays."""
+    """Vertical shear; the upper left corner stays."""
     return _affine(image, 1, 0, sign * SHEAR, 1)
 
 
 def translate_x(image: Image.Image, sign: int) -> Image.Image:
-    """To the right by whole pixels (sign +1)."""
+    """Translate to the right by whole pixels (sign +1)."""
     return _shift(image, sign * int(TRANSLATE * image.width), 0)
 
 
 def translate_y(image: Image.Image, sign: int) -> Image.Image:
-    """Down by whole pixels (sign +1)."""
+    """Translate down by whole pixels (sign +1)."""
     return _shift(image, 0, sign * int(TRANSLATE * image.height))
 
 
 def rotate(image: Image.Image, sign: int) -> Image.Image:
-    """Counter-clockwise about the centre (sign +1), the size kept."""
+    """Rotate counter-clockwise about the centre (sign +1), keeping the size."""
     return image.rotate(sign * ROTATE_DEGREES, Image.Resampling.BILINEAR, fillcolor=0)
 
 
 def brightness(image: Image.Image, sign: int) -> Image.Image:
-    """Away from black or towards it."""
+    """Brightness: away from black or towards it."""
     return ImageEnhance.Brightness(image).enhance(1 + sign * ENHANCE)
 
 
 def colour(image: Image.Image, sign: int) -> Image.Image:
-    """Away from the grey photo or towards it."""
+    """Saturation: away from the grey photo or towards it."""
     return ImageEnhance.Color(image).enhance(1 + sign * ENHANCE)
 
 
 def contrast(image: Image.Image, sign: int) -> Image.Image:
-    """Away from the mean grey or towards it."""
+    """Contrast: away from the mean grey or towards it."""
     return ImageEnhance.Contrast(image).enhance(1 + sign * ENHANCE)
 
 
 def sharpness(image: Image.Image, sign: int) -> Image.Image:
-    """Away from the smoothed photo or towards it."""
+    """Sharpness: away from the smoothed photo or towards it."""
     return ImageEnhance.Sharpness(image).enhance(1 + sign * ENHANCE)
 
 
 def posterize(image: Image.Image, sign: int) -> Image.Image:
-    """The lowest bit cleared."""
+    """Posterize: clear the lowest bit."""
     return ImageOps.posterize(image, POSTERIZE_BITS)
 
 
 def solarize(image: Image.Image, sign: int) -> Image.Image:
-    """Bright values inverted."""
+    """Solarize: invert bright values."""
     return ImageOps.solarize(image, SOLARIZE_FROM)
 
 
 def auto_contrast(image: Image.Image, sign: int) -> Image.Image:
-    """Each channel stretched to 0..255."""
+    """Autocontrast: stretch each channel to 0..255."""
     return ImageOps.autocontrast(image)
 
 
 def equalize(image: Image.Image, sign: int) -> Image.Image:
-    """Each channel's histogram made flat."""
+    """Equalize each channel's histogram."""
     return ImageOps.equalize(image)
 
 

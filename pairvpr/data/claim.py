@@ -23,7 +23,7 @@ SECONDS_BETWEEN_LOOKS = 0.2
 def check_claim(directory: str, settings: Mapping[str, Any], key: str, ignored: Collection[str] = ()) -> None:
     """Raise `UserError`, naming the setting `key` and what differs, if other settings made `directory`.
 
-    Also where it is no directory, or its settings can't be read. Settings whose dotted names are `ignored` may differ.
+    Also if it is not a directory, or its settings can't be read. Settings whose dotted names are `ignored` may differ.
     Nothing is written.
     """
     made_by = sealed.read_json(
@@ -42,7 +42,7 @@ def check_claim(directory: str, settings: Mapping[str, Any], key: str, ignored: 
 
 
 def check_writable(directory: str, key: str) -> None:
-    """Raise `UserError`, naming the setting `key`, if a local `directory` can't be made or written to.
+    """Raise `UserError`, naming the setting `key`, if a local `directory` can't be created or written to.
 
     Nothing is written; a URL is not checked.
     """
@@ -56,7 +56,7 @@ def check_writable(directory: str, key: str) -> None:
 def check_writable_file(file: str, key: str, content: str) -> None:
     """Raise `UserError`, naming the setting `key`, if a local `file` is a directory, or its folder can't be written to.
 
-    `content` is what the file is for. Nothing is written; a URL is not checked.
+    `content` names what goes into the file. Nothing is written; a URL is not checked.
     """
     if not storage.is_local(file):
         return
@@ -67,10 +67,10 @@ def check_writable_file(file: str, key: str, content: str) -> None:
 
 
 def claim(directory: str, settings: Mapping[str, Any], key: str) -> None:
-    """Write the settings into a directory that has none yet; clear others of what killed writers left.
+    """Write the settings into a directory that has none yet; from others, delete temporary files of killed writers.
 
-    Of several claims of the same moment with different settings at most one succeeds. Raises `UserError` as the two
-    checks, and where a store refuses.
+    Of several simultaneous claims with different settings, at most one succeeds. Raises `UserError` as the two checks
+    do, and if the storage refuses.
     """
     url = storage.join(directory, FILE)
     try:
@@ -88,11 +88,11 @@ def claim(directory: str, settings: Mapping[str, Any], key: str) -> None:
 
 
 def _announced(directory: str, settings: Mapping[str, Any], key: str) -> None:
-    """Write the settings to a store that can't create a file exclusively, unless others do so now, or did.
+    """Write the settings to storage without exclusive creation of files, unless others do so now, or did.
 
-    Everybody first announces a claim, in a file of its own, and then lists the claims: of two, one at least sees the
-    other. Who sees nobody writes the settings, and only then takes the claim back; so who does not see that claim any
-    more finds the settings. Who sees others gives way, or waits for them if its own name comes first.
+    Every claimant first announces its claim in a separate file, then lists all claims: of two claimants, at least one
+    sees the other. One that sees no other claim writes the settings and only then deletes its claim, so anybody who no
+    longer sees that claim finds the settings. One that sees others gives up, or waits for them if its name sorts first.
     """
     data, claims = sealed.json_bytes(settings), storage.join(directory, CLAIMS)
     digest = hashlib.sha256(data).hexdigest()
@@ -116,7 +116,7 @@ def _announced(directory: str, settings: Mapping[str, Any], key: str) -> None:
 
 
 def differences(there: object, here: object, ignored: Collection[str] = ()) -> list[str]:
-    """Every value that differs between two trees of settings, by its dotted name."""
+    """The values that differ between two trees of settings, by dotted name."""
     old, new = dict(_flat(there, "")), dict(_flat(here, ""))
     return [
         f"{name} {old.get(name, 'absent')} there, {new.get(name, 'absent')} now".lstrip()
@@ -126,7 +126,7 @@ def differences(there: object, here: object, ignored: Collection[str] = ()) -> l
 
 
 def _nearest_directory(directory: str, key: str) -> Path:
-    """The local directory itself or, where there is none yet, what it would lie in. Raises `UserError` for a file."""
+    """The local directory itself or, if it does not exist, its nearest parent. Raises `UserError` for a file."""
     path = storage.local_path(directory).absolute()
     nearest = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
     if not nearest.is_dir():

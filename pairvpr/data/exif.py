@@ -13,18 +13,18 @@ from pairvpr.data.images import FORMATS, opened
 from pairvpr.data.photo_metadata import with_exif_alone
 
 NUM_HEAD_BYTES = 1 << 17
-"""A JPEG's EXIF block, of at most 64 KiB, stands at its beginning: this much of a file is enough for nearly all."""
+"""A JPEG's EXIF block of at most 64 KiB is at its beginning, so this much is enough for nearly all files."""
 
 _WGS84 = ("", "WGS84", "WGS1984", "EPSG:4326")
 
 
 class GpsError(Exception):
-    """A photo whose EXIF does not say where it was taken; the message says why."""
+    """A photo has no usable position in its EXIF; the message says why."""
 
 
 @dataclass(frozen=True)
 class GpsPosition:
-    """Degrees of WGS84, not checked for their range; NaN heading = not known as clockwise from true north."""
+    """WGS84 degrees, without a range check. The heading is clockwise from true north; NaN if unknown."""
 
     latitude_deg: float
     longitude_deg: float
@@ -32,7 +32,7 @@ class GpsPosition:
 
 
 def gps_position(data: bytes) -> GpsPosition:
-    """From the bytes of a photo, or the first of them. Raises `GpsError`; more bytes may help."""
+    """The position from a photo's bytes, or the first of them. Raises `GpsError`; more bytes may help."""
     try:
         with opened(with_exif_alone(data)) as image:
             entries = image.getexif().get_ifd(IFD.GPSInfo)
@@ -56,7 +56,7 @@ def gps_position(data: bytes) -> GpsPosition:
 
 
 def _check_datum(entries: dict[int, Any]) -> None:
-    """Degrees of another datum lie up to some hundred metres beside those of WGS 84."""
+    """Refuse other datums: their degrees are up to several hundred metres off in WGS 84."""
     datum = entries.get(GPS.GPSMapDatum, "")
     text = _text(datum)
     if text is None or re.sub(r"[ _-]", "", text.upper()) not in _WGS84:
@@ -73,7 +73,7 @@ def _degrees(entries: dict[int, Any], tag: GPS, reference_tag: GPS, sides: str) 
         raise GpsError(
             f"{tag.name} is {_quoted(value)}; expected no sign, because {reference_tag.name} gives the hemisphere"
         )
-    if max(parts[1:]) > 60.0:  # 60 itself is what rounding makes of 59.9999
+    if max(parts[1:]) > 60.0:  # 60 itself comes from rounding 59.9999
         raise GpsError(f"{tag.name} is {_quoted(value)}; expected at most 60 minutes and 60 seconds")
     if any(part % 1.0 and any(parts[i + 1 :]) for i, part in enumerate(parts)):
         raise GpsError(f"{tag.name} is {_quoted(value)}; expected a fraction only in the last part")
@@ -84,13 +84,13 @@ def _degrees(entries: dict[int, Any], tag: GPS, reference_tag: GPS, sides: str) 
 
 
 def _heading_deg(entries: dict[int, Any]) -> float:
-    """From 0 to below 360; NaN where it is missing, or not counted from true north."""
+    """From 0 to below 360; NaN if it is missing, or not relative to true north."""
     is_true_north = (_text(entries.get(GPS.GPSImgDirectionRef)) or "").upper() == "T"
     return _number(entries.get(GPS.GPSImgDirection)) % 360.0 if is_true_north else math.nan
 
 
 def _text(value: object) -> str | None:
-    """ASCII without what pads it; None for anything else."""
+    """ASCII text without padding; None for anything else."""
     try:
         text = value.decode("ascii") if isinstance(value, bytes) else value
     except UnicodeDecodeError:
@@ -99,7 +99,7 @@ def _text(value: object) -> str | None:
 
 
 def _number(value: Any) -> float:
-    """NaN for what is no number, an infinite one or a fraction of nothing."""
+    """The value as a number; NaN if it is not one, is infinite, or divides by zero."""
     if isinstance(value, str | bytes):
         return math.nan
     try:

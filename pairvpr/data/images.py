@@ -25,18 +25,18 @@ from pairvpr.data.photo_metadata import orientation_of, webp_size_px, without_me
 from pairvpr.quiet import ignore_warnings
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "AVIF")
-"""Pillow's names. Of a file of several pictures (MPO, GIF, animated WebP and PNG, TIFF) the first one is the photo."""
+"""Pillow's names. In a file with several pictures (MPO, GIF, animated WebP and PNG, TIFF), the first is the photo."""
 
 SCALED_SIDES = 2
-"""Scaled decoding leaves both sides of a photo at least so many times the network's side. With 1 more photos would be
-scaled, some decoded twice as fast, but descriptors change five times as much (benchmarks/scaled_decoding.py)."""
+"""Scaled decoding keeps both sides at least this many times the network's side. A value of 1 would scale more photos
+(some decode twice as fast), but change descriptors five times as much (benchmarks/scaled_decoding.py)."""
 
 BROKEN_LOCALLY = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 NO_END = "no end marker"
 NARROW = "narrow 16-bit range"
 FEWEST_SHADES = 32
-"""Of 256. A 16-bit photo that is left with fewer is named: it is nearly one colour."""
+"""Of 256. A 16-bit photo with fewer shades left gets a remark: it is nearly one colour."""
 
 _TURNED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -47,7 +47,7 @@ _TURNED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What shows the pixels of each orientation upright."""
+"""The transpose that turns each orientation upright."""
 
 _Box = tuple[float, float, float, float]
 
@@ -58,7 +58,7 @@ class BrokenImageError(Exception):
 
 @dataclass(frozen=True)
 class Photo:
-    """Upright RGB; `remark` says what is odd about the file (`NO_END`, or a text that begins with `NARROW`)."""
+    """Upright RGB; `remark` is a warning about the file (`NO_END`, or a text that begins with `NARROW`)."""
 
     image: Image.Image
     remark: str | None = None
@@ -66,7 +66,7 @@ class Photo:
 
 @dataclass(frozen=True)
 class Pixels:
-    """(S, S, 3) uint8 as the network sees a photo; `remark` as in `Photo`."""
+    """(S, S, 3) uint8, the network's input; `remark` as in `Photo`."""
 
     rgb: NDArray[np.uint8]
     remark: str | None = None
@@ -88,7 +88,7 @@ def decode(
 def decode_pixels(
     data: bytes, image_size_px: int, *, scaled_decoding: bool = False, max_megapixels: float = MAX_MEGAPIXELS
 ) -> Pixels:
-    """`decode`, with what is odd about the photo."""
+    """`decode`, with a remark on the photo."""
 
     def resized(image: Image.Image, orientation: int) -> Photo:
         box = _scaled_box(image, SCALED_SIDES * image_size_px) if scaled_decoding else None
@@ -102,10 +102,10 @@ def decode_pixels(
 
 
 def decode_upright(data: bytes, *, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
-    """Upright RGB in the photo's own size. Metadata never matters, but for a sane orientation.
+    """Upright RGB in the photo's own size. Of the metadata, only a valid orientation is used.
 
-    Raises `BrokenImageError` for what is not a whole photo: truncated or foreign bytes, more pixels than allowed,
-    values without a common range.
+    Raises `BrokenImageError` unless it is a complete photo: for truncated or foreign bytes, more pixels than allowed,
+    and values without a standard range.
     """
 
     def upright(image: Image.Image, orientation: int) -> Photo:
@@ -116,7 +116,7 @@ def decode_upright(data: bytes, *, max_megapixels: float = MAX_MEGAPIXELS) -> Im
 
 
 def _opened(data: bytes, use: Callable[[Image.Image, int], Photo], max_megapixels: float) -> Photo:
-    """What `use` makes of the photo while it is open, and of its orientation."""
+    """The result of `use` on the open photo and its orientation."""
     file = without_metadata(data)
 
     def used(pixels: bytes) -> Photo:
@@ -140,9 +140,9 @@ def _opened(data: bytes, use: Callable[[Image.Image, int], Photo], max_megapixel
 
 
 def opened(data: bytes) -> Image.Image:
-    """The photo, not decoded yet, by the decoder that its first bytes ask for. Raises nearly anything.
+    """The undecoded photo, opened by the decoder that its first bytes select. May raise almost any exception.
 
-    `Image.open` would measure it by a limit of its own, one for the whole process.
+    `Image.open` would apply its own, process-wide pixel limit.
     """
     ignore_warnings_of_metadata()
     Image.init()
@@ -154,9 +154,9 @@ def opened(data: bytes) -> Image.Image:
 
 
 def _open(data: bytes, max_megapixels: float) -> Image.Image:
-    """The photo, not decoded yet. Raises `BrokenImageError` for one of too many pixels."""
+    """The undecoded photo. Raises `BrokenImageError` if it has too many pixels."""
     _check_size(webp_size_px(data), max_megapixels)
-    if Image.MAX_IMAGE_PIXELS is not None:  # Pillow measures a TIFF by it once more, and refuses twice as many
+    if Image.MAX_IMAGE_PIXELS is not None:  # Pillow checks a TIFF against it again, and refuses twice as many
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, math.ceil(max_megapixels * 1e6 / 2))
     image = opened(data)
     _check_size(image.size, max_megapixels)
@@ -164,7 +164,7 @@ def _open(data: bytes, max_megapixels: float) -> Image.Image:
 
 
 def ignore_warnings_of_metadata() -> None:
-    """Pillow warns of damaged metadata, which decides about nothing here."""
+    """Silence Pillow's warnings of damaged metadata, which is not used here."""
     ignore_warnings(module=r"PIL\.")
 
 
@@ -188,7 +188,7 @@ def _resized(image: Image.Image, side_px: int, box: _Box | None = None) -> Image
 def _scaled_box(image: Image.Image, least_side_px: int) -> _Box | None:
     """Have libjpeg decode a JPEG at a scale that leaves both sides this long, whichever way up the photo is.
 
-    Returns the part of the scaled pixels that the photo takes, which ends within the last ones; None without a scale.
+    Returns the box of the photo in scaled pixels, which ends inside the last ones; None if it is not scaled.
     """
     whole = image.size
     drafted = image.draft(None, (least_side_px, least_side_px))
@@ -198,19 +198,19 @@ def _scaled_box(image: Image.Image, least_side_px: int) -> _Box | None:
 def load(
     url: str, image_size_px: int, *, scaled_decoding: bool = False, max_megapixels: float = MAX_MEGAPIXELS
 ) -> NDArray[np.uint8]:
-    """`decode` of a file. Raises as `load_upright`."""
+    """`decode` of a file. Raises as `load_upright` does."""
     return load_pixels(url, image_size_px, scaled_decoding=scaled_decoding, max_megapixels=max_megapixels).rgb
 
 
 def load_pixels(
     url: str, image_size_px: int, *, scaled_decoding: bool = False, max_megapixels: float = MAX_MEGAPIXELS
 ) -> Pixels:
-    """`decode_pixels` of a file. Raises as `load_upright`."""
+    """`decode_pixels` of a file. Raises as `load_upright` does."""
     return decode_pixels(_read(url), image_size_px, scaled_decoding=scaled_decoding, max_megapixels=max_megapixels)
 
 
 def from_image(image: Image.Image, image_size_px: int) -> NDArray[np.uint8]:
-    """`decode` of a photo that is opened already; it is left as it is, and never decoded at a scale.
+    """`decode` of an open photo, which is not modified and never decoded at a reduced scale.
 
     Raises `BrokenImageError` as `decode_upright`.
     """
@@ -219,14 +219,14 @@ def from_image(image: Image.Image, image_size_px: int) -> NDArray[np.uint8]:
         return np.array(_resized(_turned(_to_rgb(image).image, orientation_of(image)), image_size_px))
     except BrokenImageError:
         raise
-    except Exception as error:  # an image that Pillow opened lazily is decoded here
+    except Exception as error:  # a lazily opened image is decoded here
         raise BrokenImageError(f"{type(error).__name__}: {error}") from error
 
 
 def load_upright(url: str) -> Image.Image:
-    """`decode_upright` of a file. Raises `BrokenImageError`, also where the file is gone or a local one is forbidden.
+    """`decode_upright` of a file. Raises `BrokenImageError`, also if the file is missing or a local one is unreadable.
 
-    Raises `StorageError` where a store can't be reached or a disk fails: that is a fault of the run, not of the photo.
+    Raises `StorageError` if storage can't be reached or a disk fails: the photo is not to blame.
     """
     return decode_upright(_read(url))
 
@@ -249,16 +249,16 @@ def _read(url: str) -> bytes:
 
 
 def _require_file(url: str) -> None:
-    """Refuse pipes and devices, which would block or never end; a directory says so itself when it is read."""
+    """Refuse pipes and devices, which would block or never end; reading a directory raises by itself."""
     mode = storage.local_path(url).stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise BrokenImageError("not a regular file")
 
 
 def _to_rgb(image: Image.Image) -> Photo:
-    """RGB of any mode; 16-bit grey is scaled to 8 bits, where Pillow alone would clip it.
+    """Convert any mode to RGB; 16-bit grey is scaled to 8 bits, which Pillow would clip.
 
-    Raises `BrokenImageError` for floating point and 32-bit values: whether 1.0 is black or white nobody knows.
+    Raises `BrokenImageError` for floating point and 32-bit values, whose range is undefined.
     """
     bits = _bits_per_value(image)
     if image.mode.startswith("I"):
@@ -273,12 +273,12 @@ def _to_rgb(image: Image.Image) -> Photo:
     photo = image.convert("RGB")
     if bits != 16:
         return Photo(photo)
-    extrema: Any = photo.getextrema()  # a pair for each band; the lower 8 bits are gone
+    extrema: Any = photo.getextrema()  # a pair per band; the lower 8 bits are gone
     return Photo(photo, _narrow(min(low for low, _ in extrema) << 8, max(high for _, high in extrema) << 8 | 0xFF))
 
 
 def _narrow(lowest: int, highest: int) -> str | None:
-    """A remark on 16-bit values, if they leave few shades."""
+    """A remark on 16-bit values that leave few shades."""
     if (highest >> 8) - (lowest >> 8) >= FEWEST_SHADES:
         return None
     return (
@@ -288,7 +288,7 @@ def _narrow(lowest: int, highest: int) -> str | None:
 
 
 def _bits_per_value(image: Image.Image) -> int:
-    """16 for those PNG and TIFF files of which Pillow keeps the upper 8 bits."""
+    """16 for PNG and TIFF files of which Pillow keeps only the upper 8 bits."""
     if image.format == "PNG":
         return 16 if any(";16" in str(tile[3]) for tile in image.tile) else 8  # pyright: ignore
     if image.format == "TIFF":

@@ -1,7 +1,7 @@
-"""JPEGs without an end marker: whether all pixels are there all the same.
+"""JPEGs without an end marker: tells whether all pixels are nevertheless there.
 
-A decoder that has read the last pixel does not care what follows. So a JPEG is whole if it gives the same pixels
-whatever is put behind it, and cut short if these bytes show in its pixels.
+A decoder that has read the last pixel ignores what follows. So a JPEG is complete if it gives the same pixels whatever
+is appended, and truncated if appended bytes change its pixels.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ END = b"\xff\xd9"
 _PATTERNS = (b"\x00", b"\x55", b"\xaa", b"\x3c\xc9\x71\x0e")
 _TAIL_BYTES = 256
 _LEAST_PADDING = 4
-"""So many zeros at the end of a file are what a download wrote ahead, not pixels."""
+"""This many zeros at the end of a file are preallocated by a download, and not pixels."""
 _COEFFICIENTS = 64
 
 
 def lacks_end(data: bytes) -> bool:
-    """Whether these are the bytes of a JPEG whose pixels begin, but have no end marker behind them."""
+    """Whether these are the bytes of a JPEG that has pixel data but no end marker."""
     scans = data.find(b"\xff\xda") if data.startswith(b"\xff\xd8") else -1
     return scans >= 0 and data.find(END, scans) < 0
 
 
 def with_end(data: bytes, decode: Callable[[bytes], Image.Image]) -> bytes | None:
-    """A JPEG that lacks its end marker with one, or None where pixels are missing, too.
+    """The JPEG with its missing end marker added, or None if pixels are missing, too.
 
     `decode` gives the pixels of a JPEG at any scale; it is called nine times.
     """
@@ -40,15 +40,15 @@ def with_end(data: bytes, decode: Callable[[bytes], Image.Image]) -> bytes | Non
 
 
 def _without_padding(data: bytes) -> bytes:
-    """Less zeros that were written ahead, and less the first half of an end marker."""
+    """Strip preallocated zeros, and half of an end marker."""
     body = data.rstrip(b"\0")
     if len(data) - len(body) < _LEAST_PADDING:
         return data.removesuffix(b"\xff")
-    return body + b"\0" if body.endswith(b"\xff") else body  # in a scan a zero belongs to each 0xFF
+    return body + b"\0" if body.endswith(b"\xff") else body  # in a scan, a zero follows each 0xFF
 
 
 def _tails(body: bytes) -> list[bytes]:
-    """What may follow: more of the same restart interval, and the next intervals."""
+    """Bytes to append: more of the same restart interval, and further intervals."""
     num_restarts = len(re.findall(rb"\xff[\xd0-\xd7]", body[body.rfind(b"\xff\xda") :]))
     tails = []
     for pattern in _PATTERNS:
@@ -59,7 +59,7 @@ def _tails(body: bytes) -> list[bytes]:
 
 
 def _is_refined(body: bytes) -> bool:
-    """Whether a progressive JPEG has the scans that give every coefficient its last bit; True of other JPEGs."""
+    """Whether a progressive JPEG has all scans, up to every coefficient's last bit; True for other JPEGs."""
     frame = _segment(body, rb"\xff\xc2")
     if frame is None:
         return True

@@ -1,8 +1,8 @@
-"""Copies of remote files on this machine's disk, by content: named for their sha256 and bounded in bytes.
+"""Local copies of remote files, named by their sha256, with a limit on total size.
 
-Several processes may share a directory. A copy appears when it is complete and verified. Whichever process finds too
-much there deletes the least recently used copies. A caller gets an open file, never a name: what another process
-deletes meanwhile stays readable until the last descriptor is closed.
+Several processes may share a directory. A copy appears once it is complete and verified. A process that exceeds the
+limit deletes the least recently used copies. A caller gets an open file and not a name: a file that another process
+deletes stays readable until the last descriptor is closed.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from pairvpr.errors import UserError
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _State = tuple[int, int, int, int]
-"""Device, inode, size and time of the last write of a file."""
+"""A file's device, inode, size and modification time."""
 
 
 def cache_directory(given: str | None) -> Path:
-    """Where copies are kept on this machine, unless a directory is given."""
+    """The default directory for copies."""
     return Path(given) if given else private_directory("pairvpr-cache")
 
 
 class LocalCache:
-    """Opens files known by their sha256: local ones where they lie, remote ones as a copy in `directory`.
+    """Opens files by their sha256: local files in place, remote files as a verified copy in `directory`.
 
-    Every process reads and hashes a file before it hands it out for the first time, and again whenever inode, size or
-    time of the last write have changed since. Keep one instance for the whole process.
+    Every process hashes a file before its first use, and again whenever its inode, size or modification time has
+    changed. Keep one instance per process.
     """
 
     def __init__(self, directory: Path, capacity_bytes: int) -> None:
@@ -45,9 +45,9 @@ class LocalCache:
 
     @contextmanager
     def open(self, url: str, sha256: str, num_bytes: int) -> Iterator[str]:
-        """A path to a file with this content, which leads to it until the block ends, whoever deletes the file.
+        """A path to a file with this content; valid until the block ends, even if the file is deleted.
 
-        Raises `UserError` where what `url` holds is another content, `FileNotFoundError` where it holds nothing.
+        Raises `UserError` if `url` has other content, and `FileNotFoundError` if it does not exist.
         """
         with self._opened(url, sha256, num_bytes) as file:
             yield f"/dev/fd/{file.fileno()}"
@@ -71,7 +71,7 @@ class LocalCache:
         return file
 
     def _copy(self, path: Path, sha256: str, num_bytes: int) -> BufferedReader | None:
-        """The copy, open and marked as used just now; None where there is none. A damaged one is deleted."""
+        """The open copy, marked as just used; None if there is none. A damaged copy is deleted."""
         try:
             file = path.open("rb")
         except FileNotFoundError:
@@ -85,7 +85,7 @@ class LocalCache:
         return None
 
     def _is_whole(self, file: BufferedReader, sha256: str, num_bytes: int) -> bool:
-        """Whether an open file has this content; afterwards its position is the start."""
+        """Whether an open file has this content; its position is then back at the start."""
         status = os.fstat(file.fileno())
         state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
         if status.st_size != num_bytes:
@@ -98,7 +98,7 @@ class LocalCache:
         return True
 
     def _make_room(self, kept: Path, num_bytes: int) -> None:
-        """Delete the least recently used copies until `kept`, of `num_bytes`, fits in beside the others."""
+        """Delete the least recently used copies until `kept`, of `num_bytes`, fits in."""
         others = _copies(self._directory, kept)
         total_bytes = num_bytes + sum(size for _, size, _ in others)
         for _, size, path in sorted(others):
@@ -109,9 +109,9 @@ class LocalCache:
 
 
 def private_directory(name: str) -> Path:
-    """A folder of this user's own among the temporary ones, which nobody else can read or write.
+    """A folder in the temporary directory that only this user can read and write.
 
-    Raises `UserError` where another user has taken the name, or others may write to it.
+    Raises `UserError` if another user owns it, or others can access it.
     """
     directory = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
     with suppress(FileExistsError):
@@ -125,7 +125,7 @@ def private_directory(name: str) -> Path:
 
 
 def _copies(directory: Path, kept: Path) -> list[tuple[int, int, Path]]:
-    """Time of last use, size and path of every copy but `kept`; nothing else that lies there."""
+    """Time of last use, size and path of every copy except `kept`; other files are ignored."""
     found = list[tuple[int, int, Path]]()
     for name in os.listdir(directory) if directory.is_dir() else []:
         path = directory / name
@@ -137,7 +137,7 @@ def _copies(directory: Path, kept: Path) -> list[tuple[int, int, Path]]:
 
 
 def _fetch(url: str, path: Path, sha256: str, num_bytes: int) -> None:
-    """Download a file, which takes its name when it is complete. Raises `UserError` if its bytes are others."""
+    """Download a file; it gets its name when it is complete. Raises `UserError` if its content differs."""
     digest = hashlib.sha256()
     with storage.written_locally(str(path)) as temporary:
         with storage.open_input(url) as source, temporary.open("wb") as target:
@@ -149,7 +149,7 @@ def _fetch(url: str, path: Path, sha256: str, num_bytes: int) -> None:
 
 
 def damaged(url: str) -> UserError:
-    """What to raise for a file whose bytes are not those that were written."""
+    """The error for a file whose bytes are not the original ones."""
     return UserError(
         f"{url} is damaged: its sha256 differs from the manifest's; restore it, or delete the index and build it again"
     )

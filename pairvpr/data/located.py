@@ -1,4 +1,4 @@
-"""Photos with positions from where the settings of a job say they are known."""
+"""Photos with positions from the source that a job's settings name."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pairvpr.data.utm import UtmZone
 
 
 def located(photos: Manifest, config: PositionsConfig, key: str, zone: UtmZone | None = None) -> Manifest:
-    """The photos with positions from where `config` says they are known; those without one take no part.
+    """The photos with positions from the source in `config`, without those that have no position.
 
-    `zone` is that of the metres they are compared with, where it is known: names of other zones are projected into it.
+    `zone`, if known, is the UTM zone to compare them in; names of other zones are projected into it.
     Raises `UserError` for the first photo, row or file that can't be used.
     """
     if config.positions is None:

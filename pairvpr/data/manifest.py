@@ -1,7 +1,7 @@
-"""Manifest: a list of photos with what is known about each. Benchmark: database, queries, who matches whom.
+"""Manifest: a list of photos with their metadata. Benchmark: database, queries and ground truth.
 
 A photo's id is its position in the manifest. Paths are relative to the manifest's root and sorted, so ids and
-hashes do not depend on where the photos lie.
+hashes do not depend on where the photos are stored.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pairvpr.errors import UserError
 from pairvpr.secrets import without_secrets
 from pairvpr.terminal import say
 
-pc: Any = compute  # its functions are made at run time, so their types are not known
+pc: Any = compute  # its functions are generated at run time, so their types are unknown
 
 SCHEMA = pa.schema(
     [
@@ -43,13 +43,13 @@ _PATHS_AT_A_TIME = 1 << 16
 
 @dataclass(frozen=True, eq=False)
 class Manifest:
-    """Photos below `root` (path or URL), one row of `table` (columns of `SCHEMA`) each; null = not known."""
+    """Photos below `root` (path or URL), one row of `table` (columns of `SCHEMA`) each; null = unknown."""
 
     root: str
     table: pa.Table
 
     def __post_init__(self) -> None:
-        """Raises `UserError` for a root with a secret in it: runs write down where photos are."""
+        """Raises `UserError` for a root that contains a secret, because runs record it."""
         if without_secrets(self.root) != self.root:
             raise UserError(
                 f"{self.root}: a photo URL can't contain a password, token or query, because runs record it; "
@@ -66,7 +66,7 @@ class Manifest:
     ) -> Manifest:
         """Photos at `paths` (relative to `root`, in the order of their ids); `utm_m` (n, 2) is east, north.
 
-        NaN = not known.
+        NaN = unknown.
         """
         num_images = len(paths)
         nulls = pa.nulls(num_images, pa.float64())
@@ -83,11 +83,11 @@ class Manifest:
         return cls(root, table)
 
     def only(self, image_ids: NDArray[np.int64]) -> Manifest:
-        """Some of the photos, without positions; their ids are new ones."""
+        """Some of the photos, without positions and with new ids."""
         return Manifest.of(self.root, self.path_column.take(pa.array(image_ids, pa.int64())))
 
     def with_positions(self, utm_m: NDArray[np.float64], heading_deg: NDArray[np.float64] | None = None) -> Manifest:
-        """The same photos at `utm_m` (n, 2), looking towards `heading_deg` (n,), clockwise from north."""
+        """The same photos with positions `utm_m` (n, 2) and headings `heading_deg` (n,), clockwise from north."""
         return Manifest.of(self.root, self.path_column, utm_m, heading_deg)
 
     def __len__(self) -> int:
@@ -118,12 +118,12 @@ class Manifest:
 
     @property
     def heading_deg(self) -> NDArray[np.float64]:
-        """(n,) directions in degrees clockwise from north; NaN where not known."""
+        """(n,) headings in degrees clockwise from north; NaN where unknown."""
         return self.table.column("heading_deg").to_numpy().astype(np.float64)
 
     @property
     def utm_m(self) -> NDArray[np.float64]:
-        """(n, 2) east and north in metres; NaN where not known."""
+        """(n, 2) east and north in metres; NaN where unknown."""
         columns = [self.table.column(name).to_numpy() for name in ("utm_east_m", "utm_north_m")]
         return np.stack(columns, axis=1).astype(np.float64)
 
@@ -141,7 +141,7 @@ class Manifest:
         storage.write_bytes(url, self.parquet_bytes(first_id))
 
     def parquet_bytes(self, first_id: int = 0) -> bytes:
-        """What `write` publishes. The same photos give the same bytes; an index keeps their sha256."""
+        """The bytes that `write` publishes. The same photos give the same bytes; an index keeps their sha256."""
         sink = io.BytesIO()
         ids = pa.array(np.arange(first_id, first_id + len(self)))
         pq.write_table(self.table.set_column(0, SCHEMA.field(0), ids), sink)
@@ -149,14 +149,14 @@ class Manifest:
 
     @classmethod
     def read(cls, url: str, root: str) -> Manifest:
-        """The manifest that `write` published. Raises `FileNotFoundError`, and as `parse`."""
+        """The manifest published by `write`. Raises `FileNotFoundError`, and as `parse` does."""
         return cls.parse(storage.read_bytes(url), url, root)
 
     @classmethod
     def parse(cls, data: bytes, url: str, root: str) -> Manifest:
-        """The manifest of these bytes, which `url` held.
+        """The manifest in these bytes, read from `url`.
 
-        Raises `UserError` for what is no table of photos, and for a path that leaves the root.
+        Raises `UserError` if it is not a table of photos, or a path points outside the root.
         """
         remedy = "build the index again"
         table = sealed.parse_parquet(data, url, SCHEMA, remedy)
@@ -169,10 +169,10 @@ class Manifest:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Benchmark:
-    """One test: which photos are searched, which are asked, and who shows the same place.
+    """One test: database photos, query photos, and which of them show the same place.
 
-    `positives[q]` holds the ids of database photos at the place of query q, ascending; None where there is no
-    ground truth. `protocol` says in plain values which test this is.
+    `positives[q]` holds the ids of database photos at the place of query q, ascending; None without ground truth.
+    `protocol` identifies the test in plain values.
     """
 
     name: str
@@ -181,12 +181,12 @@ class Benchmark:
     positives: list[NDArray[np.int64]] | None
     protocol: dict[str, object]
     query_groups: Sequence[str] | None = None
-    """City or sequence of each query, where the benchmark has them."""
+    """City or sequence of each query, if the benchmark has them."""
     has_submission: bool = False
-    """Whether its owners evaluate a file of predictions, in which a photo is named by the stem of its path."""
+    """Whether its owners evaluate submitted predictions, which name a photo by the stem of its path."""
 
     def stamp(self) -> dict[str, object]:
-        """What identifies the test: counts, the rule of positives, how queries and photos are treated, digests."""
+        """Identifies the test: counts, the rule for positives, treatment of queries and photos, digests."""
         with_positives = None if self.positives is None else sum(len(ids) > 0 for ids in self.positives)
         return {
             "num_queries": len(self.queries),
@@ -203,7 +203,7 @@ class Benchmark:
 
     @cached_property
     def _positives_sha256(self) -> str | None:
-        """Digest of who matches whom: for each query a line with the ids of its positives, by spaces."""
+        """Digest of the ground truth: for each query a line with the ids of its positives, separated by spaces."""
         if self.positives is None:
             return None
         digest = hashlib.sha256()
@@ -215,7 +215,7 @@ class Benchmark:
 def folder_manifest(folder: str, key: str) -> Manifest:
     """All photos below `folder` (path or URL), sorted by relative path, without positions.
 
-    Says how many files of other kinds lie there.
+    Says how many files of other kinds are there.
 
     Raises `UserError`, naming the setting `key`, where there is no such folder or no photo in it, where it can't be
     read, and for a name that is not UTF-8 or that no index takes (`storage.is_inside`).
@@ -248,7 +248,7 @@ def folder_manifest(folder: str, key: str) -> Manifest:
 
 
 def check_photos_are_seen(manifest: Manifest) -> None:
-    """Raise `UserError` where this node does not see the folder of the photos: then no photo is to blame."""
+    """Raise `UserError` if this node does not see the photo folder: then the photos are not to blame."""
     if storage.is_local(manifest.root) and not _holds_something(storage.local_path(manifest.root)):
         raise UserError(
             f"{manifest.root}: this photo folder is missing or empty on node {socket.gethostname()}; expected a "
@@ -257,7 +257,7 @@ def check_photos_are_seen(manifest: Manifest) -> None:
 
 
 def _holds_something(folder: Path) -> bool:
-    """An empty folder is, most likely, a mount point without its mount."""
+    """Whether a folder is not empty; an empty one is most likely a mount point without its mount."""
     try:
         return any(folder.iterdir())
     except OSError:

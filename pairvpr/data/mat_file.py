@@ -1,7 +1,7 @@
-"""MATLAB files of version 5 (`save -v6`, `-v7`), without the parts that lists of photos don't need.
+"""Reader for MATLAB files of version 5 (`save -v6`, `-v7`), limited to what lists of photos need.
 
-Every length is checked against the bytes that are there before anything is read or made, because a damaged file makes
-other readers take the whole process down. Objects, functions and sparse arrays are refused; nothing is executed.
+Every length is checked against the available bytes before anything is read or allocated, because damaged files crash
+other readers' whole process. Objects, functions and sparse arrays are refused; nothing is executed.
 The format: MathWorks, "MAT-File Format" (version 5).
 """
 
@@ -20,7 +20,7 @@ MatValue = NDArray[np.float64] | str | list["MatValue"] | dict[str, "MatValue"]
 
 _MOST_UNPACKED_BYTES = 1 << 28
 _MOST_ELEMENTS = 4_000_000
-"""Three times those of Pittsburgh 250k, the longest published list; in Python an element takes some 100 bytes."""
+"""Three times as many as in Pittsburgh 250k, the longest published list; an element takes about 100 bytes in Python."""
 _DEEPEST = 4
 _HEADER_BYTES = 128
 _MATRIX, _COMPRESSED, _UTF8 = 14, 15, 16
@@ -32,11 +32,11 @@ _COMPLEX = 0x0800
 
 
 class MatError(Exception):
-    """A file that is no such MATLAB file, or a damaged one; the message says why."""
+    """Not such a MATLAB file, or a damaged one; the message says why."""
 
 
 def read_variable(data: bytes, name: str) -> MatValue | None:
-    """The variable `name` of a file's bytes; None where there is none. Raises `MatError`."""
+    """The variable `name` in a file's bytes; None if there is none. Raises `MatError`."""
     if data[:8] == b"\x89HDF\r\n\x1a\n" or data[:20].startswith(b"MATLAB 7.3 MAT-file"):
         raise NewerMatError(
             "a MATLAB 7.3 (HDF5) file; expected an older format, as written by MATLAB's save(FILE, ..., '-v7')"
@@ -68,14 +68,14 @@ class _Element:
 
 
 class _Reader:
-    """Elements of one byte order: so many at most, which hold at most so many unpacked bytes together."""
+    """Parses elements of one byte order, with limits on their number and on their total unpacked bytes."""
 
     def __init__(self, data: bytes, order: Literal["<", ">"]) -> None:
         self._data, self._order = data, order
         self._bytes_left, self._elements_left = _MOST_UNPACKED_BYTES, _MOST_ELEMENTS
 
     def element(self, place: int, data: bytes | None = None, *, is_top: bool = False) -> tuple[_Element, int]:
-        """The element at `place`, and where the next one begins."""
+        """The element at `place`, and the position of the next one."""
         data = self._data if data is None else data
         self._elements_left -= 1
         if self._elements_left < 0:
@@ -83,7 +83,7 @@ class _Reader:
         if place + 8 > len(data):
             raise MatError("it ends inside an element")
         kind, size = struct.unpack_from(f"{self._order}II", data, place)
-        if kind >> 16:  # a short one, which holds its bytes instead of a size
+        if kind >> 16:  # a small element, whose data follows directly
             kind, size, start, end = kind & 0xFFFF, kind >> 16, place + 4, place + 8
             if size > 4:
                 raise MatError(f"a short element of {size} bytes")
@@ -123,14 +123,14 @@ class _Reader:
         return parts
 
     def name_of(self, array: bytes) -> str:
-        """What a variable is called."""
+        """A variable's name."""
         place = 0
         for _ in range(2):
             _, place = self.element(place, array)
         return self.element(place, array)[0].data.decode("ascii", "replace")
 
     def value(self, array: bytes, depth: int = 0) -> MatValue:
-        """What a variable, a cell or a field holds."""
+        """The value of a variable, cell or field."""
         if depth > _DEEPEST:
             raise MatError(f"cells nested more than {_DEEPEST} levels deep")
         if not array:

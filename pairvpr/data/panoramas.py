@@ -1,4 +1,4 @@
-"""SF-XL panoramas: what their names say, which way to look, and which columns to cut out (method, section 4).
+"""SF-XL panoramas: parse their names, choose view directions, and crop (method, section 4).
 
 n = number of panoramas. Positions are UTM (east, north) in metres. Angles are in degrees: viewing angles clockwise from
 north. The middle column of a panorama looks along its yaw.
@@ -33,7 +33,7 @@ _NAME = rf"(?:^|/)@(?P<east>{_NUMBER})@(?P<north>{_NUMBER})@(?:[^@/]*@){{6}}(?P<
 
 
 def parse_names(paths: pa.Array, where: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Positions (n, 2) and yaws (n,) that names `@utm_east@utm_north@...` state; `paths` are strings.
+    """Positions (n, 2) and yaws (n,) from names `@utm_east@utm_north@...`; `paths` are strings.
 
     Raises `UserError`, naming `where` and the first such path, for a name without them.
     """
@@ -48,14 +48,14 @@ def parse_names(paths: pa.Array, where: str) -> tuple[NDArray[np.float64], NDArr
 
 
 def cells_m(utm_m: NDArray[np.float64]) -> NDArray[np.int64]:
-    """South-west corners (n, 2) of the square cells in which positions (n, 2) lie, multiples of `CELL_SIZE_M`."""
+    """South-west corners (n, 2), multiples of `CELL_SIZE_M`, of the square cells that contain positions (n, 2)."""
     return np.floor_divide(utm_m, CELL_SIZE_M).astype(np.int64) * CELL_SIZE_M
 
 
 def second_axis(utm_m: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Unit vector (2,) along which positions (n, 2) vary least; any unit vector where they vary alike in all."""
+    """Unit vector (2,) along which positions (n, 2) vary least; arbitrary if all directions vary equally."""
     east_m, north_m = (utm_m - utm_m.mean(axis=0)).T
-    # The angle of the first axis, in closed form: a library's eigenvectors differ in sign from machine to machine.
+    # The angle of the first axis in closed form: the sign of a library's eigenvectors depends on the machine.
     angle_rad = 0.5 * np.arctan2(2.0 * (east_m @ north_m), east_m @ east_m - north_m @ north_m)
     return np.array([-np.sin(angle_rad), np.cos(angle_rad)])
 
@@ -72,37 +72,37 @@ def focal_point(utm_m: NDArray[np.float64], rotation_deg: float, distance_m: flo
 
 
 def draw_focal_point(utm_m: NDArray[np.float64], rng: Generator) -> NDArray[np.float64]:
-    """A focal point (2,) for panoramas at `utm_m` (n, 2), by a whole angle and a whole distance."""
+    """A focal point (2,) for panoramas at `utm_m` (n, 2), at an integer angle and distance."""
     rotation_deg = rng.integers(0, MAX_ROTATION_DEG, endpoint=True)
     distance_m = rng.integers(MIN_FOCAL_DISTANCE_M, MAX_FOCAL_DISTANCE_M, endpoint=True)
     return focal_point(utm_m, float(rotation_deg), float(distance_m))
 
 
 def viewing_angles_deg(utm_m: NDArray[np.float64], focal_m: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Angles (n,) from 0 to 360 at which positions (n, 2) see the focal point (2,)."""
+    """Viewing angles (n,), from 0 to 360, from positions (n, 2) to the focal point (2,)."""
     east_m, north_m = (focal_m - utm_m).T
     return np.rad2deg(np.arctan2(east_m, north_m)) % 360.0
 
 
 def differences_deg(angle_deg: float, others_deg: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How far an angle is from others (n,): 0 to 180."""
+    """Differences between an angle and others (n,): 0 to 180."""
     return np.abs((angle_deg - others_deg + 180.0) % 360.0 - 180.0)
 
 
 def left_edges_px(yaws_deg: ArrayLike, angles_deg: ArrayLike) -> NDArray[np.int64]:
-    """First columns (n,) of the crops that look at viewing angles (n,) in panoramas with these yaws (n,)."""
+    """First columns (n,) of crops centred on viewing angles (n,) in panoramas with yaws (n,)."""
     yaws_deg, angles_deg = np.asarray(yaws_deg, np.float64), np.asarray(angles_deg, np.float64)
-    # Each term is truncated alone, before they are added.
+    # Each term is truncated before they are added.
     north_px = ((180.0 - yaws_deg) % 360.0 / 360.0 * WIDTH_PX).astype(np.int64)
     turn_px = (angles_deg / 360.0 * WIDTH_PX).astype(np.int64)
     return (north_px + turn_px - CROP_WIDTH_PX // 2) % WIDTH_PX
 
 
 def draw_second(first_deg: float, others_deg: NDArray[np.float64], rng: Generator) -> int:
-    """Which of the other views (n > 0 viewing angles) to pair with the first.
+    """Index of the view (of n > 0 viewing angles) to pair with the first.
 
-    A view is drawn again while the angles differ by too little or too much; the fifth and later draws accept any
-    difference that is not next to nothing, and the last one is taken as it comes.
+    The draw is repeated while the angles differ by too little or too much. From the fifth draw on, any non-negligible
+    difference is accepted; the last draw is always accepted.
     """
     differences = differences_deg(first_deg, others_deg)
     choice = 0
@@ -116,9 +116,9 @@ def draw_second(first_deg: float, others_deg: NDArray[np.float64], rng: Generato
 
 
 def crop(panorama: Image.Image, left_px: int) -> Image.Image:
-    """The part of a panorama, `CROP_WIDTH_PX` wide, from column `left_px` on; it goes on at the panorama's left end.
+    """A crop of a panorama, `CROP_WIDTH_PX` wide, from column `left_px` on; it wraps around at the right edge.
 
-    Raises `BrokenImageError` where the panorama has another size than `left_px` counts on.
+    Raises `BrokenImageError` if the panorama does not have the expected size.
     """
     if panorama.size != (WIDTH_PX, HEIGHT_PX):
         width_px, height_px = panorama.size

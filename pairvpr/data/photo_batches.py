@@ -1,6 +1,6 @@
-"""Photos in batches that depend on the manifest and the batch size alone.
+"""Batches of photos that depend only on the manifest and the batch size.
 
-B photos of a batch, S image side in pixels, G descriptor width.
+B photos in a batch, S image side in pixels, G descriptor width.
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ from pairvpr.data.manifest import Manifest
 class PhotoBatch:
     """Decoded photos `first_id`, `first_id` + 1, ...: pixels (B, S, S, 3) uint8; `errors` and `remarks` by position.
 
-    A broken photo leaves zeros, so that its neighbours pass through the network in the same shape as without it;
-    its own row is dropped.
+    A broken photo has zeros as pixels, so that the shape of the forward pass stays the same; its row is dropped.
     """
 
     first_id: int
     pixels: NDArray[np.uint8]
     errors: dict[int, str]
     remarks: dict[int, str] = field(default_factory=dict)
-    """What is odd about photos that were read (`images.Pixels`)."""
+    """Warnings about photos that were read (`images.Pixels`)."""
 
     def kept(self, descriptors: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Ids (n,) and rows (n, G) of the photos that could be read."""
+        """Ids (n,) and rows (n, G) of the readable photos."""
         positions = np.array([i for i in range(len(self.pixels)) if i not in self.errors], dtype=np.int64)
         return self.first_id + positions, descriptors[positions]
 
@@ -46,12 +45,12 @@ class PhotoBatch:
 
 
 def num_batches(num_images: int, batch_size: int) -> int:
-    """How many batches a manifest is cut into."""
+    """The number of batches of a manifest."""
     return -(-num_images // batch_size)
 
 
 def load_batch(manifest: Manifest, batch: int, batch_size: int, model: ModelConfig) -> PhotoBatch:
-    """Decode photos [batch * batch_size, (batch + 1) * batch_size) of the manifest, as the model's settings say."""
+    """Decode photos [batch * batch_size, (batch + 1) * batch_size) of the manifest, using the model's settings."""
     first_id = batch * batch_size
     ids = range(first_id, min(first_id + batch_size, len(manifest)))
     pixels = np.zeros((len(ids), model.image_size_px, model.image_size_px, 3), np.uint8)
@@ -70,7 +69,7 @@ def load_batch(manifest: Manifest, batch: int, batch_size: int, model: ModelConf
 
 
 def load_photo(url: str, model: ModelConfig) -> images.Pixels:
-    """A photo's file as the model's settings have it read. Raises as `images.load_upright`."""
+    """Load a photo's file with the model's settings. Raises as `images.load_upright` does."""
     return images.load_pixels(
         url, model.image_size_px, scaled_decoding=model.scaled_decoding, max_megapixels=model.max_megapixels
     )

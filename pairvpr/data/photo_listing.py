@@ -1,4 +1,4 @@
-"""Which files of a folder are photos, by the endings of their names; files that systems leave behind are none."""
+"""Which files of a folder are photos, by file extension; operating systems' own files are ignored."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _MOST_KINDS = 8
 
 @dataclass(frozen=True)
 class FoundFiles:
-    """The photos of a folder, in the order given, and how many files of each other ending there are."""
+    """The photos of a folder, in the given order, and the number of other files by extension."""
 
     photos: list[str]
     others: Counter[str]
 
     def left_out(self) -> str | None:
-        """How many files of which kinds are no photos, as one line says it; None without any."""
+        """One line on the number of other files, by kind; None if there are none."""
         if not self.others:
             return None
         kinds = sorted(self.others.items(), key=lambda item: (-item[1], item[0]))
@@ -36,7 +36,7 @@ class FoundFiles:
 
 
 def photos_among(paths: Sequence[str]) -> FoundFiles:
-    """Among `paths`, relative to a folder. What systems leave behind is neither a photo nor counted."""
+    """Find the photos among `paths`, relative to a folder. Operating systems' own files are ignored."""
     photos, others = list[str](), Counter[str]()
     for path in paths:
         if _is_of_system(path):

@@ -1,8 +1,8 @@
-"""The bytes of a photo's file without its metadata: what is left decides the pixels, and nothing else does.
+"""Strips metadata from a photo's file, leaving only the bytes that decide its pixels.
 
 Metadata is everything that pixels do not need: ICC profiles, EXIF, XMP, text, thumbnails, further pictures. It may be
-damaged, huge, or packed so that it unpacks to gigabytes, while the pixels are whole. Of all of it one number is read,
-the orientation. A file whose structure is damaged is left as it is: its decoder says what is wrong.
+damaged, huge, or decompress to gigabytes, while the pixels are intact. Only the orientation is read from it. A file
+with a damaged structure is left unchanged: its decoder reports what is wrong.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _TIFF_PIXELS = frozenset(
     {*range(254, 260), 262, 263, 266, 273, 274, 277, 278, 279, 284, 292, 293, 317, 320, *range(322, 326)}
     | {332, 334, *range(338, 342), 347, *range(512, 522), *range(529, 533)}
 )
-"""Tags that say how pixels are stored, and the orientation."""
+"""Tags that describe how pixels are stored, and the orientation."""
 
 
 @dataclass(frozen=True)
 class PhotoFile:
-    """`pixels`: the file less its metadata; `orientation`: 1 to 8 as EXIF numbers them, 1 where nothing sane says so.
+    """`pixels`: the file without metadata; `orientation`: 1 to 8 as in EXIF, 1 if there is no valid one.
 
-    Of a TIFF the orientation stays among the tags, where Pillow applies it.
+    A TIFF keeps its orientation tag, which Pillow applies.
     """
 
     pixels: bytes
@@ -46,7 +46,7 @@ class PhotoFile:
 
 
 def without_metadata(data: bytes) -> PhotoFile:
-    """A photo's file, split; a kind of file that is not known here stays whole."""
+    """Split a photo's file; unknown kinds of files stay whole."""
     if data.startswith(b"\xff\xd8"):
         return _jpeg(data)
     if data.startswith(_PNG_SIGNATURE):
@@ -59,9 +59,9 @@ def without_metadata(data: bytes) -> PhotoFile:
 
 
 def with_exif_alone(data: bytes) -> bytes:
-    """A PNG without its ICC profile and its texts other than EXIF; other files as they are.
+    """A PNG without its ICC profile and its texts other than EXIF; other files unchanged.
 
-    Pillow opens no PNG whose profile or texts unpack to more than a mebibyte.
+    Pillow refuses a PNG whose profile or texts decompress to more than a mebibyte.
     """
     if not data.startswith(_PNG_SIGNATURE):
         return data
@@ -74,7 +74,7 @@ def with_exif_alone(data: bytes) -> bytes:
 
 
 def webp_size_px(data: bytes) -> tuple[int, int] | None:
-    """Width and height that a WebP claims; its decoder takes memory for them when it opens the file."""
+    """Width and height in a WebP's header; its decoder allocates memory for them on opening."""
     kind, head = data[12:16], data[20:30]
     if not (data.startswith(b"RIFF") and data[8:12] == b"WEBP" and len(head) == 10):
         return None
@@ -89,7 +89,7 @@ def webp_size_px(data: bytes) -> tuple[int, int] | None:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """That of an image which Pillow opened: 1 to 8, and 1 where nothing sane says so."""
+    """The orientation of an image opened by Pillow: 1 to 8, and 1 if there is no valid one."""
     try:
         return _sane(image.getexif().get(Base.Orientation))
     except Exception:  # Pillow raises nearly anything on foreign bytes
@@ -101,7 +101,7 @@ def _sane(orientation: object) -> int:
 
 
 def _orientation(exif: bytes, xmp: bytes) -> int:
-    """That of an EXIF block or, where it has none, of XMP."""
+    """The orientation from an EXIF block or, without one, from XMP."""
     try:
         block = Image.Exif()
         block.load(exif)
@@ -114,7 +114,7 @@ def _orientation(exif: bytes, xmp: bytes) -> int:
 
 
 def _jpeg(data: bytes) -> PhotoFile:
-    """Up to the first scan only tables are kept, and the two markers that say how colours are coded."""
+    """Strip a JPEG: before the first scan, keep only tables and the two markers for the colour encoding."""
     kept, exif, xmp, at = [data[:2]], b"", b"", 2
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker, stop = data[at + 1], at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
@@ -142,7 +142,7 @@ def _jpeg_segment(marker: int, payload: bytes) -> bytes:
 
 
 def _png(data: bytes) -> PhotoFile:
-    """Only critical chunks are kept; transparency is none, since pixels become RGB."""
+    """Strip a PNG: keep only critical chunks, which exclude transparency, since pixels become RGB."""
     kept, exif, raw_exif, xmp, name, stop = [_PNG_SIGNATURE], b"", b"", b"", b"", len(_PNG_SIGNATURE)
     for name, start, stop in _png_chunks(data):
         if not name[0] & 0x20:
@@ -158,7 +158,7 @@ def _png(data: bytes) -> PhotoFile:
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Name, start and end of each whole chunk, up to the last one of the picture."""
+    """Name, start and end of each complete chunk, up to the picture's last one."""
     at = len(_PNG_SIGNATURE)
     while at + 12 <= len(data):
         name, stop = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4], "big")
@@ -171,7 +171,7 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _png_text(name: bytes, text: bytes) -> bytes:
-    """The text of a chunk, behind its keyword; empty where it is damaged or unpacks to more than a text should."""
+    """The text of a chunk, after its keyword; empty if it is damaged or decompresses to too much."""
     is_packed = name == b"zTXt" or (name == b"iTXt" and text[:1] == b"\x01")
     packed = {b"tEXt": lambda: text, b"zTXt": lambda: text[1:], b"iTXt": lambda: text[2:].split(b"\0", 2)[-1]}[name]()
     if not is_packed:
@@ -185,7 +185,7 @@ def _png_text(name: bytes, text: bytes) -> bytes:
 
 
 def _from_hex(raw: bytes) -> bytes:
-    """The EXIF block that ImageMagick writes as text: three lines of heading, then hex digits."""
+    """The EXIF block that ImageMagick writes as text: three header lines, then hex digits."""
     try:
         return bytes.fromhex(b"".join(raw.split(b"\n")[3:]).decode("ascii"))
     except ValueError:
@@ -195,7 +195,7 @@ def _from_hex(raw: bytes) -> bytes:
 def _webp(data: bytes) -> PhotoFile:
     chunks = list(_riff_chunks(data))
     if sum(8 + len(body) + len(body) % 2 for _, body in chunks) < min(len(data), _riff_stop(data)) - 12 - 1:
-        return PhotoFile(data)  # a chunk that ends behind the file
+        return PhotoFile(data)  # a chunk that extends beyond the file
     metadata = {name: body for name, body in reversed(chunks) if name in (b"EXIF", b"XMP ")}
     pieces = [b"WEBP"]
     for name, body in chunks:
@@ -222,7 +222,7 @@ def _riff_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _tiff(data: bytes) -> bytes:
-    """The first picture's tags less those that its pixels do not need, in the place of all of them."""
+    """Strip a TIFF: replace the first picture's tags by those that its pixels need."""
     order = "<" if data.startswith(b"II") else ">"
     is_big = data[2:4] in (b"+\0", b"\0+")
     entry_bytes, number = (20, "Q") if is_big else (12, "H")

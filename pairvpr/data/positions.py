@@ -1,7 +1,7 @@
-"""Where photos were taken: from `@` names, from tables, or from the GPS entries of their EXIF blocks.
+"""Positions of photos: from `@` names, from tables, or from GPS entries in EXIF.
 
-Whatever the source, positions become metres of one UTM zone for the whole benchmark, so that the distance of two
-photos is that of their coordinates, also across the border of two zones.
+All sources give metres in one UTM zone for the whole benchmark, so that distances between photos are distances between
+coordinates, even across a border of zones.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pairvpr.data.tables import Rows, TableFile, find_photos
 from pairvpr.data.utm import UtmZone
 from pairvpr.errors import UserError
 
-pc: Any = compute  # its functions are made at run time, so their types are not known
+pc: Any = compute  # its functions are generated at run time, so their types are unknown
 
 _NUMBER = r"-?\d+(?:\.\d+)?"
 _NAME = (
@@ -40,16 +40,16 @@ _NUM_READERS = 16
 _PHOTOS_AT_A_TIME = 256
 
 ZONE_COLUMNS = ("utm_zone", "utm_zone_number", "utm_zone_letter", "zone", "hemisphere")
-"""Columns of a table that say which UTM zone its metres are of."""
+"""Columns of a table that name the UTM zone of its metres."""
 _LIMITS_DEG = (90.0, 180.0)
-_MOST_UTM_M = 1e8  # farther than any point of the Earth from any zone's origin
+_MOST_UTM_M = 1e8  # farther than any point on Earth is from a zone's origin
 
 
 def positions_from_names(photos: Manifest, key: str, problems: Problems, zone: UtmZone | None = None) -> Manifest:
-    """The photos whose names are `@utm_east@utm_north@...`, with their UTM and, where field 9 gives it, heading.
+    """The photos named `@utm_east@utm_north@...`, with their UTM position and, if field 9 gives it, heading.
 
-    Coordinates are those of `zone`, by default of the zone that most names state; photos of other zones are projected
-    into it. Another name is a problem, which names the setting `key` of the folder.
+    Coordinates are in `zone`, by default the zone of most names; photos of other zones are projected into it. Any other
+    name is a problem, reported with the setting `key` of the folder.
     """
     fields = pc.extract_regex(photos.path_column, _NAME)
     east, north, heading = (_field(fields, name) for name in ("east", "north", "heading"))
@@ -67,7 +67,7 @@ def positions_from_names(photos: Manifest, key: str, problems: Problems, zone: U
 
 
 def zone_of_names(photos: Manifest) -> UtmZone | None:
-    """The zone that most of the photos' names state; None where none states any."""
+    """The zone of most of the photos' names; None if no name gives one."""
     return _most_stated(_stated_zones(photos))
 
 
@@ -75,7 +75,7 @@ _NOT_STATED = 0
 
 
 def _stated_zones(photos: Manifest) -> NDArray[np.int64]:
-    """(n,) the zone that each photo's name states: twice its number, and one more in the south; 0 where it states none.
+    """(n,) the zone in each photo's name: twice its number, plus one in the south; 0 without a zone.
 
     Bands C to M are south of the equator, N to X north of it.
     """
@@ -102,9 +102,9 @@ def _projected(
     key: str,
     problems: Problems,
 ) -> NDArray[np.bool_]:
-    """Project the positions (n, 2) of other zones into `zone`, in place; (n,) which positions can be compared.
+    """Project the positions (n, 2) of other zones into `zone`, in place; returns (n,) which ones can be compared.
 
-    Not where a name states no zone beside others that state several, nor far from the zone: these are problems.
+    Problems are names without a zone among names of several zones, and positions far from the zone.
     """
     zones = _stated_zones(photos)
     target = zone or _most_stated(zones)
@@ -114,7 +114,7 @@ def _projected(
         return is_fine
     for stated in others:
         rows = np.flatnonzero(zones == stated)
-        with np.errstate(all="ignore"):  # coordinates that are none of this zone
+        with np.errstate(all="ignore"):  # coordinates outside this zone
             degrees = utm.to_degrees(utm_m[rows], _zone(stated))
             utm_m[rows] = utm.to_utm(degrees[:, 0], degrees[:, 1], target)
             is_fine[rows] = utm.is_near(utm_m[rows])
@@ -136,7 +136,7 @@ def _field(fields: pa.ChunkedArray, name: str) -> NDArray[np.float64]:
 
 @dataclass(frozen=True, eq=False)
 class PositionsTable:
-    """A table (path or URL) that says where `photos` were taken, and the setting that names it."""
+    """A table (path or URL) with the positions of `photos`, and the setting that names it."""
 
     key: str
     url: str
@@ -145,13 +145,13 @@ class PositionsTable:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Located:
-    """Photos and where their source says they were taken: (n, 2) UTM in metres, or latitude, longitude in degrees."""
+    """Photos with the positions of their source: (n, 2) UTM in metres, or latitude, longitude in degrees."""
 
     photos: Manifest
     coordinates: NDArray[np.float64]
     heading_deg: NDArray[np.float64]
     where: Callable[[int], str]
-    """What messages call the source of photo i."""
+    """The name of photo i's source in messages."""
 
 
 def positions_from_tables(
@@ -159,8 +159,8 @@ def positions_from_tables(
 ) -> list[Manifest]:
     """The photos that the tables list, with their positions; the first table is the database's.
 
-    A table that can't be read and a row that can't be used are problems; raises `UserError` where too little is left.
-    `columns_key` is the setting that gives columns other names.
+    Unreadable tables and unusable rows are problems; raises `UserError` if too little is left. `columns_key` is the
+    setting that renames columns.
     """
     files = dict[str, TableFile]()
     for source in sources:
@@ -181,9 +181,9 @@ def positions_from_tables(
 
 
 def positions_from_exif(parts: Sequence[Manifest], problems: Problems) -> list[Manifest]:
-    """The photos with the positions, and headings from true north, of their EXIF blocks; first those of the database.
+    """The photos with the positions and headings (from true north) of their EXIF; database first.
 
-    A photo that does not say where it was taken is a problem; raises `UserError` where no database photo does.
+    A photo without a position is a problem; raises `UserError` if no database photo has one.
     """
     return _in_one_zone([_read_exif(photos, problems) for photos in parts], problems)
 
@@ -193,7 +193,7 @@ def _in_utm(located: _Located) -> Manifest:
 
 
 def _in_one_zone(located: list[_Located], problems: Problems) -> list[Manifest]:
-    """Database (and queries) from degrees to metres of the zone in which most of the database lies."""
+    """Convert database (and queries) from degrees to metres in the zone that holds most of the database."""
     database = located[0]
     if not len(database.photos):
         problems.raise_if_any()
@@ -231,7 +231,7 @@ def _open(source: PositionsTable, columns: PositionColumns, columns_key: str) ->
 
 
 def _common_pair(files: list[TableFile], columns: PositionColumns) -> tuple[str, str]:
-    """The columns of coordinates to read from each of the tables."""
+    """The coordinate columns to read from each table."""
     for pair in _pairs(columns):
         if all(file.has(*pair) for file in files):
             return pair
@@ -243,7 +243,7 @@ def _common_pair(files: list[TableFile], columns: PositionColumns) -> tuple[str,
 
 
 def _check_one_zone(files: list[TableFile], problems: Problems) -> None:
-    """Raise `UserError` where columns of the tables state several zones: metres of two zones can't be compared."""
+    """Raise `UserError` if the tables name several zones: metres of different zones can't be compared."""
     for name in ZONE_COLUMNS:
         stated = {
             text.strip().upper()
@@ -262,7 +262,7 @@ def _check_one_zone(files: list[TableFile], problems: Problems) -> None:
 def _read_table(
     file: TableFile, columns: PositionColumns, pair: tuple[str, str], photos: Manifest, problems: Problems
 ) -> _Located:
-    """The usable rows, in the order of their paths; the others are problems."""
+    """The usable rows, ordered by path; the others are problems."""
     has_heading = file.has(columns.heading)
     rows = file.read([columns.path, *pair, *([columns.heading] if has_heading else [])], problems)
     image_ids, is_usable = _listed(rows, columns.path, photos, problems)
@@ -294,7 +294,7 @@ def _read_table(
 
 
 def _listed(rows: Rows, name: str, photos: Manifest, problems: Problems) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """(n,) ids of the photos that the rows name, and whether each is there and named for the first time."""
+    """(n,) ids of the photos that the rows name, and whether each exists and is named for the first time."""
     if not len(rows):
         problems.add(f"{rows.url}: no row that can be used; expected one for each photo")
     paths = rows.texts(name)
@@ -318,7 +318,7 @@ def _range_text(axis: int) -> str:
 
 
 def _read_exif(photos: Manifest, problems: Problems) -> _Located:
-    """The photos that say where they were taken; the others are problems."""
+    """The photos with a position; the others are problems."""
     kept, found = list[int](), list[GpsPosition]()
     for image_id, answer in _gps_positions(photos):
         if isinstance(answer, GpsPosition):
@@ -337,7 +337,7 @@ def _read_exif(photos: Manifest, problems: Problems) -> _Located:
 
 
 def _gps_positions(photos: Manifest) -> Iterator[tuple[int, GpsPosition | str]]:
-    """Each photo's id and its position, or why there is none. Stores answer slowly, so several are asked at once."""
+    """Each photo's id and its position, or the reason for none. Reads several at once, because storage is slow."""
     with ThreadPoolExecutor(_NUM_READERS) as readers:
         for first in range(0, len(photos), _PHOTOS_AT_A_TIME):
             ids = range(first, min(first + _PHOTOS_AT_A_TIME, len(photos)))
@@ -357,7 +357,7 @@ def _head(url: str) -> bytes | OSError:
 
 
 def _gps_position(url: str, head: bytes | OSError) -> GpsPosition:
-    """From the first bytes of a photo if they are enough, from all of them otherwise. Raises `GpsError`."""
+    """The position from a photo's first bytes if they are enough, otherwise from all. Raises `GpsError`."""
     try:
         if isinstance(head, OSError):
             raise head

@@ -1,4 +1,4 @@
-"""Who counts as the same place."""
+"""Positives by distance: which photos show the same place."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import KDTree
 
-_QUERIES_AT_A_TIME = 512  # the tree answers with Python numbers, of five times the memory of the arrays
+_QUERIES_AT_A_TIME = 512  # the tree returns Python numbers, which take five times the memory of arrays
 
 
 def within_radius(
     queries_utm_m: NDArray[np.float64], database_utm_m: NDArray[np.float64], radius_m: float
 ) -> list[NDArray[np.int64]]:
-    """For each query the ids of database photos at most `radius_m` away, ascending.
+    """For each query, the ids of database photos at most `radius_m` away, ascending.
 
     Both arrays are (n, 2), east and north in metres of one UTM zone. A photo exactly `radius_m` away counts.
     """

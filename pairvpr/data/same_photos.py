@@ -1,4 +1,4 @@
-"""Queries that are database photos, too: each finds itself, and the recall says nothing."""
+"""Finds queries that are also database photos: each finds itself, which makes the recall meaningless."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pairvpr.data import storage
 from pairvpr.data.manifest import Manifest
 
 MOST_DATABASE_PHOTOS = 200_000
-"""A larger database is not searched: to ask a disk of a network for the sizes of millions of files takes minutes."""
+"""Larger databases are not searched: getting the sizes of millions of files takes minutes on a network disk."""
 
 
 def same_photos(queries: Manifest, database: Manifest) -> list[tuple[int, int]]:
-    """Pairs of a query and the first database photo with the same bytes, in the order of the queries.
+    """Pairs of a query and the first database photo with the same bytes, in query order.
 
-    Reads files of equal size alone. Empty where either is on a store, and for more than `MOST_DATABASE_PHOTOS`.
+    Reads only files of equal size. Empty if either folder is remote, and for more than `MOST_DATABASE_PHOTOS`.
     """
     roots_are_local = storage.is_local(queries.root) and storage.is_local(database.root)
     if not roots_are_local or len(database) > MOST_DATABASE_PHOTOS:
@@ -41,7 +41,7 @@ def same_photos(queries: Manifest, database: Manifest) -> list[tuple[int, int]]:
 
 
 def _size(url: str) -> int:
-    """In bytes; 0 for what is not there, which others report."""
+    """Size in bytes; 0 for a missing file, which is reported elsewhere."""
     try:
         return os.stat(storage.local_path(url)).st_size
     except OSError:
@@ -49,7 +49,7 @@ def _size(url: str) -> int:
 
 
 def _digest(url: str) -> str:
-    """Empty for what can't be read."""
+    """Digest of a file; empty if it can't be read."""
     try:
         return hashlib.sha256(storage.read_bytes(url)).hexdigest()
     except OSError:

@@ -1,7 +1,7 @@
-"""Which sample stands at a position of an epoch, and what it holds: a function of the seed and the photos alone.
+"""Training samples by epoch and position: a function of the seed and the photos only.
 
-S = image side in pixels, L = patches per image. Any process may ask a sampler for any sample, in any order; a pickled
-sampler holds its training sets and nothing that it computed from them.
+S = image side in pixels, L = patches per image. Any process may request any sample, in any order; a pickled
+sampler contains its training sets, but nothing computed from them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Load = Callable[[View], Image.Image]  # an RGB photo, or `BrokenImageError`
 
 
 class Stream(IntEnum):
-    """What random numbers are for; different streams of one seed have nothing in common."""
+    """Purposes of random numbers; different streams of one seed are independent."""
 
     STAGE_ONE_ORDER = 0
     STAGE_ONE_SAMPLE = 1
@@ -40,19 +40,19 @@ class Stream(IntEnum):
 
 
 def rng_of(seed: int, stream: Stream, epoch: int = 0, position: int = 0) -> Generator:
-    """The generator of one sample, or of one epoch's order; `seed` is not negative."""
+    """The generator for one sample, or for one epoch's order; `seed` is not negative."""
     return np.random.default_rng(SeedSequence(seed, spawn_key=(stream, epoch, position)))
 
 
 def rank_slice(batch: int, rank: int, world: int) -> range:
-    """The part of a global batch that a rank owns: contiguous; sizes differ by at most one, the first are larger."""
+    """The contiguous part of a global batch that a rank owns; sizes differ by at most one, larger ones first."""
     size, remainder = divmod(batch, world)
     start = rank * size + min(rank, remainder)
     return range(start, start + size + (rank < remainder))
 
 
 def num_batches(num_places: int, batch: int) -> int:
-    """Whole global batches in an epoch; the incomplete one at its end is left out."""
+    """Complete global batches in an epoch; an incomplete last one is dropped."""
     if num_places < batch:
         raise UserError(
             f"train.global_batch_size={batch}: the training sets have only {num_places:,} places; expected a "
@@ -63,10 +63,10 @@ def num_batches(num_places: int, batch: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """Photos of one place, as they were read.
+    """Photos read for one place.
 
-    `place` differs from the one that was asked for where `num_places_skipped` is not 0; `num_redrawn` counts the broken
-    photos that were met, those of skipped places included.
+    `place` differs from the requested one if `num_places_skipped` is not 0; `num_redrawn` counts the broken photos that
+    were drawn, including those of skipped places.
     """
 
     images: list[Image.Image]
@@ -77,10 +77,10 @@ class Drawn:
 
 
 def draw_views(training_set: TrainingSet, place: int, count: int, rng: Generator, load: Load) -> Drawn:
-    """`count` readable photos of a place, or of the next place that has as many.
+    """`count` readable photos of a place, or of the next place that has enough.
 
-    Where one is broken, all views are drawn anew without it, because the views of a sample may depend on one another
-    (SF-XL: they look at the same point). Raises `UserError` where `MAX_PLACES_TRIED` places in a row have too few.
+    If one is broken, all views are drawn again without it, because the views of a sample may depend on one another
+    (SF-XL: they look at the same point). Raises `UserError` if `MAX_PLACES_TRIED` places in a row have too few.
     """
     num_redrawn = 0
     broken: dict[str, BrokenImageError] = {}
@@ -102,9 +102,9 @@ def draw_views(training_set: TrainingSet, place: int, count: int, rng: Generator
 def _read_views(
     training_set: TrainingSet, place: int, count: int, rng: Generator, load: Load
 ) -> tuple[dict[View, Image.Image], dict[str, BrokenImageError]]:
-    """`count` views of a place with their photos, or none where it has too few; and the broken photos by URL.
+    """`count` views of a place with their photos, or none if it has too few; and the broken photos by URL.
 
-    Both keep the order in which they were met, so that nothing depends on the order of a set.
+    Both keep the order of drawing, so that nothing depends on the order of a set.
     """
     loaded: dict[View, Image.Image] = {}
     broken: dict[str, BrokenImageError] = {}
@@ -124,7 +124,7 @@ def _read_views(
 
 @dataclass(frozen=True, slots=True)
 class PairSample:
-    """Two views of one place for masked image modelling; `set_index` says which training set they are of."""
+    """Two views of one place for masked image modelling, from the training set `set_index`."""
 
     first: NDArray[np.uint8]  # (S, S, 3), to be masked
     second: NDArray[np.uint8]  # (S, S, 3)
@@ -137,7 +137,7 @@ class PairSample:
 
 @dataclass(frozen=True)
 class PairSampler:
-    """Stage one: every place of every training set once an epoch, in that epoch's own order (method, section 4)."""
+    """Stage one: every place of every training set once per epoch, shuffled anew in each epoch (method, section 4)."""
 
     training_sets: tuple[TrainingSet, ...]
     load: Load
@@ -152,7 +152,7 @@ class PairSampler:
 
     @cached_property
     def _ends(self) -> tuple[int, ...]:
-        """Where each training set ends among the places of all."""
+        """The end of each training set in the list of all places."""
         return tuple(accumulate(len(training_set) for training_set in self.training_sets))
 
     def sample(self, epoch: int, position: int) -> PairSample:
@@ -194,7 +194,7 @@ class CityTrainingSet(TrainingSet, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PlaceSample:
-    """Photos of one place; `label` is the number of the place that they show, also where another was skipped."""
+    """Photos of one place; `label` is the number of the place that they show, even if another was skipped."""
 
     images: NDArray[np.uint8]  # (PHOTOS_PER_PLACE, S, S, 3)
     label: np.int64
@@ -205,7 +205,7 @@ class PlaceSample:
 
 @dataclass(frozen=True)
 class PlaceSampler:
-    """Stage two: cities one after another, places shuffled within each once per run (method, section 5)."""
+    """Stage two: cities in sequence, places shuffled within each city once per run (method, section 5)."""
 
     training_set: CityTrainingSet
     load: Load

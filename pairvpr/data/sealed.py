@@ -1,11 +1,11 @@
-"""The project's own files that a run reads back: sealed when written, and checked before anything in them is believed.
+"""The project's own files that a run reads back: sealed when written, and checked before use.
 
-A seal is the text `pairvpr-seal:` and 64 hex digits inside the file: the sha256 of the whole file with these digits
-read as zeros. JSON keeps it in the last entry `seal`, Parquet in the footer's metadata under `seal`, zip archives
-(.npz, .pt) in the archive's comment. One atomic publish writes file and seal, and every byte is covered.
+A seal is a checksum inside the file: the text `pairvpr-seal:` and the sha256 of the whole file with these 64 digits
+read as zeros. JSON has it as the last entry `seal`, Parquet in the footer's metadata under `seal`, zip archives (.npz,
+.pt) in the archive's comment. It is published atomically with the file, and covers every byte.
 
-Files of earlier versions have no seal. They are still read; their types and sizes are checked like those of all others.
-What an index names by bytes and sha256 (.npy, .faiss) needs no seal of its own.
+Files of earlier versions have no seal. They are still read; their types and sizes are checked as for all others. Files
+that an index lists with size and sha256 (.npy, .faiss) need no seal.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _MOST_INTEGER = (1 << 63) - 1
 
 
 class DamagedFileError(UserError):
-    """One of the project's own files does not hold what was written; the message names it and what to do."""
+    """One of the project's own files is damaged; the message names it and what to do."""
 
     def __init__(self, url: str, what: str, remedy: str) -> None:
         super().__init__(f"{url} is damaged: {what}; {remedy}")
@@ -48,7 +48,7 @@ class DamagedFileError(UserError):
 
 
 def warn(error: DamagedFileError) -> None:
-    """Say in one line that a damaged file is made anew, as its remedy says."""
+    """Say in one line that a file is damaged and how it is repaired."""
     say(f"warning: {error}")
 
 
@@ -65,15 +65,15 @@ def json_bytes(content: Mapping[str, Any]) -> bytes:
 def read_json(url: str, remedy: str) -> dict[str, Any] | None:
     """The object in a JSON file, or None where there is no such file.
 
-    Raises `DamagedFileError`, which ends with `remedy`, for what is no JSON object and where a byte has changed, and
-    `UserError` where a local file can't be read.
+    Raises `DamagedFileError`, which ends with `remedy`, if it is not a JSON object or a byte has changed, and
+    `UserError` if a local file can't be read.
     """
     data = read_bytes(url)
     return None if data is None else parse_json(data, url, remedy)
 
 
 def parse_json(data: bytes, url: str, remedy: str) -> dict[str, Any]:
-    """The object of these bytes, which `url` held. Raises `DamagedFileError` as `read_json`."""
+    """The object in these bytes, read from `url`. Raises `DamagedFileError` as `read_json` does."""
     has_seal = _check_seal(data, url, remedy)
     try:
         content = json.loads(data.decode("utf-8"))
@@ -107,15 +107,15 @@ def read_parquet(url: str, schema: pa.Schema, remedy: str) -> pa.Table | None:
 
 
 def parse_parquet(data: bytes, url: str, schema: pa.Schema, remedy: str) -> pa.Table:
-    """The columns of `schema`, of these bytes, which `url` held; with the metadata that the table was written with.
+    """The columns of `schema` in these bytes, read from `url`, with the table's metadata.
 
-    Raises `DamagedFileError`, which ends with `remedy`, for what is no Parquet, where a byte has changed, and where a
-    column is missing or of another type.
+    Raises `DamagedFileError`, which ends with `remedy`, if it is not Parquet, a byte has changed, or a column is
+    missing or of another type.
     """
     has_seal = _check_seal(data, url, remedy)
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
-        # A footer that ends early, at a zero byte, has lost its seal and still parses; it has lost its last field, too.
+        # A footer truncated at a zero byte has lost its seal but still parses; it has also lost its last field.
         if not file.metadata.created_by or (KEY.encode() in (file.metadata.metadata or {})) != has_seal:
             raise DamagedFileError(url, "its seal is broken", remedy)
         _check_size(file.metadata, len(data))
@@ -133,13 +133,13 @@ def parse_parquet(data: bytes, url: str, schema: pa.Schema, remedy: str) -> pa.T
 
 
 def _check_size(metadata: Any, num_bytes: int) -> None:
-    """Raise `ValueError` where a footer claims more than its file can hold: nothing is allocated for such a claim."""
+    """Raise `ValueError` if a footer claims more rows than the file can hold, before anything is allocated."""
     if metadata.num_rows > num_bytes or metadata.num_row_groups > num_bytes:
         raise ValueError(f"{metadata.num_rows:,} rows in {num_bytes:,} bytes")
 
 
 def seal_archive(file: IO[bytes]) -> None:
-    """Seal a zip archive (.npz, .pt), open for reading and writing, before it is published. It is read in pieces."""
+    """Seal a zip archive (.npz, .pt), open for reading and writing, before it is published. Reads it in pieces."""
     with zipfile.ZipFile(file, "a") as archive:
         archive.comment = _NO_SEAL.encode()
     digest = _archive_digest(file)
@@ -148,9 +148,9 @@ def seal_archive(file: IO[bytes]) -> None:
 
 
 def check_archive(file: IO[bytes], url: str, remedy: str) -> None:
-    """Read an archive once, in pieces, and raise `DamagedFileError` where it has a seal and a byte has changed.
+    """Read an archive once, in pieces, and raise `DamagedFileError` if it has a seal and a byte has changed.
 
-    The file's position is its start again.
+    The file's position is back at the start afterwards.
     """
     size = file.seek(0, io.SEEK_END)
     file.seek(max(0, size - len(_NO_SEAL)))
@@ -180,13 +180,13 @@ def _has_comment(file: IO[bytes]) -> bool:
         with zipfile.ZipFile(file) as archive:
             return bool(archive.comment)
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return False  # no archive at all: its reader says so
+        return False  # not an archive: its reader reports that
 
 
 def parsed(of: type[T], content: object, url: str, remedy: str) -> T:
-    """An instance of a dataclass from JSON: exactly its fields, each of its type, integers 0 or more, numbers finite.
+    """A dataclass instance from JSON: exactly its fields, of the right types, integers 0 or more, numbers finite.
 
-    Raises `DamagedFileError` for anything else; what `__post_init__` refuses by `ValueError` is something else, too.
+    Raises `DamagedFileError` for anything else, and if `__post_init__` raises `ValueError`.
     """
     try:
         return cast(T, _value(of, content, ""))
@@ -195,7 +195,7 @@ def parsed(of: type[T], content: object, url: str, remedy: str) -> T:
 
 
 def _value(of: Any, value: Any, name: str) -> Any:
-    """`value` as the annotation `of` says. Raises `ValueError`, with the dotted `name`, for another one."""
+    """`value` as the type `of`. Raises `ValueError`, with the dotted `name`, if it is of another type."""
     origin = get_origin(of)
     if of is Any:
         return value
@@ -219,7 +219,7 @@ def _value(of: Any, value: Any, name: str) -> Any:
 
 
 def _key(of: type, key: str, name: str) -> Any:
-    """A key of a JSON object, whose integers are text."""
+    """A key of a JSON object, where integers are text."""
     if of is not int:
         return key
     if not key.isdecimal():
@@ -236,7 +236,7 @@ def _instance(of: Any, content: dict[str, Any], name: str) -> Any:
 
 
 def read_bytes(url: str) -> bytes | None:
-    """All bytes of a file, or None where there is none. Raises `UserError`, naming it, where it can't be read."""
+    """All bytes of a file, or None if there is none. Raises `UserError`, naming it, if it can't be read."""
     try:
         return storage.read_bytes(url)
     except (FileNotFoundError, NotADirectoryError):
@@ -248,13 +248,13 @@ def read_bytes(url: str) -> bytes | None:
 
 
 def _sealed(data: bytes) -> bytes:
-    """The bytes with the digits of their last seal, zeros so far, filled in."""
+    """The bytes with the digits of their last seal (zeros so far) filled in."""
     first = data.rindex(_NO_SEAL.encode()) + len(_PREFIX)
     return b"".join([data[:first], hashlib.sha256(data).hexdigest().encode(), data[first + _NUM_DIGITS :]])
 
 
 def _check_seal(data: bytes, url: str, remedy: str) -> bool:
-    """Whether there is a seal. Raises `DamagedFileError` where it is not that of these bytes."""
+    """Whether there is a seal. Raises `DamagedFileError` if it does not match these bytes."""
     first = data.rfind(_PREFIX.encode())
     if first < 0:
         return False

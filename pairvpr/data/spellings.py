@@ -1,8 +1,8 @@
-"""Which photo a name in somebody's table or list stands for: the one rule for all of them.
+"""Which photo a name in a user's table or list stands for: one rule for all of them.
 
-Names change on their way from a camera to a table. A name that is not there as it is written stands for the one photo
-that differs from it in no more than spaces around it, `./`, backslashes, Unicode's form (NFC, NFD), `%20` or the case
-of its ending.
+Names change on their way from a camera to a table. A name without an exact match stands for the one photo that differs
+from it only in surrounding spaces, `./`, backslashes, Unicode normal form (NFC, NFD), `%20` or the case of its
+extension.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ class Spellings:
             self._places[spelling] = SEVERAL if spelling in self._places else place
 
     def find(self, text: str | None) -> int:
-        """The position of the path that `text` stands for; `NO_PHOTO` without one, `SEVERAL` where several may be."""
+        """The position of the path that `text` stands for; `NO_PHOTO` if there is none, `SEVERAL` if ambiguous."""
         candidates = {_spelling(text), _spelling(unquote(text))} if text else set[str]()
         found = {self._places[one] for one in candidates if one in self._places}
         return found.pop() if len(found) == 1 else SEVERAL if found else NO_PHOTO
 
 
 def no_photo_text(text: str, place: int, root: str, what: str = "photo") -> str:
-    """Why a name stands for no photo below `root`, where `find` gave `place`."""
+    """Why a name stands for no photo below `root`, from the `place` that `find` returned."""
     if place == SEVERAL:
         return f"{text!r} could be several photos in {root}; expected the name of one as it is spelt there"
     return f"no {what} {text!r} in {root}"
 
 
 def _spelling(path: str) -> str:
-    """What all spellings of one relative path share; one that leaves its folder is nobody's."""
+    """A key shared by all spellings of a relative path. `..` stays, so a path outside the folder matches no photo."""
     parts = [part for part in unicodedata.normalize("NFC", path.strip()).replace("\\", "/").split("/") if part != "."]
     stem, dot, ending = parts[-1].rpartition(".") if parts else ("", "", "")
     return "/".join([*parts[:-1], stem + dot + ending.lower()])

@@ -1,8 +1,8 @@
-"""What tells a photo's present content from an earlier one without reading it: size and time of change, or an ETag.
+"""Stamps detect changed photos without reading them: size and modification time, or an ETag.
 
 A description keeps the stamps of its photos, taken before they are read, in `stamps.parquet`: a row for each photo, in
-the order of `images.parquet`; null where there was no such file. A local photo costs one `stat`, those of a store one
-listing of its folder (a request for every thousand files).
+the order of `images.parquet`; null if there was no such file. A local photo costs one `stat`; remote ones cost one
+listing of their folder (a request per thousand files).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pairvpr.data import sealed, storage
 from pairvpr.data.manifest import Manifest
 from pairvpr.errors import UserError
 
-pc: Any = compute  # its functions are made at run time, so their types are not known
+pc: Any = compute  # its functions are generated at run time, so their types are unknown
 
 FILE = "stamps.parquet"
 SCHEMA = pa.schema([("stamp", pa.string())])
@@ -29,7 +29,7 @@ PHOTOS_AT_A_TIME = 1 << 16
 
 
 def stamps(photos: Manifest) -> pa.ChunkedArray:
-    """The stamp of every photo, in the order of ids; null where there is no such file."""
+    """The stamp of every photo, in id order; null if there is no such file."""
     listed = None if storage.is_local(photos.root) else storage.list_stamps(photos.root)
     pieces = []
     for first in range(0, len(photos), PHOTOS_AT_A_TIME):
@@ -40,7 +40,7 @@ def stamps(photos: Manifest) -> pa.ChunkedArray:
 
 
 def stamps_of(photos: Manifest, image_ids: NDArray[np.int64]) -> pa.ChunkedArray:
-    """The stamps of some photos (n,): a request for each of them."""
+    """The stamps of some photos (n,), with one request each."""
     return pa.chunked_array([pa.array(_each(photos.root, [photos.path(int(i)) for i in image_ids]), pa.string())])
 
 
@@ -52,28 +52,28 @@ def _each(root: str, paths: Sequence[str]) -> list[str | None]:
 
 
 def read(directory: str) -> pa.ChunkedArray | None:
-    """The stamps that a description keeps; None where an earlier version made it."""
+    """The stamps in a description; None if an earlier version made it."""
     remedy = "delete it, and changes of photos since then are not noticed"
     table = sealed.read_parquet(storage.join(directory, FILE), SCHEMA, remedy)
     return None if table is None else table.column("stamp")
 
 
 def write(directory: str, found: pa.ChunkedArray) -> None:
-    """Keep the stamps of a description's photos."""
+    """Write the stamps of a description's photos."""
     sealed.write_parquet(storage.join(directory, FILE), pa.table([found], schema=SCHEMA))
 
 
 def changed(before: pa.ChunkedArray, now: pa.ChunkedArray) -> NDArray[np.int64]:
-    """Positions of photos that are another file now, or are there and were not. One that is gone has not changed."""
+    """Positions of photos that are different or new files now. A missing photo does not count as changed."""
     same = pc.fill_null(pc.equal(before, now), False)
     other = pc.and_(pc.invert(same), pc.is_valid(now))
     return np.flatnonzero(other.to_numpy())
 
 
 def check_unchanged(photos: Manifest, directory: str) -> None:
-    """Raise `UserError` where photos have changed since the description in `directory` was begun.
+    """Raise `UserError` if photos have changed since the description in `directory` was begun.
 
-    One that is gone has not changed: whoever needs it says so.
+    A missing photo does not count as changed: the step that needs it reports it.
     """
     before = read(directory)
     if before is None:

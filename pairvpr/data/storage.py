@@ -1,8 +1,8 @@
-"""Local paths and URLs (`s3://`, `hf://`, any fsspec one) behind a few verbs; nothing else opens a URL.
+"""A small interface to local paths and URLs (`s3://`, `hf://`, anything in fsspec); nothing else opens a URL.
 
-Writes are atomic: a name holds either nothing, or the old bytes, or all of the new ones. Locally that is a
-temporary file beside the target and `os.replace`; object stores publish an object when its upload is complete.
-fsspec is imported when the first URL that needs it arrives, so the network loads local weights without it.
+Writes are atomic: a name has either nothing, or the old bytes, or all of the new ones. Local files are written to a
+temporary file next to the target, then `os.replace`d; object stores publish an object when its upload is complete.
+fsspec is imported for the first URL that needs it, so local weights load without it.
 """
 
 from __future__ import annotations
@@ -40,35 +40,35 @@ NO_SPACE_BYTES = 1 << 20
 
 
 class StorageError(OSError):
-    """A store did not do what it was asked; the message is one line that names the URL and the cause."""
+    """A storage operation failed; the message is one line that names the URL and the cause."""
 
 
 class StorageDeniedError(StorageError, PermissionError):
-    """A store refused: wrong, missing or expired credentials."""
+    """Access denied: wrong, missing or expired credentials."""
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, as one line."""
+    """An error as one line."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def is_local(url: str) -> bool:
-    """Whether `url` is a path of this machine (plain or `file://`)."""
+    """Whether `url` is a path on this machine (plain or `file://`)."""
     return "://" not in url or url.startswith("file://")
 
 
 def absolute(url: str) -> str:
-    """The same place, independent of the current directory; a local path has no `..` in it."""
+    """The absolute path or URL; a local path has no `..` in it."""
     if not is_local(url):
         return url.rstrip("/")
     path = local_path(url)
-    # `link/..` is the parent of what the link names, which the text alone does not tell.
+    # `link/..` is the parent of the link's target, which the text alone does not show.
     return str(path.resolve() if ".." in path.parts else path.absolute())
 
 
 def local_path(url: str) -> Path:
-    """The path that a local `url` names."""
+    """The path of a local `url`."""
     return Path(url.removeprefix("file://")).expanduser()
 
 
@@ -78,11 +78,11 @@ def join(url: str, *names: str) -> str:
 
 
 OUTSIDE = r"^$|^[/\\\\]|^[A-Za-z]:[/\\\\]|(^|[/\\\\])\.\.([/\\\\]|$)|://|\x00"
-"""What a path relative to a root never matches, as a pattern that Python's `re` and pyarrow's RE2 both read."""
+"""Matches paths that are not inside their root; a pattern for both Python's `re` and pyarrow's RE2."""
 
 
 def is_inside(path: str) -> bool:
-    """Whether a path that a file names stays below the root it is relative to: not empty, absolute or with `..`."""
+    """Whether a relative path stays inside its root: not empty, not absolute, without `..`."""
     return re.search(OUTSIDE, path) is None
 
 
@@ -104,7 +104,7 @@ def read_head(url: str, num_bytes: int) -> bytes:
 
 
 def read_ranges(url: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-    """The bytes [start, stop) of a file for each range, in order, many at once. Raises `FileNotFoundError`."""
+    """The bytes [start, stop) of a file for each range, in order, read concurrently. Raises `FileNotFoundError`."""
     if is_local(url):
         with local_path(url).open("rb") as file:
             return [os.pread(file.fileno(), stop - start, start) for start, stop in ranges]
@@ -130,11 +130,11 @@ def write_bytes(url: str, data: bytes) -> None:
 
 
 def create_exclusively(url: str, data: bytes) -> bool:
-    """Publish a file atomically if there is none of its name; whether it holds `data` now.
+    """Publish a file atomically if there is none of this name; returns whether it contains `data` now.
 
-    True: this call made it, or it was there with these very bytes, which may be the doing of an earlier try that never
-    heard its answer. Who has to tell the two apart puts something of their own into `data`. False: it holds something
-    else, which is left as it is. Where `has_atomic_creation` is False, callers of the same moment may all get True.
+    True: this call created it, or it already had these bytes, perhaps from an earlier try whose response was lost. To
+    tell the two apart, make `data` unique. False: it has other content, which stays. If `has_atomic_creation` is False,
+    simultaneous callers may all get True.
     """
     for _ in range(NUM_TRIES):
         if _created(url, data):
@@ -145,17 +145,17 @@ def create_exclusively(url: str, data: bytes) -> bool:
 
 
 def has_atomic_creation(url: str) -> bool:
-    """Whether of several `create_exclusively` with different bytes at the same moment one alone is True.
+    """Whether, of several simultaneous `create_exclusively` calls with different bytes, only one returns True.
 
-    So it is on local disks and on S3 of AWS itself. Other stores may read the condition `If-None-Match` before they
-    write: of 16 callers at once on OpenStack Swift, 3 to 14 were told that they had created the file.
+    This holds for local disks and AWS S3. Other stores may check `If-None-Match` before they write: of 16 simultaneous
+    callers on OpenStack Swift, 3 to 14 were told that they had created the file.
     """
     if is_local(url):
         return True
     if not url.startswith(("s3://", "s3a://")):
         return False
     filesystem: Any = _remote(url)[0]
-    # The client alone knows its endpoint: that may come from the environment, fsspec's settings or AWS's profiles.
+    # Only the client knows its endpoint, which may come from the environment, fsspec's settings or AWS profiles.
     host = urlsplit(_retried(lambda: filesystem.s3, url).meta.endpoint_url).hostname or ""
     return host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
 
@@ -172,7 +172,7 @@ def json_bytes(value: object) -> bytes:
 
 @contextmanager
 def written_locally(url: str) -> Iterator[Path]:
-    """A local path to write a large file to; it is published under `url` when the block ends without error."""
+    """A local path for writing a large file; it is published under `url` when the block ends without error."""
     if is_local(url):
         with _local_replacement(local_path(url)) as temporary:
             yield temporary
@@ -185,7 +185,7 @@ def written_locally(url: str) -> Iterator[Path]:
 
 
 def open_input(url: str) -> IO[bytes]:
-    """A seekable binary reader; remote files are read by range, patiently. Raises `FileNotFoundError`."""
+    """A seekable binary reader; remote files are read by range, with retries. Raises `FileNotFoundError`."""
     if is_local(url):
         return local_path(url).open("rb")
     filesystem, path = _remote(url)
@@ -208,7 +208,7 @@ def exists(url: str) -> bool:
 def list_files(url: str) -> list[str]:
     """Paths of all files below `url`, relative to it, sorted by code point. Empty if there is none.
 
-    Links to directories are followed; a directory that is reached twice is listed once, under its own name.
+    Links to directories are followed; a directory reached twice is listed once, under its own name.
     """
     if is_local(url):
         root = local_path(url)
@@ -223,17 +223,17 @@ def list_files(url: str) -> list[str]:
 
 
 def remove_file(url: str) -> None:
-    """Delete a file; that it is not there is fine."""
+    """Delete a file, if it exists."""
     if is_local(url):
         local_path(url).unlink(missing_ok=True)
     elif exists(url):
         filesystem, path = _remote(url)
-        with suppress(FileNotFoundError):  # deleted since, perhaps by a try that never heard its answer
+        with suppress(FileNotFoundError):  # deleted since, perhaps by a try whose response was lost
             _retried(lambda: filesystem.rm_file(path), url)
 
 
 def remove_tree(url: str) -> None:
-    """Delete everything below `url`; nothing there is fine."""
+    """Delete everything below `url`, if it exists."""
     if is_local(url):
         shutil.rmtree(local_path(url), ignore_errors=True)
         return
@@ -245,13 +245,13 @@ def remove_tree(url: str) -> None:
 
 
 def remove_abandoned(url: str) -> None:
-    """Delete the temporary files of killed writers below a local `url`: those that nobody wrote to for an hour."""
+    """Delete temporary files of killed writers below a local `url`: those not written to for an hour."""
     if not is_local(url):
         return
     for folder, _, names in os.walk(local_path(url)):
         for name in names:
             path = Path(folder, name)
-            with suppress(OSError):  # another run may clear the same directory
+            with suppress(OSError):  # another run may clean the same directory
                 if _TEMPORARY.fullmatch(name) and time.time() - path.stat().st_mtime > SECONDS_UNTIL_ABANDONED:
                     path.unlink()
 
@@ -265,9 +265,9 @@ def size_bytes(url: str) -> int:
 
 
 def version(url: str) -> str | None:
-    """What a remote file's store calls its present content (ETag, time of change); None where it says nothing.
+    """The version of a remote file (ETag, modification time); None if its store reports none.
 
-    Raises `FileNotFoundError`, and `StorageError` where the store can't be asked.
+    Raises `FileNotFoundError`, and `StorageError` if the store can't be reached.
     """
     filesystem, path = _remote(url)
     info = _retried(lambda: filesystem.info(path), url)
@@ -276,13 +276,13 @@ def version(url: str) -> str | None:
 
 
 _VERSION_FIELDS = ("ETag", "etag", "generation", "md5Hash", "content_md5", "LastModified", "last_modified", "created")
-"""What the stores of fsspec call an identity of content or a time of change."""
+"""Names under which fsspec's filesystems report an ETag or a modification time."""
 
 
 def stamp(url: str) -> str | None:
-    """What tells a file's present content from another without reading it; None where there is no such file.
+    """A text that changes when a file's content does, found without reading it; None if there is no such file.
 
-    Size and time of change, or what a store calls its content. Raises `StorageError` where a store can't be asked.
+    Size and modification time, or a store's version. Raises `StorageError` if a store can't be reached.
     """
     try:
         if is_local(url):
@@ -295,7 +295,7 @@ def stamp(url: str) -> str | None:
     except OSError as error:
         if isinstance(error, StorageError):
             raise
-        return None  # a name too long, a loop of links: its reader says so
+        return None  # a name too long, a loop of links: its reader reports it
 
 
 def list_stamps(url: str) -> dict[str, str]:
@@ -310,7 +310,7 @@ def list_stamps(url: str) -> dict[str, str]:
 
 
 def _stamp(info: Mapping[str, Any]) -> str:
-    """A size and the first of `_VERSION_FIELDS`: a listing and a single answer may know different others."""
+    """A size and the first of `_VERSION_FIELDS`: listings and single responses may have different other fields."""
     identity = next((info[name] for name in _VERSION_FIELDS if info.get(name) is not None), "")
     if isinstance(identity, datetime):
         identity = identity.timestamp()
@@ -327,7 +327,7 @@ def sha256(url: str) -> str:
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """All files below `root`. Links come after everything else, so that they never hide a directory's own name."""
+    """All files below `root`. Links come last, so that they never hide a directory's own name."""
     folders, links = [str(root)], list[str]()
     seen = set[tuple[int, int]]()
     while folders or links:
@@ -354,9 +354,9 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
 @contextmanager
 def _local_replacement(target: Path, publish: Callable[[Path, Path], None] = os.replace) -> Iterator[Path]:
-    """A temporary file beside `target` that takes its name, data first, when the block ends without error.
+    """A temporary file that is renamed to `target`, after its data is synced, when the block ends without error.
 
-    Raises `OSError` that names the target, also where a library has its own words for a disk without space.
+    Raises `OSError` that names the target, even if a library reports a full disk in its own way.
     """
     temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
     try:
@@ -379,7 +379,7 @@ def _local_replacement(target: Path, publish: Callable[[Path, Path], None] = os.
 
 
 def _raise_if_full(target: Path, error: Exception) -> None:
-    """Say so where a disk has no space: what numpy and torch raise then has no error number."""
+    """Detect a full disk: the errors of numpy and torch have no error number."""
     try:
         is_full = getattr(error, "errno", None) is None and shutil.disk_usage(target.parent).free < NO_SPACE_BYTES
     except OSError:
@@ -389,7 +389,7 @@ def _raise_if_full(target: Path, error: Exception) -> None:
 
 
 def _created(url: str, data: bytes) -> bool:
-    """Whether there was no file of this name and now is one with `data`; False for one that is there."""
+    """Create a file with `data`; returns False if there is one of this name already."""
     if is_local(url):
         try:
             with _local_replacement(local_path(url), _link_or_create) as temporary:
@@ -415,9 +415,9 @@ _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 
 
 def _link_or_create(temporary: Path, target: Path) -> None:
-    """Give a file a second name if that is free. Raises `FileExistsError`.
+    """Give a file a second name if it is free. Raises `FileExistsError`.
 
-    exFAT and SMB may have no links. There one caller alone creates the target, too, but its content follows.
+    exFAT and SMB may lack links. There, too, only one caller creates the target, but its content follows later.
     """
     try:
         os.link(temporary, target)
@@ -431,7 +431,7 @@ def _link_or_create(temporary: Path, target: Path) -> None:
 
 
 def _upload(url: str, send: Callable[[], object], source: Callable[[], IO[bytes]]) -> None:
-    """Send a file until the store holds what was sent: `source` opens its bytes."""
+    """Upload a file until the store has exactly the bytes that were sent; `source` opens it."""
     filesystem, path = _remote(url)
 
     def send_and_check() -> None:
@@ -443,10 +443,10 @@ def _upload(url: str, send: Callable[[], object], source: Callable[[], IO[bytes]
 
 
 def _check_upload(filesystem: AbstractFileSystem, path: str, sent: IO[bytes]) -> None:
-    """Ask a store for the size and the MD5 of what it holds. Raises `OSError` where that is not what was sent.
+    """Compare the store's size and MD5 with those of the upload. Raises `OSError` if they differ.
 
-    An ETag of 32 hex digits is the MD5 of an object in one part, unless the store encrypts objects with a key of the
-    customer or makes ETags up: where it differs, the bytes themselves are read back.
+    An ETag of 32 hex digits is the MD5 of an object in one part, unless the store encrypts objects with a customer's
+    key or invents ETags. So if it differs, the bytes themselves are read back.
     """
     try:
         info = filesystem.info(path)
@@ -475,7 +475,7 @@ def _md5(file: IO[bytes]) -> str:
 
 
 class _PatientReader(io.RawIOBase):
-    """A remote file whose reads outlast a busy store. A read that failed has not moved the position."""
+    """A remote file whose reads are retried. A failed read does not move the position."""
 
     def __init__(self, file: IO[bytes], url: str) -> None:
         self._file, self._url = file, url
@@ -503,7 +503,7 @@ class _PatientReader(io.RawIOBase):
 
 
 def _remote(url: str) -> tuple[AbstractFileSystem, str]:
-    """The filesystem of a URL and the path in it. Listings are never cached: another process may write."""
+    """The filesystem of a URL and the path in it. Listings are never cached, because other processes may write."""
     from fsspec.core import url_to_fs
 
     try:
@@ -514,9 +514,9 @@ def _remote(url: str) -> tuple[AbstractFileSystem, str]:
 
 
 def _retried(call: Callable[[], T], url: str) -> T:
-    """Try again, with growing pauses, what a busy store refused; a missing file is an answer, not a fault.
+    """Retry, with growing pauses, while a store is busy; a missing file is a valid response.
 
-    Raises `StorageError` for whatever else a store or its client library answers in the end.
+    Raises `StorageError` for any other final error of a store or its client library.
     """
     for attempt in range(NUM_TRIES):
         try:
@@ -526,14 +526,14 @@ def _retried(call: Callable[[], T], url: str) -> T:
         except Exception as error:
             cause = error.__cause__
             if isinstance(error, FileNotFoundError) and cause is not None and _is_broken_connection(cause):
-                error = OSError(reason(cause))  # fsspec calls a file missing whose server can't be reached
+                error = OSError(reason(cause))  # fsspec reports a file as missing if its server can't be reached
             if isinstance(error, (FileNotFoundError, FileExistsError, IsADirectoryError)) and not _has_lost_upload(
                 error
             ):
                 raise
             busy = isinstance(error, OSError) or _is_broken_connection(error)
             if not busy and type(error).__module__ == "builtins":
-                raise  # a ValueError or the like is a defect of the program
+                raise  # a ValueError or the like is a bug in the program
             if not busy or attempt == NUM_TRIES - 1:
                 raise StorageError(_fault(url, error)) from error
             time.sleep(FIRST_WAIT_S * 2**attempt)
@@ -547,17 +547,17 @@ _BROKEN = {
 
 
 def _is_broken_connection(error: BaseException) -> bool:
-    """Whether a client library (botocore, aiohttp, httpx, known by its classes' names) got no answer or half of one."""
+    """Whether a client library (botocore, aiohttp or httpx, by class name) got no response or an incomplete one."""
     return "Timeout" in type(error).__name__ or any(base.__name__ in _BROKEN for base in type(error).__mro__)
 
 
 def _has_lost_upload(error: Exception) -> bool:
-    """Whether a store no longer knows an upload in parts, as when the answer to its last request was lost."""
+    """Whether a store no longer knows a multipart upload, as after a lost response to its last request."""
     return _s3_code(error) == "NoSuchUpload"
 
 
 def _s3_code(error: BaseException) -> str:
-    """S3's word for an error, as in "NoSuchKey"; empty for other stores' errors."""
+    """S3's error code, such as "NoSuchKey"; empty for other stores' errors."""
     response = getattr(error.__cause__, "response", None)
     return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
 

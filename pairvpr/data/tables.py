@@ -1,6 +1,6 @@
-"""Tables that people make: CSV (with a header) or Parquet, and a line for each row that can't be used.
+"""Tables made by users: CSV (with a header) or Parquet, with one line for each unusable row.
 
-A row is called by the number an editor or spreadsheet shows: in a CSV file the header is row 1, blank lines count; in
+Rows have the numbers that an editor or spreadsheet shows: in a CSV file the header is row 1, and blank lines count; in
 a Parquet file the first row is row 1.
 """
 
@@ -26,7 +26,7 @@ from pairvpr.data.problems import Problems
 from pairvpr.data.spellings import Spellings
 from pairvpr.errors import UserError
 
-pc: Any = compute  # its functions are made at run time, so their types are not known
+pc: Any = compute  # its functions are generated at run time, so their types are unknown
 
 _PARQUET_MAGIC = b"PAR1"
 _MOST_HEADER_BYTES = 1 << 20
@@ -41,7 +41,7 @@ _THOUSANDS = r"^[+-]?[1-9]\d{0,2},\d{3}$"
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Columns of a table, by name; row i is the one that a person calls `numbers[i]`."""
+    """Columns of a table, by name; `numbers[i]` is the number of row i in messages."""
 
     url: str
     columns: pa.Table
@@ -55,15 +55,15 @@ class Rows:
         return f"{self.url}, row {self.numbers[i]}"
 
     def texts(self, name: str) -> pa.ChunkedArray:
-        """A column as text; an empty cell is null. Raises `UserError` for what is not text."""
+        """A column as text; an empty cell is null. Raises `UserError` if it is not text."""
         texts = _cast(self.url, self.columns.column(name), name, pa.string(), "texts")
         return pc.if_else(pc.equal(texts, ""), None, texts)
 
     def floats(self, name: str, *, below_1000: bool = False) -> NDArray[np.float64]:
         """A column as numbers; NaN for an empty cell and for what is not a number or not finite.
 
-        `8,54` is read with a decimal comma; `500,123` could mean thousands, and is read so only where numbers are known
-        to lie `below_1000`. Raises `UserError` for a Parquet column of another type.
+        `8,54` is read with a decimal comma. `500,123` could mean thousands, so it is read with a decimal comma only if
+        numbers are known to be `below_1000`. Raises `UserError` for a Parquet column of another type.
         """
         column = self.columns.column(name)
         if pa.types.is_dictionary(column.type):
@@ -79,28 +79,28 @@ class Rows:
         return np.where(np.isfinite(values), values, np.nan)
 
     def empties(self, name: str) -> NDArray[np.bool_]:
-        """(n,) which cells of a column hold nothing, a blank text or NaN."""
+        """(n,) whether cells of a column are empty, blank or NaN."""
         texts = _cast(self.url, self.columns.column(name), name, pa.string(), "texts")
         texts = pc.utf8_lower(pc.utf8_trim_whitespace(texts))
         return pc.is_in(texts, value_set=pa.array(["", "nan", None])).to_numpy()
 
     def cell(self, name: str, i: int) -> str:
-        """What a cell holds, as messages quote it: `latitude is empty`, `latitude is 'x'`."""
+        """A cell's content for messages: `latitude is empty`, `latitude is 'x'`."""
         value = self.columns.column(name)[i].as_py()
         return f"{name} is empty" if value is None or str(value).strip() == "" else f"{name} is {str(value)!r}"
 
 
 @dataclass(frozen=True, eq=False)
 class TableFile:
-    """The bytes of a table whose columns are known and whose rows are not read yet."""
+    """The bytes of a table with known columns, whose rows are not parsed yet."""
 
     url: str
     data: bytes
-    """Parquet, or CSV as `_as_utf8` makes it."""
+    """Parquet, or CSV converted by `_as_utf8`."""
 
     @classmethod
     def open(cls, url: str, key: str | None = None) -> TableFile:
-        """Read a file; `key` is the setting that named it, if one did. Raises `UserError` where it can't be read."""
+        """Read a file; `key` is the setting that named it, if any. Raises `UserError` if it can't be read."""
         named = url if key is None else f"{key}={url}"
         try:
             data = storage.read_bytes(url)
@@ -112,7 +112,7 @@ class TableFile:
 
     @cached_property
     def names(self) -> list[str]:
-        """Names of the columns, without spaces around them. Raises `UserError` where the file is no table."""
+        """Column names, without surrounding spaces. Raises `UserError` if the file is not a table."""
         if self._is_parquet:
             try:
                 return pq.read_schema(pa.BufferReader(self.data)).names
@@ -121,13 +121,13 @@ class TableFile:
         return self._header.names
 
     def has(self, *names: str) -> bool:
-        """Whether each of `names` is that of a column, in any case where no column is called exactly so."""
+        """Whether each of `names` names a column, ignoring case if there is no exact match."""
         return all(self._places(name) for name in names)
 
     def read(self, names: Sequence[str], problems: Problems) -> Rows:
-        """The columns `names`; rows of another number of cells are noted and left out, blank ones left out.
+        """The columns `names`; rows with a wrong number of cells become problems, and blank rows are dropped.
 
-        Raises `UserError` where a name is not that of one column, and where the file is damaged.
+        Raises `UserError` if a name does not match exactly one column, and if the file is damaged.
         """
         missing = sorted(name for name in names if not self.has(name))
         twice = [name for name in names if len(self._places(name)) > 1]
@@ -148,7 +148,7 @@ class TableFile:
             raise self._not_a_table(error) from error
 
     def _places(self, name: str) -> list[int]:
-        """Which columns a name stands for."""
+        """The columns that a name matches."""
         exact = [place for place, its_name in enumerate(self.names) if its_name == name]
         return exact or [place for place, its_name in enumerate(self.names) if its_name.casefold() == name.casefold()]
 
@@ -163,7 +163,7 @@ class TableFile:
         line = lines[1] if said else lines[0]
         text = line.decode(errors="backslashreplace")
         separators = [said[1].decode()] if said else [one for one in _SEPARATORS if one in text]
-        # A comma wins over others, which may stand in names; without any there is one column.
+        # A comma takes precedence over other separators, which may be part of names; without any there is one column.
         separator = separators[0] if separators else ","
         try:
             names = next(csv.reader([text], delimiter=separator, strict=True), [])
@@ -187,7 +187,7 @@ class TableFile:
         names = [str(place) for place in range(len(header.names))]
         columns = arrow_csv.read_csv(
             pa.BufferReader(self.data),
-            # One thread, because only that one knows the numbers of the rows.
+            # One thread, because row numbers are only known then.
             arrow_csv.ReadOptions(
                 use_threads=False, block_size=_BLOCK_BYTES, column_names=names, skip_rows=header.row - 1
             ),
@@ -197,7 +197,7 @@ class TableFile:
                 newlines_in_values=True,
                 invalid_row_handler=note,
             ),
-            # Bytes, because a column that nobody needs may be in another encoding.
+            # Bytes, because unused columns may be in another encoding.
             arrow_csv.ConvertOptions(column_types=dict.fromkeys(names, pa.binary()), strings_can_be_null=False),
         )
         numbers = np.arange(header.row, header.row + columns.num_rows + len(left_out))
@@ -216,11 +216,11 @@ class _Header:
     names: list[str]
     separator: str
     row: int
-    """2 below a line such as `sep=;`, which spreadsheets write and read, and 1 otherwise."""
+    """Line of the header: 2 after a line such as `sep=;`, which spreadsheets write, otherwise 1."""
 
 
 def _as_utf8(url: str, data: bytes) -> bytes:
-    """CSV text without a byte order mark. Raises `UserError` for what is not text."""
+    """CSV text without a byte order mark. Raises `UserError` if it is not text."""
     encoding = next((name for mark, name in _MARKS if data.startswith(mark)), None)
     if encoding:
         try:
@@ -260,7 +260,7 @@ def find_photos(paths: pa.ChunkedArray, photos: Manifest) -> NDArray[np.int64]:
 
 
 def _without_blank(rows: Rows) -> Rows:
-    """A line of which every cell is empty is a blank one; what other columns hold makes it a row."""
+    """Drop rows whose cells are all empty, in other columns, too."""
     filled = np.zeros(len(rows), dtype=bool)
     for column in rows.columns.columns:
         filled |= pc.not_equal(column, pa.scalar(b"", column.type)).to_numpy()

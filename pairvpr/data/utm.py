@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MOST_EAST_M = 900_000.0
-"""Farther than this from the central meridian, distances on the map are more than 1 % too long."""
+"""Beyond this distance from the central meridian, distances on the map are more than 1 % too long."""
 
 _EQUATORIAL_RADIUS_M = 6_378_137.0
 _FLATTENING = 1 / 298.257223563
@@ -48,16 +48,16 @@ _BETA = tuple(
     )
 )
 _NEWTON_STEPS = 5
-"""From the conformal latitude to the geographic one; two reach the rounding of double precision."""
+"""Newton steps from the conformal latitude to the geographic one; two reach double precision."""
 
 
 @dataclass(frozen=True)
 class UtmZone:
-    """A zone by number (1 to 60) and hemisphere; all of a benchmark is projected into it, wherever it lies."""
+    """A zone by number (1 to 60) and hemisphere; all photos of a benchmark are projected into it, wherever they are."""
 
     number: int
     south: bool
-    """Whether 10,000 km are added to the north, as is usual south of the equator."""
+    """Whether the false northing of 10,000 km is added, as is usual south of the equator."""
 
     @property
     def central_meridian_deg(self) -> float:
@@ -68,8 +68,8 @@ class UtmZone:
 def zone_of(latitude_deg: NDArray[np.float64], longitude_deg: NDArray[np.float64]) -> UtmZone:
     """The zone of the median longitude and latitude (n,), n > 0: plain 6 degree zones, Norway and Svalbard too.
 
-    The median is always that of a photo, of two in the middle the lower one. Longitudes are taken as they lie around
-    the first one, so photos on both sides of the 180th meridian are neighbours.
+    The median is always a photo's value, the lower of two middle ones. Longitudes are taken relative to the first one,
+    so photos on both sides of the 180th meridian are neighbours.
     """
     first = float(longitude_deg[0])
     middle = first + _median(_wrapped(longitude_deg - first))
@@ -80,7 +80,7 @@ def zone_of(latitude_deg: NDArray[np.float64], longitude_deg: NDArray[np.float64
 def to_utm(latitude_deg: NDArray[np.float64], longitude_deg: NDArray[np.float64], zone: UtmZone) -> NDArray[np.float64]:
     """(n, 2) east and north in metres of `zone` for (n,) degrees of WGS84.
 
-    Not finite, or beyond `MOST_EAST_M` from 500 km east, where `zone` is no place for the point.
+    Points outside the range of `zone` are not finite, or beyond `MOST_EAST_M` from 500 km east.
     """
     latitude, longitude = np.radians(latitude_deg), np.radians(_wrapped(longitude_deg - zone.central_meridian_deg))
     with np.errstate(all="ignore"):
@@ -97,9 +97,9 @@ def to_utm(latitude_deg: NDArray[np.float64], longitude_deg: NDArray[np.float64]
 
 
 def to_degrees(utm_m: NDArray[np.float64], zone: UtmZone) -> NDArray[np.float64]:
-    """(n, 2) latitude and longitude in degrees of WGS84 for metres (n, 2) of `zone`: what `to_utm` takes.
+    """(n, 2) latitude and longitude in degrees of WGS84 for metres (n, 2) in `zone`: the inverse of `to_utm`.
 
-    NaN where a position is not known.
+    NaN where a position is unknown.
     """
     scale_m = _SCALE * _RECTIFYING_RADIUS_M
     xi = (utm_m[:, 1] - _FALSE_NORTH_M * zone.south) / scale_m
@@ -120,7 +120,7 @@ def to_degrees(utm_m: NDArray[np.float64], zone: UtmZone) -> NDArray[np.float64]
 
 
 def is_near(utm_m: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """(n,) whether positions (n, 2) lie near enough to their zone for distances to be right within 1 %."""
+    """(n,) whether positions (n, 2) are close enough to their zone for distances to be accurate to 1 %."""
     return np.isfinite(utm_m).all(axis=1) & (np.abs(utm_m[:, 0] - _FALSE_EAST_M) <= MOST_EAST_M)
 
 
@@ -129,5 +129,5 @@ def _median(values: NDArray[np.float64]) -> float:
 
 
 def _wrapped(degrees: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The same angles, from -180 to below 180."""
+    """Angles wrapped to -180 to below 180."""
     return (degrees + 180.0) % 360.0 - 180.0

@@ -1,4 +1,4 @@
-"""What there is room for: memory of the cluster's nodes, and of the disk that an index is written to."""
+"""Available capacity: memory of the cluster's nodes, and disk space for an index."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pairvpr.index.plan import NodeRoom, Room
 
 
 def room(directory: str | None = None) -> Room:
-    """Room for an index in `directory` (path or URL): what it holds already counts, so that a run may go on."""
+    """Room for an index in `directory` (path or URL). Its present content counts as room, so that a run may resume."""
     return Room(nodes=node_rooms(), disk_bytes=None if directory is None else disk_bytes(directory))
 
 
 def node_rooms() -> list[NodeRoom]:
-    """The nodes that tasks run on, as Ray found them when they started; none while a cluster has yet to scale up."""
+    """The nodes that run tasks; empty while a cluster has not scaled up yet."""
     found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [
         NodeRoom(
@@ -32,7 +32,7 @@ def node_rooms() -> list[NodeRoom]:
 
 
 def disk_bytes(directory: str) -> int | None:
-    """What a local directory may hold in all: its files and what is free on its disk. None for a URL."""
+    """Bytes that a local directory may hold in all: its files and the free disk space. None for a URL."""
     if not storage.is_local(directory):
         return None
     path = storage.local_path(directory).absolute()
@@ -41,7 +41,7 @@ def disk_bytes(directory: str) -> int | None:
 
 
 def _held_bytes(path: Path) -> int:
-    """Size of all files below a directory; those that vanish meanwhile hold nothing."""
+    """Size of all files below a directory; files that vanish meanwhile count as empty."""
     size = 0
     for folder, _, names in os.walk(path):
         for name in names:

@@ -1,7 +1,7 @@
-"""The store of dense features that a run re-ranks from: filled beforehand, a shard at a time, in a supervised pool.
+"""Fills the store of dense features that a run re-ranks from, a shard per work unit, in a pool of actors.
 
-Which images a shard holds follows from settings and ids alone, and so do its bytes: two attempts at one shard write the
-same, and a shard that is finished is right, whoever filled it.
+A shard's images and bytes depend only on settings and ids: two attempts at a shard write the same bytes, and a finished
+shard is right, whoever filled it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ NUM_FAILURES_NAMED = 5
 
 @dataclass(frozen=True, kw_only=True)
 class WantedStore:
-    """What a run wants to find at `url` (absolute path or URL). `model` is that section of an index's settings."""
+    """The store that a run needs at `url` (absolute path or URL). `model` is the section of an index's settings."""
 
     url: str
     model: Mapping[str, Any]
@@ -52,7 +52,7 @@ class WantedStore:
     config: RerankConfig
 
     def settings(self, ids: str) -> dict[str, Any]:
-        """What decides the bytes of the store; `ids` says which images it is for."""
+        """The settings that decide the store's bytes; `ids` says which images it is for."""
         return {
             "model": {name: value for name, value in self.model.items() if name != "name"},
             "num_threads_per_actor": self.config.num_threads_per_actor,
@@ -67,9 +67,9 @@ class WantedStore:
 
 
 def check_store(wanted: WantedStore) -> None:
-    """Raise `UserError` where `wanted.url` holds the store of another model, database or form, or can't be written.
+    """Raise `UserError` if `wanted.url` has a store of another model, database or format, or is not writable.
 
-    Which images a store is for is checked when they are known.
+    Its images are checked later, when they are known.
     """
     manifest = dense_store.read_manifest(wanted.url)
     if manifest is not None:
@@ -86,7 +86,7 @@ def check_store(wanted: WantedStore) -> None:
 
 
 def check_sharing(stores: Sequence[WantedStore]) -> None:
-    """Raise `UserError` where several runs want stores at one place that can't be the same one."""
+    """Raise `UserError` if several runs need different stores at the same URL."""
     first_at: dict[str, WantedStore] = {}
     for wanted in stores:
         first = first_at.setdefault(wanted.url, wanted)
@@ -119,11 +119,11 @@ def make_store(
     all_ids: Callable[[], NDArray[np.int64]],
     source: ModelSource,
 ) -> DenseStore:
-    """The store, open, with the features of `candidates` (n,) ascending; what is finished is kept.
+    """Fill and open the store, with features for `candidates` (n,), ascending; finished shards are kept.
 
-    `all_ids` gives those of all photos that can be read, for a store of the whole database. Raises `UserError` where
-    other settings made what is there, where it is damaged, lacks a candidate, or does not fit on the disk, and
-    `IncompleteRunError`, after everything else is done, where shards failed for good.
+    `all_ids` gives the ids of all readable photos, for a store of the whole database. Raises `UserError` if the store
+    there was made with other settings, is damaged, lacks a candidate, or would not fit on the disk, and
+    `IncompleteRunError`, after everything else is done, if shards failed for good.
     """
     manifest = dense_store.read_manifest(wanted.url)
     is_whole = wanted.config.store_whole_database or _holds_whole_database(manifest)
@@ -162,7 +162,7 @@ def _check_room(wanted: WantedStore, num_images: int) -> None:
 
 
 def _fill(wanted: WantedStore, ids: NDArray[np.int64], source: ModelSource, settings: Mapping[str, Any]) -> None:
-    """Fill the shards that are not there yet, and publish the manifest."""
+    """Fill the missing shards, and publish the manifest."""
     shards = dense_store.cut(ids, wanted.layout)
     rows = dense_store.read_rows(wanted.url, shards, wanted.layout)
     pending = {shard: (shard, shards[shard]) for shard, row in enumerate(rows) if row is None}
@@ -199,7 +199,7 @@ _Unit = tuple[int, NDArray[np.int64]]
 
 @ray.remote
 class _StoreActor(PoolActor):
-    """Describes photos one by one, and publishes each shard of their features before it reports it done."""
+    """Computes features photo by photo, and publishes each shard before reporting it done."""
 
     def __init__(self, source: ModelSource, database: Manifest, url: str, layout: Layout, config: RerankConfig) -> None:
         self.database, self.url, self.layout = database, url, layout
@@ -217,13 +217,13 @@ class _StoreActor(PoolActor):
         started_s = time.perf_counter()
         shard, ids = unit
         if dense_store.read_row(self.url, shard, ids, self.layout) is not None:
-            return  # an earlier try published it and was never heard
+            return  # an earlier attempt published it, but its report was lost
         features = self.features(ids.tolist())
         dense_store.write_shard(self.url, shard, ids, self.layout, features, self._checked_reasons)
         sealed.write_json(_seconds_url(self.url, shard), {"seconds": time.perf_counter() - started_s})
 
     def _checked_reasons(self) -> Mapping[int, str]:
-        """Of the photos that could not be read. Raises `UserError` where this node sees none of them."""
+        """Reasons for unreadable photos. Raises `UserError` if this node sees no photo at all."""
         if self.unreadable.reasons:
             check_photos_are_seen(self.database)
         return self.unreadable.reasons
@@ -234,7 +234,7 @@ def _seconds_url(store: str, shard: int) -> str:
 
 
 def _seconds(store: str, num_shards: int) -> Sequence[float]:
-    """What each shard took; 0 where its writer died before it had said so."""
+    """Seconds that each shard took; 0 if its writer died before recording them."""
 
     def of_shard(shard: int) -> float:
         return _read_seconds(_seconds_url(store, shard)) or 0.0
@@ -244,7 +244,7 @@ def _seconds(store: str, num_shards: int) -> Sequence[float]:
 
 
 def _read_seconds(url: str) -> float | None:
-    """The seconds in a file; None, as for one that is not there, where it is damaged, which is said."""
+    """The seconds in a file; None if it is missing or (with a warning) damaged."""
     try:
         found = sealed.read_json(url, "seconds of work are reported without it")
         seconds = None if found is None else found.get("seconds")
@@ -255,7 +255,7 @@ def _read_seconds(url: str) -> float | None:
 
 
 def about_store(wanted: WantedStore) -> dict[str, Any]:
-    """What a report says of the store: number format, images, seconds of work of all actors; null where it is gone."""
+    """The report's entry on the store: number format, images, seconds of work of all actors; null if it is gone."""
     manifest = dense_store.read_manifest(wanted.url)
     seconds = _read_seconds(storage.join(wanted.url, SECONDS))
     return {

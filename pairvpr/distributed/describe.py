@@ -35,17 +35,17 @@ from pairvpr.terminal import say
 
 MAX_TRIES = 3
 MAX_RESTARTS = 20
-"""Of one model actor. Generous, because spot nodes vanish again and again; finite, because it may never start."""
+"""Per model actor. Generous, because spot nodes vanish often; finite, because an actor may never start."""
 SECONDS_BEFORE_COMPLAINT = 30.0
 CALLS_PER_ACTOR = 2
-"""One part is in the network while another one is written or arrives."""
+"""Parts per actor at once: one is in the network while another is received or written."""
 
 _commit_shard: Any = ray.remote(part_files.commit_shard)
 
 
 @dataclass(frozen=True)
 class Description:
-    """What is described where: the photos of `manifest` into `num_shards` shards below `directory`.
+    """A description job: the photos of `manifest` into `num_shards` shards below `directory`.
 
     `first_id` is the image id of the first photo.
     """
@@ -71,12 +71,12 @@ def describe(
     needs_a_readable_photo: bool,
     on_finished: Callable[[int], object] = lambda _: None,
 ) -> None:
-    """Describe every photo; finished shards and parts are skipped, and a finished description wholly.
+    """Describe every photo, skipping finished shards and parts (or everything, if it is finished).
 
-    `on_finished` hears how many photos are on storage, whenever there are more.
+    `on_finished` is called with the number of photos on storage, whenever it grows.
 
-    Raises `IncompleteRunError` where Ray gives up on a part, and `UserError` where a task raised one, where no photo at
-    all can be read but one is needed, and where photos have changed since they were all described.
+    Raises `IncompleteRunError` if Ray gives up on a part. Raises `UserError` if a task raised one, if no photo can be
+    read but one is needed, and if photos have changed since the description was finished.
     """
     manifest, parts = description.manifest, description.parts
     about = store.read_description(description.directory)
@@ -129,7 +129,7 @@ def describe(
 
 
 def _forget_changed(description: Description, label: str) -> None:
-    """Before anything is described, note what the photos are; what was described of changed ones is done anew."""
+    """Record the photos' versions before describing them; photos that have changed since are described again."""
     photos, parts, directory = description.manifest, description.parts, description.directory
     now, before = stamps.stamps(photos), stamps.read(directory)
     if before is not None:
@@ -147,10 +147,10 @@ def _forget_changed(description: Description, label: str) -> None:
 
 
 def _as_error_for_people(error: BaseException, step: str, progress: Progress) -> Exception:
-    """The error for people that a task raised, if that is behind it; else what is lost and what is kept, in a line."""
+    """The user's error that a task raised, if that is the cause; otherwise one line on what is missing and kept."""
     cause: BaseException | None = error
     while cause is not None:
-        # Ray's own copy of a task's error is an instance of both classes, and has a traceback for its message.
+        # Ray's copy of a task's error is an instance of both classes, and its message is a traceback.
         for found in (getattr(cause, "cause", None), cause):
             if isinstance(found, UserError | IncompleteRunError):
                 return type(found)(storage.reason(found))  # Ray Data appends lines about its own settings
@@ -168,9 +168,9 @@ def _as_error_for_people(error: BaseException, step: str, progress: Progress) ->
 
 
 class _Commits:
-    """Starts to commit a shard as soon as the last of its parts is done.
+    """Starts to commit a shard as soon as its last part is done.
 
-    `shards_of` holds, for each part that is needed, the unfinished shards it belongs to.
+    `shards_of` maps each needed part to the unfinished shards that it belongs to.
     """
 
     def __init__(self, description: Description, shards: Sequence[store.ShardRange]) -> None:
@@ -204,18 +204,18 @@ class _Commits:
 
 
 def _finished_parts(description: Description, pending: Sequence[int]) -> Iterator[int]:
-    """Run the parts through Ray Data; yields each when it is on storage."""
+    """Run the parts through Ray Data; yields each one once it is on storage."""
     if not pending:
         return
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.raise_original_map_exception = True  # else a `UserError` of a task arrives as text in a traceback
+    context.raise_original_map_exception = True  # otherwise a task's `UserError` arrives as text in a traceback
     context.execution_options.resource_limits = ExecutionResources.for_limits(
         object_store_memory=description.config.memory_gib * 2**30
     )
     plan = plan_actors(description.config)
-    # The retry limits have no other spelling in this Ray, which warns that they will get one.
+    # This Ray has no other way to set the retry limits, though it warns that one is coming.
     ignore_warnings(module=r"pairvpr\.", message="`ray_remote_args` is deprecated")
     finished = _described(description, pending, plan)
     complaint = threading.Timer(SECONDS_BEFORE_COMPLAINT, _complain, (plan,))
@@ -230,7 +230,7 @@ def _finished_parts(description: Description, pending: Sequence[int]) -> Iterato
 
 
 def _complain(plan: ActorPlan) -> None:
-    """Actors that find no node wait without a word, and a cluster may get one yet."""
+    """Say what actors wait for: Ray waits silently, and the cluster may still grow."""
     resources = ray.cluster_resources()
     say(
         f"describe: no photo is described yet; each of {plan.num_actors} actors needs {plan.cpus_per_actor:g} CPUs and "
@@ -240,7 +240,7 @@ def _complain(plan: ActorPlan) -> None:
 
 
 def _described(description: Description, pending: Sequence[int], plan: ActorPlan) -> ray.data.Dataset:
-    """The data set of finished parts; nothing runs before it is read."""
+    """The lazy dataset of finished parts."""
     config, source, parts = description.config, description.source, description.parts
     decode = partial(
         part_files.decode,
@@ -249,7 +249,7 @@ def _described(description: Description, pending: Sequence[int], plan: ActorPlan
         model=source.config,
     )
     return (
-        # `range` would be an operator of its own that wants a whole CPU; on a node with one the job would hang.
+        # `range` would be an operator that reserves a whole CPU; on a node with one CPU the job would hang.
         ray.data.from_items([{"part": part} for part in pending], override_num_blocks=len(pending))
         .map_batches(decode, batch_size=None, num_cpus=plan.cpus_per_task, max_retries=MAX_TRIES)
         .map_batches(
@@ -275,12 +275,12 @@ def _described(description: Description, pending: Sequence[int], plan: ActorPlan
 
 
 def _by_position(texts: str) -> dict[int, str]:
-    """Texts by position, as `parts.decode` sent them."""
+    """Texts by position, as sent by `parts.decode`."""
     return {int(position): text for position, text in json.loads(texts).items()}
 
 
 class _Network:
-    """One model actor: pixels -> part files. Called from several threads, of which one is in the network."""
+    """One model actor: pixels -> part files. Several threads call it; one at a time uses the network."""
 
     def __init__(self, source: ModelSource, parts: Parts, batch_size: int, num_threads: int) -> None:
         self.describer = source.describer(num_threads)

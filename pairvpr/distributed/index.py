@@ -20,13 +20,13 @@ LARGE_BYTES = 1 << 16
 
 
 class RayRunner:
-    """A `Runner` whose pieces of work are tasks, each tried again when its node or a store fails.
+    """A `Runner` on Ray tasks, which are retried when a node or the storage fails.
 
-    A task reserves a whole CPU: that bounds how many shards are in a node's memory at once.
+    A task reserves a whole CPU, which bounds the number of shards in a node's memory at once.
     """
 
     def run(self, label: str, work: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """As `Runner` says. Raises what people are told (`UserError` and its like) as the task raised it."""
+        """See `Runner`. A user's error in a task (`UserError` etc.) is raised here unchanged."""
         options = {"num_cpus": cpus_of_a_shard(), "max_retries": MAX_TRIES, "retry_exceptions": [OSError]}
         task: Any = ray.remote(**options)(work)
         progress = Progress(label, len(arguments), "shards") if label else None
@@ -46,7 +46,7 @@ class RayRunner:
 
 
 def _large_ones_shared(arguments: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
-    """Large arrays are stored once, however many tasks get them."""
+    """Large arrays go into the object store once, however many tasks get them."""
     refs: dict[int, Any] = {}
 
     def stored(value: Any) -> Any:
@@ -66,7 +66,7 @@ def _get(ref: Any) -> Any:
         if isinstance(error.cause, UserError | IncompleteRunError | storage.StorageError):
             raise error.cause from None
         raise
-    except RayError as error:  # its worker or node died, most likely of too little memory
+    except RayError as error:  # its worker or node died, most likely because it ran out of memory
         why = f"{type(error).__name__}: {storage.reason(error)}"
         raise IncompleteRunError(
             f"index: a task died {MAX_TRIES + 1} times ({why}); finished work is kept. Expected more memory, or "

@@ -1,8 +1,7 @@
-"""Parts: where descriptors wait until their shards are complete. These tasks never import torch: they start fast.
+"""Part files: descriptors wait here until their shard is complete. Nothing here imports torch: tasks start fast.
 
-A part is a run of photos, a whole number of batches, cut from the manifest by position. Its file has a name and a
-content that depend on settings and ids alone (the seconds it took aside), so a part that exists is right, whoever
-wrote it and when.
+A part is a run of photos, a whole number of batches, cut from the manifest by position. The name and content of its
+file depend only on settings and ids (except for the seconds it took), so an existing part is right, whoever wrote it.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ MAX_BATCHES_PER_PART = 8
 ENOUGH_PARTS = 32
 PARTS_READ_AT_ONCE = 16
 ARRAYS = ("first_id", "ids", "descriptors", "rejected_ids", "rejected_errors", "seconds")
-"""What the file of a part holds."""
+"""The arrays in a part's file."""
 REMARKS = {"remarked_ids": np.empty(0, np.int64), "remarks": np.empty(0, np.str_)}
-"""What it holds, too, unless an earlier version wrote it."""
+"""Further arrays, which files of earlier versions lack."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Parts:
 
     @classmethod
     def of(cls, directory: str, num_images: int, batch_size: int, image_size_px: int) -> Parts:
-        """Up to 8 batches and 32 MiB of pixels in each, fewer where the parts would be few; at least one batch."""
+        """At most 8 batches and 32 MiB of pixels in each; smaller if there would be few parts; at least one batch."""
         batch_bytes = batch_size * image_size_px * image_size_px * 3
         wanted = min(MAX_BATCHES_PER_PART, BYTES_PER_PART // batch_bytes, num_images // (ENOUGH_PARTS * batch_size))
         return cls(directory, num_images, batch_size * max(1, wanted))
@@ -62,7 +61,7 @@ class Parts:
         return range(first_id, min(first_id + self.photos_per_part, self.num_images))
 
     def name(self, part: int) -> str:
-        """File name of a part; it says which photos, so other settings never meet a part by mistake."""
+        """File name of a part, which names its photos: other settings never pick up a part by mistake."""
         ids = self.ids(part)
         return f"{ids.start:09d}-{ids.stop:09d}.npz"
 
@@ -71,16 +70,16 @@ class Parts:
         return storage.join(self.directory, self.name(part))
 
     def of_shard(self, shard: store.ShardRange) -> range:
-        """The parts that hold the shard's photos; a part on a border belongs to both its shards."""
+        """The parts with the shard's photos; a part across a border belongs to both shards."""
         if shard.count == 0:
             return range(0)
         return range(shard.first_id // self.photos_per_part, (shard.stop_id - 1) // self.photos_per_part + 1)
 
 
 def decode(rows: Rows, *, manifest: ray.ObjectRef[Manifest], photos_per_part: int, model: ModelConfig) -> Rows:
-    """Part numbers -> a row each: pixels as bytes, errors and remarks as JSON, and the seconds that took.
+    """Part numbers -> one row each: pixels as bytes, errors and remarks as JSON, and the seconds spent.
 
-    Raises `UserError` where this node does not see the folder of the photos.
+    Raises `UserError` if this node does not see the photo folder.
     """
     photos = ray.get(manifest)
     decoded: dict[str, list[Any]] = {"part": [], "pixels": [], "errors": [], "remarks": [], "seconds": []}
@@ -98,7 +97,7 @@ def decode(rows: Rows, *, manifest: ray.ObjectRef[Manifest], photos_per_part: in
 
 
 def write(url: str, photos: PhotoBatch, descriptors: NDArray[np.float32], seconds: float) -> None:
-    """Publish a part: `descriptors` (n, G) of its n photos, broken ones included, whose rows are left out."""
+    """Publish a part: `descriptors` (n, G) of its n photos; rows of broken photos are dropped."""
     ids, rows = photos.kept(descriptors)
     sink = io.BytesIO()
     np.savez(
@@ -120,7 +119,7 @@ def write(url: str, photos: PhotoBatch, descriptors: NDArray[np.float32], second
 def commit_shard(
     directory: str, shard: store.ShardRange, part_urls: Sequence[str], descriptor_dim: int, first_id: int = 0
 ) -> None:
-    """Gather a shard's rows from its parts, in the order of ids, and publish it; ids count from `first_id`.
+    """Gather a shard's rows from its parts, in id order, and publish it; ids count from `first_id`.
 
     Raises `IncompleteRunError` for a damaged part, which is deleted.
     """
@@ -162,7 +161,7 @@ def commit_shard(
 
 
 def _arrays(url: str, data: bytes) -> dict[str, NDArray[Any]]:
-    """What `write` put into a part."""
+    """The arrays that `write` put into a part."""
     try:
         sealed.check_archive(io.BytesIO(data), url, "run the same command again to describe its photos again")
         with np.load(io.BytesIO(data), allow_pickle=False) as part:
@@ -173,7 +172,7 @@ def _arrays(url: str, data: bytes) -> dict[str, NDArray[Any]]:
         if len(arrays["descriptors"]) != len(arrays["ids"]) or not np.array_equal(here, np.arange(first, stop)):
             raise ValueError("it belongs to other photos")
         return arrays
-    except Exception as error:  # zip, zlib and numpy raise nearly anything on damaged bytes
+    except Exception as error:  # zip, zlib and numpy raise almost any exception on damaged bytes
         storage.remove_file(url)
         raise IncompleteRunError(
             f"{url} was damaged ({type(error).__name__}) and was deleted; run the same command again to redo it"

@@ -1,13 +1,12 @@
-"""A pool of Ray actors that loses no work unit when actors or nodes die, and waits for no actor that is late.
+"""A pool of Ray actors that loses no work unit when actors or nodes die, and does not wait for stragglers.
 
-Ray's own `ActorPool` drops units when an actor dies, and endless retries never end on a unit that kills its
-actor. Here a unit in flight on a dead actor is done again elsewhere, and one that fails `MAX_TRIES` times is set
+Ray's own `ActorPool` drops units when an actor dies, and unlimited retries never end on a unit that kills its
+actor. Here, a unit in flight on a dead actor is redone elsewhere, and one that fails `MAX_TRIES` times is set
 aside and named.
 
-An actor has one unit at a time, so none waits behind another. When no unit is left, an actor without one gives a unit
-that is late a second try; the first to finish wins, and nobody waits for the other. So a unit may be done twice, at
-the same time too: its result must depend on the unit alone, and be what `run` returns or a file that appears
-atomically.
+An actor has one unit at a time, so no unit queues behind another. When none is left, an idle actor runs a late unit a
+second time; the first to finish wins, and nobody waits for the other. So a unit may run twice, even at the same time:
+its result must depend only on the unit, and be the return value of `run` or an atomically published file.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ MAX_TRIES = 3
 MAX_TRIES_WITH_NODES = 10
 SECONDS_TO_NOTICE_A_DEAD_NODE = 20.0
 LATE_FACTOR = 2.0
-"""A unit is late when it has run for so many times the median of those that are done, ..."""
+"""A unit is late when it has run for this many times the median of the finished units, ..."""
 SECONDS_BEFORE_LATE = 5.0
-"""... and at least for so long."""
+"""... and at least for this long."""
 WAIT_S = 5.0
 SECONDS_BETWEEN_VERDICTS = 0.5
 SECONDS_BEFORE_COMPLAINT = 30.0
@@ -45,24 +44,23 @@ SECONDS_BEFORE_COMPLAINT = 30.0
 class PoolActor:
     """Base of the pool's actors: `run(unit)` returns something small once the unit's result is safe.
 
-    Another actor may do the same unit at the same time, and an actor may be killed while it does one that is done.
+    Another actor may run the same unit at the same time, and an actor may be killed while it repeats one.
     """
 
     def node_id(self) -> str:
-        """The node it lives on; the first call, answered when the actor is ready for work."""
+        """The node that it runs on; the pool's first call, answered when the actor is ready."""
         return ray.get_runtime_context().get_node_id()
 
     def run(self, unit: Any) -> Any:
-        """Do one unit."""
+        """Run one unit."""
         raise NotImplementedError
 
 
 @dataclass
 class _Member:
-    """An actor, and the unit `key` that it is at since `since_s`; `ref` is what it owes next.
+    """An actor and the unit `key` that it has been running since `since_s`; `ref` is its next result.
 
-    Without a `key` it is starting or idle, or busy with a unit that another actor has done: whatever becomes of that
-    is of no interest.
+    Without a `key` it is starting, idle, or busy with a unit that another actor has finished: its outcome is ignored.
     """
 
     actor: Any
@@ -77,17 +75,17 @@ class _Member:
         return self.ref is None
 
     def send(self, key: int, unit: Any) -> None:
-        """Its next unit."""
+        """Give it its next unit."""
         self.ref, self.key, self.since_s = self.actor.run.remote(unit), key, time.monotonic()
 
     def free(self) -> None:
-        """Its unit has ended."""
+        """Note that its unit has ended."""
         self.ref = self.key = None
 
 
 @dataclass(frozen=True)
 class _Suspect:
-    """Why a unit failed the last time, and until when Ray may still notice that the node was to blame."""
+    """Why a unit failed last, and until when Ray may still report that its node died."""
 
     reason: str
     until_s: float
@@ -95,19 +93,19 @@ class _Suspect:
 
 @dataclass
 class _Work(Generic[Unit]):
-    """One call of `run`: the units, those that wait to be sent, and what became of the others.
+    """The state of one call of `run`: all units, those waiting to be sent, and the outcomes of the others.
 
-    `failures` has None for an exception in a unit, else the node that its actor died on.
+    `failures` has the node on which a unit's actor died, or None for an exception in the unit.
     """
 
     units: Mapping[int, Unit]
     queue: deque[int]
     failures: dict[int, list[str | None]] = field(default_factory=dict)
     suspects: dict[int, _Suspect] = field(default_factory=dict)
-    """Units that failed and that nobody is at: what becomes of them is not decided yet."""
+    """Failed units that no actor runs, and that are neither queued again nor set aside yet."""
     failed: dict[int, str] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
-    """Of each unit that is done."""
+    """Seconds of each finished unit."""
 
     @property
     def is_over(self) -> bool:
@@ -115,14 +113,14 @@ class _Work(Generic[Unit]):
         return len(self.seconds) + len(self.failed) == len(self.units)
 
     def seconds_before_late(self) -> float:
-        """How long a unit may run."""
+        """Seconds after which a unit is late."""
         return max(SECONDS_BEFORE_LATE, LATE_FACTOR * statistics.median(self.seconds)) if self.seconds else math.inf
 
 
 class SupervisedPool(Generic[Unit]):
     """`num_actors` actors made by `make_actor`, replaced when they die. Use as a context manager.
 
-    Without `second_tries` each unit is left to the actor it was sent to, as long as that lives.
+    Without `second_tries`, a unit is sent to one actor only, as long as that actor lives.
     """
 
     def __init__(self, make_actor: Callable[[], Any], num_actors: int, what: str, *, second_tries: bool = True) -> None:
@@ -140,10 +138,10 @@ class SupervisedPool(Generic[Unit]):
             ray.kill(member.actor)
 
     def run(self, units: Mapping[int, Unit], on_done: Callable[[int, Any], None]) -> dict[int, str]:
-        """Do every unit; `on_done(key, result)` is called once for each that is done, in no fixed order.
+        """Run all units; `on_done(key, result)` is called once for each finished one, in no fixed order.
 
-        Returns the error of each unit that failed `MAX_TRIES` times and that nobody is at any more. A unit's failure
-        is an exception in it or the death of its actor while it ran, unless the actor's whole node went away.
+        Returns the error of each unit that failed `MAX_TRIES` times and that no actor runs any more. A unit fails if it
+        raises an exception or its actor dies while it runs, unless the actor's whole node died.
         """
         work = _Work(units, deque(units))
         while not work.is_over:
@@ -164,7 +162,7 @@ class SupervisedPool(Generic[Unit]):
         return [member for member in self._members if member.key == key]
 
     def _send(self, work: _Work[Unit]) -> None:
-        """A unit for every idle actor; nothing is sent to one that may never start."""
+        """Send a unit to every idle actor, but not to actors that may never start."""
         for member in self._members:
             if member.is_idle:
                 key = work.queue.popleft() if work.queue else self._late(work)
@@ -173,7 +171,7 @@ class SupervisedPool(Generic[Unit]):
                 member.send(key, work.units[key])
 
     def _late(self, work: _Work[Unit]) -> int | None:
-        """The unit that is late the longest, and has no second try yet."""
+        """The unit that has been late longest and has no second try yet."""
         if not self._second_tries:
             return None
         began_before_s = time.monotonic() - work.seconds_before_late()
@@ -187,7 +185,7 @@ class SupervisedPool(Generic[Unit]):
         return None
 
     def _answers(self, *, in_suspense: bool) -> list[tuple[_Member, ray.ObjectRef[Any]]]:
-        """Who said that it is ready or what became of its unit; waited for some seconds, less `in_suspense`."""
+        """Actors that are ready or whose unit has ended; waits for some seconds, fewer if `in_suspense`."""
         awaited = {member.ref: member for member in self._members if member.ref is not None}
         timeout_s = WAIT_S if any(member.node_id for member in self._members) else SECONDS_BEFORE_COMPLAINT
         if in_suspense:
@@ -201,7 +199,7 @@ class SupervisedPool(Generic[Unit]):
         return [(awaited[ref], ref) for ref in answered]
 
     def _start(self, member: _Member, answer: ray.ObjectRef[str]) -> None:
-        """Note where an actor lives. One that can't start is tried again, then left out while others work."""
+        """Record an actor's node. An actor that can't start is retried, then left out while others work."""
         try:
             member.node_id = ray.get(answer)
             member.free()
@@ -223,7 +221,7 @@ class SupervisedPool(Generic[Unit]):
         work: _Work[Unit],
         on_done: Callable[[int, Any], None],
     ) -> None:
-        """What became of an actor's unit: it is done, is tried again, or has failed for good."""
+        """Handle the end of an actor's unit: it is done, is retried, or has failed for good."""
         key, seconds = member.key, time.monotonic() - member.since_s
         try:
             result = ray.get(answer)
@@ -241,27 +239,27 @@ class SupervisedPool(Generic[Unit]):
         for other in self._members_at(key):
             other.key = None
         work.seconds.append(seconds)
-        self._send(work)  # the actor goes on while the result is taken
+        self._send(work)  # the actor continues while the result is processed
         on_done(key, result)
 
     def _blame(self, key: int, node_id: str | None, error: RayError, work: _Work[Unit]) -> None:
-        """A unit failed, by the death of its actor on `node_id` or without one. While another actor is at it, wait."""
+        """Handle a failed unit; `node_id` is set if its actor died. While another actor runs it, wait."""
         work.failures.setdefault(key, []).append(node_id)
         if not self._members_at(key):
             seconds = SECONDS_TO_NOTICE_A_DEAD_NODE if node_id is not None else 0.0
             work.suspects[key] = _Suspect(_reason(error), time.monotonic() + seconds)
 
     def _replace(self, member: _Member) -> None:
-        # An actor that can't be reached may still be alive, and would go on working beside its replacement.
+        # An unreachable actor may still be alive, and would work alongside its replacement.
         ray.kill(member.actor)
         self._members[self._members.index(member)] = self._new_member()
 
 
 def _judge(work: _Work[Any]) -> None:
-    """Queue the suspects again, or set aside those that failed `MAX_TRIES` times by their own fault, or far too often.
+    """Queue the suspects again; set aside those that failed `MAX_TRIES` times by their own fault, or far too often.
 
-    A death is not the unit's fault if the whole node went. Ray notices that some seconds later: until then the unit
-    waits, and the others go on.
+    An actor's death is not the unit's fault if the whole node died. Ray notices that some seconds later; until then the
+    unit waits, and the others continue.
     """
     if not work.suspects:
         return
@@ -279,7 +277,7 @@ def _judge(work: _Work[Any]) -> None:
 
 
 def _reason(error: RayError) -> str:
-    """One line: the exception of a unit, or of an actor's start (Ray puts that last), or why an actor died."""
+    """One line: the exception of a unit or of an actor's start (Ray puts it last), or why an actor died."""
     if isinstance(error, RayTaskError):
         return in_a_line(error.cause)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -10,7 +10,7 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class Progress:
-    """Says how many of `total` are done and how fast: at the start of a step, every few seconds, at its end."""
+    """Prints how many of `total` are done and how fast: at the start of a step, every few seconds, at its end."""
 
     def __init__(self, step: str, total: int, unit: str, *, already_done: int = 0) -> None:
         self.step, self.total, self.unit = step, total, unit
@@ -20,7 +20,7 @@ class Progress:
         say(f"{step}: {total:,} {unit}{resumed}")
 
     def add(self, count: int) -> None:
-        """`count` more are done."""
+        """Count `count` more as done."""
         self.done += count
         now_s = time.monotonic()
         if self.done < self.total and now_s - self._said_s >= SECONDS_BETWEEN_LINES:
@@ -28,7 +28,7 @@ class Progress:
             say(f"{self.step}: {self.done:,}/{self.total:,} {self.unit}, {self._rate(now_s)}")
 
     def finish(self) -> None:
-        """The step is over."""
+        """Print the step's last line."""
         now_s = time.monotonic()
         say(f"{self.step}: done in {now_s - self._started_s:.1f} s, {self._rate(now_s)}")
 

@@ -1,4 +1,4 @@
-"""Re-ranking in a supervised pool of actors; each finished unit is a file, so a resumed run skips it."""
+"""Re-ranking in a pool of actors; each finished unit is a file, so a resumed run skips it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class RerankResult:
 
 @dataclass
 class Lost:
-    """Photos that could not be read, with reasons: queries by query id, candidates by image id."""
+    """Unreadable photos with reasons: queries by query id, candidates by image id."""
 
     queries: dict[int, str] = field(default_factory=dict)
     candidates: dict[int, str] = field(default_factory=dict)
@@ -63,10 +63,9 @@ def rerank(
 ) -> RerankResult:
     """Score all units; `directory` (path or URL) keeps a file for each finished one under `reranked/`.
 
-    `store` (path or URL) is a finished store of dense features that has those of all candidates. At
-    `stop_margin` a query's re-ranking stops early; `weights` are those of the evidence (see `Reranker`). A database
-    photo that can't be read or has `changed` (by image id, with what is said of it) is not scored, and is named in the
-    result.
+    `store` (path or URL) is a finished store with the dense features of all candidates. A query's re-ranking stops
+    early at `stop_margin`; `weights` are those of the evidence (see `Reranker`). A database photo that can't be read or
+    has `changed` (a reason by image id) is not scored, and is named in the result.
     Raises `IncompleteRunError`, after everything else is done, if units failed for good; `failed_units.json`
     then names their queries.
     """
@@ -88,7 +87,7 @@ def rerank(
 
 
 def unfinished(units: Sequence[WorkUnit], directory: str) -> list[WorkUnit]:
-    """Those whose answers are not in `directory` yet, or damaged there, which is said."""
+    """Units whose answers are missing from `directory` or (with a warning) damaged."""
     finished = set(storage.list_files(storage.join(directory, "reranked")))
 
     def is_finished(unit: WorkUnit) -> bool:
@@ -109,7 +108,7 @@ def unit_name(unit: int) -> str:
 
 @ray.remote
 class _RerankActor(PoolActor):
-    """Describes photos or reads their features, scores pairs, and publishes each unit before it reports it done."""
+    """Computes or reads features, scores pairs, and publishes each unit before reporting it done."""
 
     def __init__(
         self,
@@ -162,9 +161,9 @@ def _write_unit(directory: str, unit: int, answers: Sequence[Reranked], seconds:
 
 
 def _read_unit(directory: str, unit: WorkUnit) -> tuple[list[Reranked], float, dict[str, dict[str, str]]] | None:
-    """A unit's answers, the seconds they took and what was lost, by kind and id; None where they are not there.
+    """A unit's answers, their seconds and the lost photos, by kind and id; None if there is no file.
 
-    Raises `UserError` where the file is damaged, and where it holds other queries or candidates than the unit's.
+    Raises `UserError` if the file is damaged or belongs to other queries or candidates.
     """
     url = storage.join(directory, "reranked", unit_name(unit.unit))
     table = sealed.read_parquet(url, UNIT_SCHEMA, MADE_ANEW)

@@ -1,4 +1,4 @@
-"""Candidates of described queries, from the shards of an index. Q queries, k results, S rows of a short list."""
+"""Retrieval: candidates for described queries from the shards of an index. Q queries, k results, short lists of S."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ MADE_ANEW = "it is computed again"
 
 @dataclass(frozen=True)
 class Candidates:
-    """Retrieval's answer for the queries that could be read: ids (Q,), candidates and squared distances (Q, k).
+    """The result for the readable queries: ids (Q,), candidates and squared distances (Q, k).
 
-    A query whose filter allows fewer than k photos has ids -1 at its end.
+    If a query's filter allows fewer than k photos, the rest of its row has id -1.
     """
 
     query_ids: NDArray[np.int64]
@@ -59,7 +59,7 @@ class Candidates:
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """What every shard actor gets: `queries` (Q, G), of which it finds the k nearest, or for codes a short list."""
+    """The input of all shard actors: `queries` (Q, G), for which they find the k nearest, or short lists from codes."""
 
     index: str
     manifest: IndexManifest
@@ -78,9 +78,9 @@ def retrieve(
     url: str,
     filters: tuple[Filters, Places] | None = None,
 ) -> Candidates:
-    """The k nearest photos of an index for each described query; kept as Parquet under `url`, and reused.
+    """The k nearest photos for each described query; published as Parquet under `url`, and reused.
 
-    `filters` has a line for each query photo, readable or not.
+    `filters` has a row for each query photo, readable or not.
     """
     query_ids, descriptors = store.read_descriptors(queries)
     candidates = _kept_candidates(url, query_ids, manifest.num_images)
@@ -103,9 +103,9 @@ def retrieve(
 
 
 def search_shards(request: SearchRequest, config: SearchConfig) -> tuple[Found, float]:
-    """The k nearest over all shards, (Q, k) or as many as there are, and the seconds of work that took.
+    """The k nearest over all shards (Q, k), or as many as there are, and the seconds of work.
 
-    Raises `IncompleteRunError` where a shard gave no answer: an answer is never that of some of the shards.
+    Raises `IncompleteRunError` if a shard gave no answer: results are never from only some of the shards.
     """
     manifest = request.manifest
     alone, groups = [range(n, n + 1) for n in range(len(manifest.shards))], groups_of_shards(manifest)
@@ -119,7 +119,7 @@ def search_shards(request: SearchRequest, config: SearchConfig) -> tuple[Found, 
         effort = Effort(config.num_probes, effort.num_rescored)
     make_actor = _ShardActor.options(num_cpus=cpus_of_a_shard(), num_gpus=config.num_gpus_per_actor).remote
     reference = ray.put(request)
-    # A second try would read a whole shard once more, from the disk or store that most likely made the first one late.
+    # A second try would read a whole shard again, from the storage that most likely made the first one late.
     with SupervisedPool[_Unit](
         lambda: make_actor(reference, effort, config), num_actors, "retrieve", second_tries=False
     ) as pool:
@@ -141,14 +141,14 @@ def search_shards(request: SearchRequest, config: SearchConfig) -> tuple[Found, 
 
 @dataclass(frozen=True)
 class _Unit:
-    """Shards to search as one, or (with short lists) a shard to rescore."""
+    """Shards to search together, or (with short lists) a shard to rescore."""
 
     shards: range
     short_lists: Any = None
 
 
 class _Work:
-    """Asks all shards something, and adds up the seconds."""
+    """Sends requests to all shards, and adds up the seconds."""
 
     def __init__(self, pool: SupervisedPool[_Unit], index: str) -> None:
         self.pool = pool
@@ -158,7 +158,7 @@ class _Work:
     def on_shards(
         self, what: str, groups: Sequence[range], short_lists: Any, on_answer: Callable[[Any], object]
     ) -> None:
-        """`on_answer` gets each group's answer, in no fixed order."""
+        """`on_answer` is called with each group's answer, in no fixed order."""
         progress = Progress(what, groups[-1].stop, "shards")
 
         def on_done(number: int, answer: tuple[Any, float]) -> None:
@@ -175,7 +175,7 @@ class _Work:
 
 
 def _named(group: range) -> str:
-    """Shards, for people."""
+    """Names of shards, for messages."""
     return f"shard {group.start:05d}" if len(group) == 1 else f"one of shards {group.start:05d} to {group[-1]:05d}"
 
 
@@ -246,7 +246,7 @@ def _write_candidates(url: str, candidates: Candidates) -> None:
 
 
 def _kept_candidates(url: str, query_ids: NDArray[np.int64], num_images: int) -> Candidates | None:
-    """What `retrieve` kept for these queries; None, and said, where that is damaged."""
+    """The earlier result for these queries; None if there is none or (with a warning) it is damaged."""
     try:
         candidates = read_candidates(url)
         if candidates is None:
@@ -261,7 +261,7 @@ def _kept_candidates(url: str, query_ids: NDArray[np.int64], num_images: int) ->
 
 
 def read_candidates(url: str) -> Candidates | None:
-    """What `retrieve` kept, or None where there is no such file. Raises `UserError` for a damaged one."""
+    """The published result, or None if there is no file. Raises `UserError` if it is damaged."""
     table = sealed.read_parquet(url, CANDIDATES_SCHEMA, MADE_ANEW)
     if table is None:
         return None

@@ -1,4 +1,4 @@
-"""Ray itself: where it runs, how its CPUs and GPUs are shared out, and the network inside an actor."""
+"""Ray itself: where it runs, how CPUs and GPUs are divided among actors, and the network inside an actor."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pairvpr.retrieval.describe import Describer
 from pairvpr.terminal import say
 
 ALONE = "pairvpr-alone"
-"""Ray's namespace in a Ray of its own, to which no node will ever be added."""
+"""Ray's namespace in a local Ray instance, to which no node is ever added."""
 SMALLEST_SHARE_OF_A_CPU = 0.001
 SECONDS_TO_EXIT = 5.0
 SECONDS_TO_CONNECT = 5.0
@@ -38,9 +38,9 @@ SHARED_MEMORY = "/dev/shm"
 
 @contextmanager
 def ray_session(config: ClusterConfig) -> Iterator[None]:
-    """A connection to the cluster that `config` or RAY_ADDRESS names, or a Ray of its own on this machine.
+    """Connect to the cluster named by `config` or RAY_ADDRESS, or start a local Ray instance.
 
-    A Ray of its own ends with the block, and with this process however it dies.
+    A local instance ends with the block, and with this process, however it dies.
     """
     if ray.is_initialized():
         yield
@@ -58,7 +58,7 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
             _start(config.num_cpus)
         yield
     finally:
-        # Of a cluster that goes on nothing is our child.
+        # None of a remote cluster's processes is our child.
         children = set(psutil.Process().children(recursive=True)) - not_rays
         ray.shutdown()
         _end(list(children))
@@ -66,8 +66,8 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
 
 def _start(num_cpus: int | None) -> None:
     """A Ray of its own. Raises `UserError` or `IncompleteRunError` where this machine does not let it start."""
-    # Ray listens on all network interfaces. It answers those who know the token that it draws for this user, unless
-    # RAY_AUTH_MODE says otherwise; but its metrics need none, so no port serves them: Ray logs that -1 can't be opened.
+    # Ray listens on all network interfaces. It requires the token that it generates for this user, unless
+    # RAY_AUTH_MODE says otherwise. Metrics need no token, so no port serves them; Ray logs that -1 can't be opened.
     os.environ.setdefault("RAY_enable_metrics_collection", "0")
     os.environ.setdefault("AUTOSCALER_METRIC_PORT", "-1")
     os.environ.setdefault("DASHBOARD_METRIC_PORT", "-1")
@@ -90,7 +90,7 @@ def _start(num_cpus: int | None) -> None:
         ) from error
     _say_if_too_small(shared_memory_bytes, folder)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, stop)  # Ray has put its own there, which ends the process without a word
+        signal.signal(signal.SIGTERM, stop)  # Ray has installed its own, which ends the process silently
 
 
 def _say_if_too_small(shared_memory_bytes: int | None, folder: str) -> None:
@@ -104,13 +104,13 @@ def _say_if_too_small(shared_memory_bytes: int | None, folder: str) -> None:
 
 
 def _ray_folder() -> tuple[str, str]:
-    """Where a Ray of its own keeps its files, and the environment variable that says so."""
+    """The folder for a local instance's files, and the environment variable that set it."""
     variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), "RAY_TMPDIR")
     return os.environ.get(variable, "/tmp"), variable
 
 
 def _check_limits(folder: str, variable: str) -> None:
-    """Raise `UserError` for what Ray would fail on without a word, or only after minutes.
+    """Raise `UserError` for conditions on which Ray would fail silently, or only after minutes.
 
     It ends this process where it may open too few files, and tries for long to write its files and reach its ports.
     """
@@ -120,7 +120,7 @@ def _check_limits(folder: str, variable: str) -> None:
             f"Ray needs {MIN_OPEN_FILES} open files, but this process may open only {most_files}; expected `ulimit -n "
             "65536`"
         )
-    with suppress(OSError):  # Ray makes the folder, and says well enough why it can't
+    with suppress(OSError):  # Ray creates the folder, or reports well enough why it can't
         free_bytes = shutil.disk_usage(folder).free
         if free_bytes < MIN_FREE_BYTES:
             raise UserError(
@@ -139,7 +139,7 @@ def _check_limits(folder: str, variable: str) -> None:
 
 
 def _connect(address: str, key: str) -> None:
-    """Raises `UserError`, naming the setting `key`, where no cluster answers."""
+    """Raises `UserError`, naming the setting `key`, if no cluster answers."""
     if address.startswith(("http://", "https://")):
         raise UserError(f"{key}={address}: this is the dashboard's address, for `ray job submit`; expected HOST:6379")
     _check_reachable(address, key)
@@ -163,7 +163,7 @@ def _check_reachable(address: str, key: str) -> None:
 
 
 def _end(processes: list[psutil.Process]) -> None:
-    """A Ray 2.60 worker can deadlock in its own exit handler (~Publisher), which would leave it for ever."""
+    """A Ray 2.60 worker can deadlock in its own exit handler (~Publisher) and would then never end."""
     _, alive = psutil.wait_procs(processes, timeout=SECONDS_TO_EXIT)
     for process in alive:
         with suppress(psutil.NoSuchProcess):
@@ -172,19 +172,19 @@ def _end(processes: list[psutil.Process]) -> None:
 
 @dataclass(frozen=True)
 class ActorPlan:
-    """How many model actors run and what each reserves. It never changes a result."""
+    """The number of model actors and the resources that each reserves. Never changes a result."""
 
     num_actors: int
     cpus_per_actor: float
     gpus_per_actor: float
     cpus_per_task: float
-    """What a decoding task beside the actors reserves."""
+    """CPUs that a decoding task reserves."""
 
     def actor_options(self) -> dict[str, Any]:
         """Ray's options of one such actor.
 
-        Photos and features are read by threads, and glibc's malloc keeps what they free in up to eight arenas a core:
-        unless these are few, an actor grows with the photos that it has seen.
+        Threads read photos and features, and glibc's malloc keeps freed memory in up to eight arenas per core. Without
+        a limit on arenas, an actor grows with the photos that it has seen.
         """
         return {
             "num_cpus": self.cpus_per_actor,
@@ -195,13 +195,13 @@ class ActorPlan:
 
 
 def plan_actors(config: DescribeConfig | RerankConfig) -> ActorPlan:
-    """Share out the cluster: all actors together fit into half of one node, so that tasks always find CPUs.
+    """Divide the cluster: all actors together fit into half of one node, so that tasks always find CPUs.
 
-    Also when nodes vanish, and every actor restarts on the last one: actors that took all of its CPUs would wait for
-    ever for tasks that find none. Actors are spread over the nodes whatever they reserve.
+    This holds even when nodes vanish and every actor restarts on the last one. Actors that took all of its CPUs would
+    wait forever for tasks that find none. Actors are spread over the nodes whatever they reserve.
 
-    A cluster that scales up from nothing shows no CPUs yet: then the number of actors must be given. It may also get
-    GPUs that it does not show: only a Ray of its own refuses actors that want more than there are.
+    A cluster that scales up from zero shows no CPUs yet, so the number of actors must be given. It may also gain GPUs
+    later, so only a local Ray instance refuses actors that need more than there are.
     """
     resources = ray.cluster_resources()
     cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
@@ -232,7 +232,7 @@ def plan_actors(config: DescribeConfig | RerankConfig) -> ActorPlan:
 
 
 def smallest_node_cpus() -> float:
-    """CPUs of the smallest node that has any; 1 while there is none."""
+    """CPUs of the smallest node that has any; 1 if there is none."""
     return min((cpus for node in ray.nodes() if node["Alive"] and (cpus := node["Resources"].get("CPU"))), default=1.0)
 
 
@@ -243,12 +243,12 @@ def cluster_memory_bytes() -> float:
 
 
 def cpus_of_a_shard() -> float:
-    """A whole CPU where a node has one: it bounds how many shards are in a node's memory at once."""
+    """A whole CPU if a node has one: this bounds how many shards are in a node's memory at once."""
     return min(1.0, smallest_node_cpus())
 
 
 def most_gpus_of_a_node() -> float:
-    """GPUs of the node that has most."""
+    """GPUs of the node with the most."""
     return max((node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
 
 
@@ -258,13 +258,13 @@ def own_device() -> torch.device:
 
 
 def _rounded_down(cpus: float) -> float:
-    """Ray counts in steps of 1/10,000."""
+    """Rounded down to Ray's resolution of 1/10,000."""
     return int(cpus * 1000) / 1000
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What an actor needs to build the network: its shape, and its weights once in the object store."""
+    """All that an actor needs to build the network: its shape, and its weights, once in the object store."""
 
     config: ModelConfig
     weights: ray.ObjectRef[Weights]

@@ -1,9 +1,8 @@
 """Both training stages under Ray Train: workers that may die, checkpoints that outlive them.
 
-Ray Train starts the workers and joins them in a process group. When a worker or any of Ray Train's own actors is lost,
-the driver starts training again. The driver alone decides that, so no actor holds anything that a run needs. A run goes
-on from its own last checkpoint below `output`, which each start reads; Ray's snapshots are never needed and lie in a
-temporary folder.
+Ray Train starts the workers and joins them in a process group. When a worker or one of Ray Train's own actors is lost,
+the driver restarts training. Only the driver decides that, so no actor holds state that a run needs. Each start reads
+the run's last checkpoint below `output`. Ray's own snapshots are not used and go to a temporary folder.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ MakeStage = Callable[[JobConfig, list[TrainingSet], Weights, TrainContext], Stag
 POLL_S = 1.0
 SECONDS_TO_TAKE_LINES = 10.0
 TIMEOUT = timedelta(minutes=30)
-"""Of what the ranks wait for together: a checkpoint of gigabytes on its way to a store."""
+"""Limit on collective waits, such as for a checkpoint of gigabytes on its way to remote storage."""
 SECONDS_BEFORE_COMPLAINT = 60.0
 MAX_STARTS_WITHOUT_PROGRESS = 5
 NOT_PART_OF_A_RESULT = (
@@ -76,7 +75,7 @@ NOT_PART_OF_A_RESULT = (
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One training run, checked and ready: what every worker gets."""
+    """One training run, checked and ready; sent to every worker."""
 
     config: JobConfig
     output: str
@@ -87,7 +86,7 @@ class Job:
     num_steps: int
 
     def settings(self) -> dict[str, Any]:
-        """What decides the result, in plain values."""
+        """The settings that decide the result, as plain values."""
         train = asdict(self.config.train)
         for name in NOT_PART_OF_A_RESULT:
             train.pop(name, None)
@@ -100,10 +99,10 @@ class Job:
 
 
 def fit(job: Job) -> None:
-    """Train to the end, from the last checkpoint, starting again whatever died.
+    """Train to the end from the last checkpoint, restarting after failures.
 
-    Raises `UserError` for what trying again would not mend, and `IncompleteRunError` after `train.max_failures` or
-    after `MAX_STARTS_WITHOUT_PROGRESS` starts that gave no new checkpoint.
+    Raises `UserError` for errors that a retry would not fix, and `IncompleteRunError` after `train.max_failures`
+    failures or `MAX_STARTS_WITHOUT_PROGRESS` starts without a new checkpoint.
     """
     train, scaling = job.config.train, _scaling(job.config.train)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -132,9 +131,9 @@ def fit(job: Job) -> None:
 
 
 def _start(settings: Mapping[str, Any], scaling: ScalingConfig, folder: str) -> Exception | None:
-    """One start of all workers, until they end; what ended them too early, if anything did.
+    """Start all workers and wait until they end; returns why they ended too early, or None.
 
-    Waits as long as the cluster has no room for them.
+    Waits while the cluster has no room for them.
     """
     trainer = TorchTrainer(
         _work,
@@ -157,7 +156,7 @@ def _start(settings: Mapping[str, Any], scaling: ScalingConfig, folder: str) -> 
 
 
 def _in_a_thread(work: Callable[[], object]) -> None:
-    """Do `work`; raises what it raises. In the main thread Ray Train would take Ctrl-C for itself, and exit with 0."""
+    """Run `work` in another thread; in the main thread Ray Train would catch Ctrl-C and exit with 0."""
     outcome: Future[None] = Future()
 
     def run_it() -> None:
@@ -172,9 +171,9 @@ def _in_a_thread(work: Callable[[], object]) -> None:
 
 
 def _free_places() -> None:
-    """End all workers and free what they reserved: a controller that is killed leaves both.
+    """End all workers and free their resources: a killed controller leaves both behind.
 
-    Its own cleaner asks Ray's dashboard, which a Ray of its own does not have. An id ends with that of its job.
+    Ray Train's own cleaner needs Ray's dashboard, which a local instance lacks. An id ends with that of its job.
     """
     job_id = ray.get_runtime_context().get_job_id()
     for hex_id, about in placement_group_table().items():
@@ -189,7 +188,7 @@ def _has_no_room(error: BaseException) -> bool:
 
 
 def _cause(error: Exception) -> Exception:
-    """What a worker raised, best what it says to people; else why a worker or Ray Train's controller died."""
+    """The error that a worker raised, preferably a user's error; otherwise why a worker or the controller died."""
     if isinstance(error, ray.train.WorkerGroupError):
         found = sorted(error.worker_failures.items())
         raised = [failure for _, failure in found if isinstance(failure, _WORKERS_OWN)]
@@ -205,7 +204,7 @@ def _cause(error: Exception) -> Exception:
 
 
 def _scaling(train: TrainConfig) -> ScalingConfig:
-    """Workers and what each reserves. Raises `UserError` for more than a Ray of its own will ever have."""
+    """Workers and their resources. Raises `UserError` for more than a local Ray instance has."""
     resources = ray.cluster_resources()
     cpus, gpus = resources.get("CPU", 1.0), resources.get("GPU", 0.0)
     gpus_per_worker = train.num_gpus_per_worker
@@ -221,7 +220,7 @@ def _scaling(train: TrainConfig) -> ScalingConfig:
             "no more than that"
         )
     share = cpus / num_workers
-    if gpus_per_worker:  # the CPUs that lie beside a GPU, on the node that has the fewest
+    if gpus_per_worker:  # CPUs per GPU, on the node with the fewest
         share = min(
             (node["Resources"].get("CPU", 0.0) / count for node in ray.nodes() if (count := _gpus_of(node))),
             default=1.0,
@@ -239,7 +238,7 @@ def _gpus_of(node: Mapping[str, Any]) -> float:
 
 
 class _Lines:
-    """What workers tell the person who watches. Lines on their way are lost when it dies, and nothing else."""
+    """Collects the workers' progress lines. If it dies, only lines in transit are lost."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -256,7 +255,7 @@ class _Lines:
 
 @contextmanager
 def _printed(actor: Any, scaling: ScalingConfig) -> Iterator[None]:
-    """Print the lines of a `_Lines` while the block runs; complain once if nothing starts."""
+    """Print the lines of a `_Lines` while the block runs; says once if no worker starts."""
     ended = threading.Event()
     started_s = time.monotonic()
 
@@ -288,14 +287,14 @@ def _printed(actor: Any, scaling: ScalingConfig) -> Iterator[None]:
 
 
 class _WorkerError(Exception):
-    """What ended a worker, as one line; it is tried again."""
+    """Why a worker failed, in one line; training is restarted."""
 
 
 _WORKERS_OWN = (UserError, _WorkerError)
 
 
 def _work(settings: Mapping[str, Any]) -> None:
-    """One worker. Raises `UserError` for what trying again would not mend."""
+    """One worker. Raises `UserError` for errors that a retry would not fix."""
     try:
         _run(ray.get(settings["job"]), settings["lines"])
     except torch.OutOfMemoryError as error:
@@ -305,7 +304,7 @@ def _work(settings: Mapping[str, Any]) -> None:
         ) from error
     except UserError:
         raise
-    except Exception as error:  # which may be of a class that does not travel
+    except Exception as error:  # whose class may not be picklable
         raise _WorkerError(f"a worker failed: {in_a_line(error)}") from error
 
 
@@ -335,14 +334,14 @@ def _run(job: Job, lines: Any) -> None:
 
 
 def _own_group() -> dist.ProcessGroup:
-    """A process group beside the one that DistributedDataParallel uses."""
+    """A process group in addition to the one used by DistributedDataParallel."""
     group = dist.new_group(timeout=TIMEOUT)
     assert isinstance(group, dist.ProcessGroup)
     return group
 
 
 def _plain(value: Any) -> Any:
-    """Enums as their names: what JSON and a checkpoint hold."""
+    """Replace enums by their names, as in JSON and checkpoints."""
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
     return str(value) if isinstance(value, str) else value

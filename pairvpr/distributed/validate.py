@@ -1,4 +1,4 @@
-"""recall@N of the global descriptor while a network is being trained: every rank describes a share of the batches.
+"""recall@N of the global descriptor during training: every rank describes some of the batches.
 
 G descriptor width.
 """
@@ -21,7 +21,7 @@ VALIDATED_N = (1, 5, 10)
 
 
 def validate(model: PairVPR, benchmark: Benchmark, batch_size: int, context: TrainContext) -> dict[str, float]:
-    """`recall@N` in percent for N of 1, 5, 10, over all queries. Every rank calls it and gets the same."""
+    """`recall@N` in percent for N = 1, 5, 10, over all queries. Every rank calls it and gets the same result."""
     if benchmark.positives is None:
         raise UserError(
             f"train.validation={benchmark.name}: it has no ground truth; expected a benchmark with positives"

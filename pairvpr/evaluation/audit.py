@@ -1,9 +1,9 @@
-"""The audit of an evaluation: what re-ranking fewer candidates would have answered, from the one run.
+"""The audit: the answers that re-ranking fewer candidates would have given, computed from one run.
 
-A candidate's pair score does not depend on the others. So re-ranking K' of K candidates gives the re-ranked list less
-those that retrieval put at place K' or later: both lists are by score, equal scores in the order of retrieval. Only
-rounding can differ from a run with K' candidates, whose pairs share other forward passes. With
-`rerank.second_direction` a score does depend on the others, and K alone is audited.
+A candidate's pair score does not depend on the others. So re-ranking K' of K candidates gives the re-ranked list
+without the candidates that retrieval ranked K' (from 0) or later; ties keep retrieval order. Only rounding can differ
+from a real run with K' candidates, where pairs share other forward passes. With `rerank.second_direction`, scores do
+depend on the other candidates, and only K is audited.
 
 Q queries, K candidates.
 """
@@ -25,9 +25,9 @@ PRINTED_N = (1, 5, 10)
 
 
 def audited_candidates(report_candidates: Sequence[int] | None, num_candidates: int) -> list[int]:
-    """The numbers K' that are audited, ascending: those asked for, else those of `DEFAULT_CANDIDATES` below K, and K.
+    """The audited numbers K', ascending: those requested, or else the `DEFAULT_CANDIDATES` below K, and K.
 
-    None is above `num_candidates`, the K that was run: a small database has fewer than were asked for.
+    None exceeds `num_candidates`, the K of the run: a small database has fewer photos than requested.
     """
     wanted = (*DEFAULT_CANDIDATES, num_candidates) if report_candidates is None else report_candidates
     return sorted({min(number, num_candidates) for number in wanted})
@@ -54,12 +54,12 @@ def audit(benchmark: Benchmark, answers: Sequence[Answer], numbers: Sequence[int
 
 
 def _reranked(answer: Answer, number: int) -> NDArray[np.int64]:
-    """The ids that re-ranking the first `number` candidates gives, best first."""
+    """The ids that re-ranking the first `number` candidates would give, best first."""
     return answer.reranked[np.isin(answer.reranked, answer.candidates[:number])]
 
 
 def _entry(retrieved: NDArray[np.float64], reranked: dict[int, NDArray[np.float64]]) -> dict[str, Any]:
-    """Counts and shares of some queries, from the positions (Q,) of their first hits in both rankings."""
+    """Counts and shares for some queries, from the positions (Q,) of their first hits in both rankings."""
     right = retrieved < 1
     return {
         "num_queries": len(retrieved),

@@ -1,4 +1,4 @@
-"""How far a mean over the queries could be off by the choice of queries: bootstrap intervals and the sign test.
+"""Uncertainty of a mean over queries due to the sample of queries: bootstrap intervals and the sign test.
 
 Q queries.
 """
@@ -25,19 +25,19 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the mean's sign is beyond chance."""
+        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
     def percent(self) -> str:
-        """All three times 100."""
+        """All three in percent."""
         return f"{100 * self.mean:.1f} ({100 * self.low:.1f} to {100 * self.high:.1f})"
 
 
 def bootstrap_interval(values: NDArray[np.float64]) -> Interval:
-    """The mean of `values` (Q,), Q > 0, and its percentile interval over resampled queries; the seed is fixed.
+    """The mean of `values` (Q,), Q > 0, and its bootstrap percentile interval, with a fixed seed.
 
-    For a paired difference give the difference of each query. How often a resample draws each distinct value is
-    multinomial, so resampling costs as much as there are distinct values, however many queries there are.
+    For a paired difference, pass the difference for each query. Counts of distinct values in a resample are
+    multinomial, so the cost depends on the number of distinct values and not on Q.
     """
     distinct, counts = np.unique(values, return_counts=True)
     draws = np.random.default_rng(SEED).multinomial(len(values), counts / len(values), size=NUM_RESAMPLES)
@@ -46,7 +46,7 @@ def bootstrap_interval(values: NDArray[np.float64]) -> Interval:
 
 
 def sign_test(num_better: int, num_worse: int) -> float:
-    """Exact two-sided p that queries which changed, changed for better and worse alike (McNemar's exact test)."""
+    """Exact two-sided p-value that changes for better and for worse are equally likely (McNemar's exact test)."""
     num_changed, fewer = num_better + num_worse, min(num_better, num_worse)
     tail = sum(math.comb(num_changed, count) for count in range(fewer + 1))
     return min(1.0, 2 * tail / 2**num_changed)

@@ -1,6 +1,6 @@
-"""The job calibrate: from a finished evaluation, how sure an answer is and when re-ranking may stop.
+"""The job calibrate: fits confidence, early stopping and decisions to a finished evaluation.
 
-Half of the queries is fitted to, and what was fitted is reported on the other half. Needs neither torch nor Ray.
+It fits to one half of the queries and reports on the other half. Needs neither torch nor Ray.
 Q queries, K candidates.
 """
 
@@ -48,7 +48,7 @@ from pairvpr.secrets import without_secrets
 
 NUM_BLOCKS = 20
 FEWEST_QUERIES = 50
-"""That must have been answered in each half."""
+"""Answered queries required in each half."""
 COLUMNS = ("candidates", "squared_distances", "reranked", "pair_scores", "positives")
 NUM_PRINTED = 12
 QUERIES_READ_AT_ONCE = 1024
@@ -56,7 +56,7 @@ QUERIES_READ_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class _Half:
-    """Some of the queries, and of those that were answered the best pair scores (n,) and which are right (n,)."""
+    """A subset of the queries; for the answered ones, the best pair scores (n,) and whether they are right (n,)."""
 
     queries: Sequence[LocatedQuery]
     top_scores: NDArray[np.float32]
@@ -64,10 +64,10 @@ class _Half:
 
 
 def calibrate(config: CalibrateConfig) -> dict[str, Any]:
-    """Fit, print how well it fits, and publish the calibration file; returns its content (docs/formats.md).
+    """Fit, print the quality of the fit, and publish the calibration file; returns its content (docs/formats.md).
 
-    Raises `UserError` for what is no finished evaluation with ground truth that scored all pairs both ways round, and
-    for too few queries, or none that was right, or wrong, to tell the two apart.
+    Raises `UserError` unless the run is a finished evaluation with ground truth that scored all pairs in both
+    directions, with enough queries, some answered right and some wrong.
     """
     check_writable_file(config.output, "output", "the calibration")
     run = read_run(config.predictions)
@@ -109,7 +109,7 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
 
 
 def _read_settings(url: str) -> dict[str, Any]:
-    """settings.json of the run; raises `UserError` where it says that not all pairs were scored both ways."""
+    """The run's settings.json. Raises `UserError` if the run did not score all pairs in both directions."""
     settings_url = storage.join(url, SETTINGS_FILE)
     settings = sealed.read_json(settings_url, "expected the settings of an evaluation") or {}
     try:
@@ -138,7 +138,7 @@ def _read_settings(url: str) -> dict[str, Any]:
 
 
 def _positions(settings: Mapping[str, Any]) -> NDArray[np.float64] | None:
-    """Metres (number of ids, 2) of the photos of the run's index; None where none is known, or the index is gone."""
+    """Positions in metres (number of ids, 2) of the index's photos; None if none is known or the index is gone."""
     index = settings["index"]
     if not isinstance(index, dict) or not isinstance(index.get("path"), str):
         return None
@@ -183,16 +183,16 @@ def _scored(row: Mapping[str, Any], utm_m: NDArray[np.float64] | None) -> Locate
 
 
 def held_out_queries(num_queries: int) -> NDArray[np.bool_]:
-    """(Q,) which queries are reported on: every other one of `NUM_BLOCKS` blocks of neighbouring ids.
+    """(Q,) whether a query is held out: every other one of `NUM_BLOCKS` blocks of consecutive ids.
 
-    Neighbours in the list of queries are often frames of one drive. In blocks only those at its borders are parted,
-    and both halves come from all over the list.
+    Neighbouring queries are often frames of one drive. Blocks separate only those at their borders, and both halves
+    come from all over the list.
     """
     return np.arange(num_queries) * NUM_BLOCKS // max(1, num_queries) % 2 == 1
 
 
 def _half(queries: Sequence[LocatedQuery], is_chosen: NDArray[np.bool_], url: str) -> _Half:
-    """The queries that are chosen (Q,). Raises `UserError` where too few of them were answered."""
+    """The chosen queries (Q,). Raises `UserError` if too few of them were answered."""
     chosen = [query for query, its in zip(queries, is_chosen, strict=True) if its]
     answered = [query for query in chosen if len(query.scores)]
     if len(answered) < FEWEST_QUERIES:
@@ -208,7 +208,7 @@ def _half(queries: Sequence[LocatedQuery], is_chosen: NDArray[np.bool_], url: st
 
 
 def _check_both_kinds(fitted: _Half, url: str) -> None:
-    """Raise `UserError` where all answers are right, or all wrong: any temperature would be a guess."""
+    """Raise `UserError` if all answers are right, or all wrong: any temperature would be a guess."""
     if fitted.is_right.all() or not fitted.is_right.any():
         raise UserError(
             f"predictions={url}: the best answers to all {len(fitted.is_right)} queries in the fitted half are "
@@ -217,7 +217,7 @@ def _check_both_kinds(fitted: _Half, url: str) -> None:
 
 
 def _report(found: Calibration, fitted: _Half, held_out: _Half, thresholds: Sequence[float]) -> dict[str, Any]:
-    """What the calibration does to queries that it was not fitted to."""
+    """The report's entry on the calibration of held-out queries."""
     alone = fit_temperature(fitted.top_scores, fitted.is_right)
     tables = {
         name: reliability(probability(held_out.top_scores, temperature, midpoint), held_out.is_right)
@@ -243,7 +243,7 @@ def _report(found: Calibration, fitted: _Half, held_out: _Half, thresholds: Sequ
 
 
 def _fit_decisions(queries: Sequence[LocatedQuery], round_size: int, max_loss: float) -> dict[str, Fit]:
-    """The decisions that there are, by rule, each with the evidence at which a query may stop."""
+    """The available decisions by rule, each with its stop margin of evidence."""
     fused = fit_fused(queries)
     if fused is None:
         return {}
@@ -260,9 +260,9 @@ def _fit_decisions(queries: Sequence[LocatedQuery], round_size: int, max_loss: f
 def decision_report(
     fit: Fit, fitted: Sequence[LocatedQuery], held_out: Sequence[LocatedQuery], round_size: int
 ) -> dict[str, Any]:
-    """What a decision does to queries that it was not fitted to, and what each of its terms adds to that.
+    """The report's entry on a decision for held-out queries, and on the gain from each of its terms.
 
-    Points of recall@1 are paired: of the same queries, with a 95 % interval of a bootstrap over them.
+    Differences in recall@1 are paired by query, in points, with a 95 % bootstrap interval.
     """
     answered = [query for query in held_out if len(query.scores)]
     found = [decided_right(fit.decision, query) for query in answered]
@@ -292,13 +292,13 @@ def right_by(decision: Decision, queries: Sequence[LocatedQuery]) -> NDArray[np.
 
 
 def _points(after: NDArray[np.bool_], before: NDArray[np.bool_]) -> dict[str, float]:
-    """How many points of recall@1 are gained, and between what numbers that lies."""
+    """The gain in points of recall@1, with its interval."""
     interval = bootstrap_interval(after.astype(np.float64) - before.astype(np.float64))
     return {"points": 100 * interval.mean, "low": 100 * interval.low, "high": 100 * interval.high}
 
 
 def _decision_text(content: Mapping[str, Any]) -> list[str]:
-    """What a person reads of the decisions."""
+    """The decisions as lines of text."""
     lines: list[str] = []
     for rule, found in content["held_out"]["decisions"].items():
         lines += [
@@ -322,14 +322,14 @@ def _gain(points: Mapping[str, float]) -> str:
 
 
 def _evidence_curve(decisions: Mapping[str, Any]) -> list[str]:
-    """The curve of stopping by evidence, which is the same with and without votes."""
+    """The curve of stopping by evidence; it is the same with and without votes."""
     if "fused" not in decisions:
         return []
     return ["by the evidence of rerank.decision=fused and consensus:", *_curve_table(decisions["fused"]["curve"])]
 
 
 def _curve_table(points: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Recall against pairs scored, at some of the margins, the one of scoring everything last."""
+    """Recall against pairs scored, for some of the margins; scoring everything comes last."""
     curve = [CurvePoint(**row) for row in points]
     shown = [curve[i] for i in np.unique(np.linspace(0, len(curve) - 2, NUM_PRINTED - 1).astype(int))]
     return [
@@ -343,7 +343,7 @@ def _curve_table(points: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _text(content: Mapping[str, Any], url: str) -> list[str]:
-    """What a person reads of the file."""
+    """The content of the file as text."""
     held_out = content["held_out"]
     curve = [CurvePoint(**row) for row in held_out["curve"]]
     chosen, full = CurvePoint(**held_out["at_stop_margin"]), curve[-1]
@@ -374,7 +374,7 @@ def _text(content: Mapping[str, Any], url: str) -> list[str]:
 
 
 def reliability_table(found: Mapping[str, Any]) -> list[str]:
-    """The bins of an entry `reliability` that have answers, as lines for a person."""
+    """The non-empty bins of an entry `reliability`, as lines of text."""
     bins = [Bin(**row) for row in found["reliability"]]
     return [
         f"{'confidence':<14}{'queries':>9}{'mean':>9}{'right':>9}",

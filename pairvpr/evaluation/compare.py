@@ -1,8 +1,8 @@
-"""`python -m pairvpr.evaluation.compare RUN RUN ...`: evaluations side by side, if they are of one test.
+"""`python -m pairvpr.evaluation.compare RUN RUN ...`: evaluations of the same test, side by side.
 
-A RUN is the output directory (path or URL) of an evaluation. Runs of one protocol share a table. Runs of one name whose
-protocols differ are refused, by name of what differs, and so are runs of which no two are of one protocol. Two runs of
-one protocol are also compared query by query.
+A RUN is the output directory (path or URL) of an evaluation. Runs with the same protocol share a table. Runs of one
+benchmark with different protocols are refused, naming the difference; so are runs of which no two share a protocol. Two
+runs with the same protocol are also compared query by query.
 Neither torch nor Ray is needed.
 """
 
@@ -32,22 +32,22 @@ NEEDED = ("benchmark", "protocol", "model", "recall", "candidate_ceiling", "num_
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """An evaluation with ground truth: its directory as the user wrote it, and the content of its metrics.json."""
+    """An evaluation with ground truth: its directory as given by the user, and the content of its metrics.json."""
 
     url: str
     metrics: dict[str, Any]
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """Which test it is."""
+        """Identifies the test."""
         return self.metrics["protocol"]
 
 
 def compare(urls: Sequence[str]) -> str:
     """The tables of all runs as text.
 
-    Raises `UserError` for fewer than two runs, for what is no finished evaluation with ground truth, for runs of one
-    benchmark whose protocols differ, and where no two runs have the same protocol.
+    Raises `UserError` for fewer than two runs, for anything but finished evaluations with ground truth, for runs of one
+    benchmark whose protocols differ, and if no two runs have the same protocol.
     """
     if len(urls) < 2:
         raise UserError(f"{len(urls)} run given: expected two or more output directories of evaluations")
@@ -93,7 +93,7 @@ def read_run(url: str) -> FinishedRun:
 
 
 def _check_protocol(run: FinishedRun, others: Sequence[FinishedRun]) -> None:
-    """Raise `UserError` where a run of the same benchmark has another protocol."""
+    """Raise `UserError` if another run of the same benchmark has a different protocol."""
     for other in others:
         if other.metrics["benchmark"] == run.metrics["benchmark"] and other.protocol != run.protocol:
             raise _different_tests(run, other)
@@ -124,7 +124,7 @@ def _short(value: object) -> str:
 
 
 def _table(runs: Sequence[FinishedRun]) -> list[str]:
-    """A heading that names the test, the names of the columns, and a row for each run."""
+    """A heading that names the test, column names, and a row per run."""
     protocol = runs[0].protocol
     header = ["run", "model", "weights", "K"]
     header += [f"{step}@{n}" for step in ("global", "re-ranked") for n in SHOWN_N] + ["ceiling"]
@@ -156,11 +156,11 @@ def _row(run: FinishedRun) -> list[str]:
 
 
 def _paired(first: FinishedRun, second: FinishedRun) -> list[str]:
-    """What changed from the first run's best re-ranked answers to the second's, and whether it may be chance."""
+    """The changes from the first run's best re-ranked answers to the second's, and whether they may be chance."""
     before, after = first_answer_is_right(first), first_answer_is_right(second)
     corrected, broken = int((after & ~before).sum()), int((before & ~after).sum())
     difference = bootstrap_interval(after.astype(np.float64) - before.astype(np.float64))
-    # Where few queries changed, the bootstrap's interval is too narrow; the sign test is exact.
+    # With few changed queries the bootstrap interval is too narrow; the sign test is exact.
     p = sign_test(corrected, broken)
     verdict = "beyond chance" if difference.excludes_zero and p < SIGNIFICANT else "not beyond chance"
     return [

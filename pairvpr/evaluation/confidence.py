@@ -1,9 +1,9 @@
-"""How sure an answer is, and when re-ranking may stop: both fitted to queries whose truth is known. Needs no torch.
+"""Confidence of answers and early stopping, both fitted to queries with ground truth. Needs no torch.
 
-A query's best pair score s is the sum of two logits. Its confidence is p = sigmoid((s - m) / (2 T)), their mean over
-the temperature T, counted from the midpoint m. The network's own midpoint is 0, for one pair; the best of K wrong
-candidates lies above that, and the more so the more there are. When to stop is a threshold on
-`retrieval.early_stop.margin`, chosen by replaying a run that scored everything.
+A query's best pair score s is the sum of two logits. Its confidence is p = sigmoid((s - m) / (2 T)), with temperature T
+and midpoint m. For a single pair the network's midpoint is 0; the best of K wrong candidates scores higher, and more so
+for larger K. Early stopping is a threshold on `retrieval.early_stop.margin`, chosen by replaying a run that scored
+everything.
 
 Q queries, K candidates, R rounds of pairs.
 """
@@ -28,48 +28,48 @@ from pairvpr.retrieval.early_stop import margin
 
 FORMAT_VERSION = 2
 OLDEST_FORMAT_VERSION = 1
-"""Has no decisions."""
+"""This version has no decisions."""
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 100.0
 NUM_HALVINGS = 60
 FAR = 40.0
-"""A sigmoid is 0 or 1 so far from its middle."""
+"""This far from its midpoint a sigmoid is 0 or 1."""
 NUM_BINS = 10
 NUM_THRESHOLDS = 101
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What `ray_jobs.calibrate` found on one benchmark with one network; its file is docs/formats.md's."""
+    """The result of `ray_jobs.calibrate` for one benchmark and network; docs/formats.md describes its file."""
 
     benchmark: str
     num_queries: int
-    """Those that it was fitted to."""
+    """The number of queries that it was fitted to."""
     num_candidates: int
-    """K of the run that it was fitted to."""
+    """K of that run."""
     model: dict[str, Any]
     """The section `model` of that run's settings."""
     temperature: float
     midpoint: float
-    """Best pair score of answers that are right half the time."""
+    """Best pair score at which half of the answers are right."""
     round_size: int
-    """Pairs in one forward pass, after which a query may be finished; the threshold holds for it alone."""
+    """Pairs per forward pass, after which a query may be finished; the threshold is valid only for this size."""
     stop_margin: float | None
-    """A query is finished at this margin; None where there is none to stop at."""
+    """A query is finished at this margin; None = no early stopping."""
     has_positions: bool = False
-    """Whether the run's database photos had positions, without which there are no votes to fit."""
+    """Whether the run's database photos had positions, which votes need."""
     fused: Decision | None = None
-    """The decision by pair score and distance; None where the pair score says nothing about who is right."""
+    """The decision by pair score and distance; None if the pair score carries no information."""
     consensus: Decision | None = None
-    """The decision with votes; None where there are no positions, or votes don't prove themselves."""
+    """The decision with votes; None without positions, or if votes do not improve the fit."""
 
     def content(self) -> dict[str, Any]:
-        """What its file says of it."""
+        """The content of its file."""
         return {"format_version": FORMAT_VERSION, **asdict(self)}
 
     def check(self, url: str, model: Mapping[str, Any]) -> None:
-        """Raise `UserError` unless a run's network (section `model` of its settings) is the one that was calibrated.
+        """Raise `UserError` unless a run's network (section `model` of its settings) is the calibrated one.
 
-        Number formats may differ.
+        Precisions may differ.
         """
         found = differences({"model": self.model}, {"model": model}, ("model.precision",))
         if found:
@@ -79,9 +79,9 @@ class Calibration:
             )
 
     def decision(self, url: str, rule: DecisionRule, num_candidates: int) -> Decision | None:
-        """How a run that re-ranks so many candidates decides; None for `pair`, which needs no decision.
+        """The decision for a run that re-ranks `num_candidates`; None for `pair`, which needs none.
 
-        Raises `UserError` where the calibration has no such decision, or one for another number of candidates.
+        Raises `UserError` if the calibration has no such decision, or one for another number of candidates.
         """
         if rule is DecisionRule.pair:
             return None
@@ -106,7 +106,7 @@ class Calibration:
         return found
 
     def check_rounds(self, url: str, round_size: int, decision: Decision | None = None) -> None:
-        """Raise `UserError` unless a run in rounds of so many pairs, deciding so, may stop by it."""
+        """Raise `UserError` unless the calibration has a stop margin for this decision and round size."""
         if (self.stop_margin if decision is None else decision.stop_margin) is None:
             raise UserError(
                 f"rerank.adaptive=true: {url} has no stop margin (its run scored {self.num_candidates} "
@@ -121,23 +121,23 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Judge:
-    """How the answers of a run are judged: what confidence they have, and below which one nothing is answered."""
+    """Computes the confidence of a run's answers, and whether each is above the threshold for "in this map"."""
 
     temperature: float
     midpoint: float = 0.0
     not_in_map_below: float | None = None
 
     def confidence(self, top_scores: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(Q,) for best pair scores (Q,); NaN stays NaN, which stands for no answer."""
+        """(Q,) for best pair scores (Q,); NaN (no answer) stays NaN."""
         return probability(top_scores, self.temperature, self.midpoint).astype(np.float32)
 
     def in_map(self, confidence: NDArray[np.float32]) -> NDArray[np.bool_] | None:
-        """(Q,) whether queries of such confidence (Q,) are in this map; None where that is not asked."""
+        """(Q,) whether queries with these confidences (Q,) are in this map; None without a threshold."""
         return None if self.not_in_map_below is None else confidence.astype(np.float64) >= self.not_in_map_below
 
 
 def read_calibration(url: str) -> Calibration:
-    """The calibration in a file (path or URL). Raises `UserError` for what is none."""
+    """Read a calibration file (path or URL). Raises `UserError` if it is not one."""
     expected = "expected a file of ray_jobs.calibrate"
     try:
         content = sealed.read_json(url, expected)
@@ -178,7 +178,7 @@ def _parsed(content: Mapping[str, Any]) -> Calibration:
 
 
 def _decisions(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file of this version has beside an earlier one's content."""
+    """The entries that this version's file has in addition to earlier ones."""
     if content["format_version"] < FORMAT_VERSION:
         return {}
     if not isinstance(content["has_positions"], bool):
@@ -196,28 +196,28 @@ def _decisions(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fit_temperature(top_scores: NDArray[np.float32], is_correct: NDArray[np.bool_]) -> float:
-    """The likeliest T alone, with the midpoint at 0, for best pair scores (Q,) that were right or not (Q,).
+    """The maximum-likelihood T with midpoint 0, for best pair scores (Q,) and whether they are right (Q,).
 
-    It is sought between `LOWEST_TEMPERATURE` and `HIGHEST_TEMPERATURE`. Where all scores above 0 are right and all
-    below are wrong, it is the lowest; where scores say nothing or the contrary, or there is none, the highest.
+    It lies between `LOWEST_TEMPERATURE` and `HIGHEST_TEMPERATURE`: the lowest if all scores above 0 are right and all
+    below wrong, the highest if scores carry no or inverse information, or there are none.
     """
     logits, truth = np.asarray(top_scores, np.float64) / 2, np.asarray(is_correct, np.float64)
     return 1 / _likeliest_sharpness(lambda sharpness: float((logits * (_sigmoid(sharpness * logits) - truth)).sum()))
 
 
 def fit_confidence(top_scores: NDArray[np.float32], is_correct: NDArray[np.bool_]) -> tuple[float, float]:
-    """The likeliest temperature and midpoint for best pair scores (Q,) that were right or not (Q,).
+    """The maximum-likelihood temperature and midpoint for best pair scores (Q,) and whether they are right (Q,).
 
-    The temperature is sought between the bounds of `fit_temperature`: the lowest where one score parts right from
-    wrong, the highest where scores say nothing or the contrary (p is then the share of right ones, whatever the score).
-    Where all are right, or all wrong, nothing says where the midpoint is: it is 0, and the temperature fitted alone.
+    The temperature has the bounds of `fit_temperature`: the lowest if a threshold separates right from wrong, the
+    highest if scores carry no or inverse information (p is then the share of right answers, whatever the score). If all
+    are right, or all wrong, the midpoint is undetermined: it is 0, and only the temperature is fitted.
     """
     if np.all(is_correct) or not np.any(is_correct):
         return fit_temperature(top_scores, is_correct), 0.0
     logits, truth = np.asarray(top_scores, np.float64) / 2, np.asarray(is_correct, np.float64)
 
     def shift(sharpness: float) -> float:
-        """The likeliest one: as many are expected to be right as are. It grows without bound as that share shrinks."""
+        """The likeliest midpoint, where the expected number of right answers is the actual one."""
         scaled = sharpness * logits
         return _zero_of(lambda x: float((truth - _sigmoid(scaled - x)).sum()), scaled.min() - FAR, scaled.max() + FAR)
 
@@ -226,13 +226,13 @@ def fit_confidence(top_scores: NDArray[np.float32], is_correct: NDArray[np.bool_
 
 
 def _likeliest_sharpness(slope: Callable[[float], float]) -> float:
-    """1 / T where the negative log-likelihood, which is convex in it and has this slope, is least."""
+    """The minimizer 1 / T of the negative log-likelihood, which is convex in it and has this derivative."""
     log_low, log_high = -math.log(HIGHEST_TEMPERATURE), -math.log(LOWEST_TEMPERATURE)
     return math.exp(_zero_of(lambda log: slope(math.exp(log)), log_low, log_high))
 
 
 def _zero_of(rising: Callable[[float], float], low: float, high: float) -> float:
-    """Where a function that never falls crosses 0, by halving; the nearer end where it does not."""
+    """The root of a non-decreasing function by bisection; the nearer end if it has none."""
     if rising(low) >= 0:
         return low
     if rising(high) <= 0:
@@ -244,18 +244,18 @@ def _zero_of(rising: Callable[[float], float], low: float, high: float) -> float
 
 
 def probability(pair_scores: NDArray[np.float32], temperature: float, midpoint: float = 0.0) -> NDArray[np.float64]:
-    """Of being right, for best pair scores (Q,): sigmoid((score - midpoint) / (2 temperature))."""
+    """Probability of being right for best pair scores (Q,): sigmoid((score - midpoint) / (2 temperature))."""
     return _sigmoid((np.asarray(pair_scores, np.float64) - midpoint) / (2 * temperature))
 
 
 def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Without overflow."""
+    """Sigmoid without overflow."""
     return 0.5 * (1 + np.tanh(0.5 * x))
 
 
 @dataclass(frozen=True)
 class Bin:
-    """Answers whose confidence lies in [low, high), the last bin with 1: how sure they were, how many were right."""
+    """Answers with confidence in [low, high) (the last bin includes 1): mean confidence and share of right ones."""
 
     low: float
     high: float
@@ -265,7 +265,7 @@ class Bin:
 
 
 def reliability(confidence: NDArray[np.float64], is_correct: NDArray[np.bool_]) -> list[Bin]:
-    """`NUM_BINS` bins of equal width over confidences (Q,) from 0 to 1; shares of an empty one are None."""
+    """`NUM_BINS` bins of equal width over confidences (Q,) from 0 to 1; an empty bin has None."""
     bins = []
     place = np.minimum((np.asarray(confidence, np.float64) * NUM_BINS).astype(np.int64), NUM_BINS - 1)
     for number in range(NUM_BINS):
@@ -277,7 +277,7 @@ def reliability(confidence: NDArray[np.float64], is_correct: NDArray[np.bool_]) 
 
 
 def expected_calibration_error(bins: Sequence[Bin]) -> float | None:
-    """Mean over all answers of how far their bin's confidence is from its share of right ones; None without answers."""
+    """Mean over all answers of |confidence - share of right ones| of their bin; None without answers."""
     num_answers = sum(found.count for found in bins)
     if num_answers == 0:
         return None
@@ -306,22 +306,22 @@ class ScoredQuery:
         return self.is_right_after(len(self.scores))
 
     def is_right_after(self, num_scored: int) -> bool:
-        """The same with only the first candidates scored."""
+        """The same query with only the first candidates scored."""
         return num_scored > 0 and bool(self.is_positive[int(self.scores[:num_scored].argmax())])
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """What stopping at a margin costs: recall@1 in percent over all queries, and pairs scored for each."""
+    """The effect of stopping at a margin: recall@1 in percent over all queries, and pairs scored per query."""
 
     stop_margin: float | None
-    """None: everything is scored."""
+    """None = everything is scored."""
     recall_at_1: float
     pairs_per_query: float
 
 
 class Replay:
-    """What early stopping would have done in a run that scored everything, in rounds of `round_size` pairs."""
+    """Replays early stopping in rounds of `round_size` pairs on a run that scored everything."""
 
     def __init__(self, queries: Sequence[ScoredQuery], round_size: int) -> None:
         longest = max((len(query.scores) for query in queries), default=0)
@@ -338,12 +338,12 @@ class Replay:
                     self._margins[row, column] = margin(query.scores[:num_scored])
 
     def thresholds(self) -> list[float]:
-        """At most `NUM_THRESHOLDS` margins that are worth a look, ascending; none where there is one round only."""
+        """At most `NUM_THRESHOLDS` margins to try, ascending; none if there is only one round."""
         found = self._margins[np.isfinite(self._margins)]
         return np.unique(np.quantile(found, np.linspace(0, 1, NUM_THRESHOLDS))).tolist() if len(found) else []
 
     def point(self, stop_margin: float | None) -> CurvePoint:
-        """The curve at one threshold."""
+        """The point of the curve at one threshold."""
         stops = self._margins >= (np.inf if stop_margin is None else stop_margin)
         last = self._margins.shape[1] - 1
         column = np.where(stops.any(axis=1), stops.argmax(axis=1), last)
@@ -353,14 +353,14 @@ class Replay:
         )
 
     def curve(self, thresholds: Sequence[float]) -> list[CurvePoint]:
-        """A point for each threshold, and the one without stopping."""
+        """One point per threshold, and the one without stopping."""
         return [self.point(threshold) for threshold in (*thresholds, None)]
 
 
 def choose_margin(curve: Sequence[CurvePoint], max_loss: float) -> float | None:
-    """The lowest threshold of a curve from which on none loses more than `max_loss` points of recall@1; None for none.
+    """The lowest threshold such that it and all higher ones lose at most `max_loss` points of recall@1, or None.
 
-    `curve` is ascending, the point without stopping comes last.
+    `curve` is ascending; the point without stopping comes last.
     """
     full, chosen = curve[-1].recall_at_1, None
     for point in reversed(curve[:-1]):

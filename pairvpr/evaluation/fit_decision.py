@@ -1,10 +1,10 @@
-"""Fit the decisions of `retrieval.decision` to queries whose truth is known. Needs numpy alone.
+"""Fits the decisions of `retrieval.decision` to queries with ground truth. Needs only numpy.
 
-The likelihood of a query is the share that its positives have together, or "none of them" where none of its candidates
-is a positive. A term is taken in where it raises the log-likelihood by more than its number of parameters (Akaike's
-criterion). Weights have a weak normal prior, so that terms which part right from wrong without a mistake stay finite.
+The likelihood of a query is the total share of its positives, or the share of "none of them" if no candidate is a
+positive. A term is included if it raises the log-likelihood by more than its number of parameters (Akaike's criterion).
+Weights have a weak normal prior, so that terms that separate right from wrong perfectly stay finite.
 
-Q queries, K candidates (the most that any query has), F terms.
+Q queries, K candidates (the maximum over queries), F terms.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from pairvpr.evaluation.confidence import ScoredQuery, fit_confidence
 from pairvpr.retrieval.decision import Decision, Votes, Weights, decide, log_share_near, nearness
 
 PRIOR_SD = 10.0
-"""Of weights, on terms of unit spread."""
+"""Standard deviation of the prior on weights of terms of unit spread."""
 NUM_STEPS = 300
 SMALLEST_STEP, SMALLEST_GAIN = 1e-9, 1e-8
 PAIR_SCORE = "pair_score"
 OWN_TERMS = (PAIR_SCORE, "squared_distance", "log_rank")
-"""Fields of `Weights`."""
+"""The optional terms: fields of `Weights`."""
 VOTES_TERM = "votes"
 RADII_M = (10.0, 25.0, 50.0)
 SOFTNESSES = (1.0, 0.5, 0.35, 0.25, 0.15)
 NUM_VOTE_PARAMETERS = 3
-"""Weight, radius and softness."""
+"""Parameters of votes: weight, radius and softness."""
 
 
 @dataclass(frozen=True)
 class LocatedQuery(ScoredQuery):
-    """A scored query with what else a decision is made from, in the order of retrieval."""
+    """A scored query with the other inputs of a decision, in retrieval order."""
 
     squared_distances: NDArray[np.float32]
     """(K,)"""
     utm_m: NDArray[np.float64]
-    """(K, 2) metres east and north; NaN where not known."""
+    """(K, 2) metres east and north; NaN where unknown."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Fit:
 
 
 def fit_fused(queries: Sequence[LocatedQuery]) -> Fit | None:
-    """The decision without votes, of the pair score and those other terms that prove themselves.
+    """The decision without votes: the pair score and the other terms that improve the fit.
 
-    None where the pair score says nothing about who is right, or the contrary.
+    None if the pair score carries no or inverse information.
     """
     known = _Stacked(queries)
     chosen = _fit_own(known, (PAIR_SCORE,))
@@ -70,7 +70,7 @@ def fit_fused(queries: Sequence[LocatedQuery]) -> Fit | None:
 
 
 def fit_consensus(queries: Sequence[LocatedQuery], fused: Fit) -> Fit | None:
-    """The decision that adds votes to a fused one; None where no position is known, or votes don't prove themselves."""
+    """A fused decision with votes added; None if no position is known, or votes do not improve the fit."""
     known = _Stacked(queries)
     if not known.has_positions:
         return None
@@ -81,7 +81,7 @@ def fit_consensus(queries: Sequence[LocatedQuery], fused: Fit) -> Fit | None:
 
 
 def fit_without(queries: Sequence[LocatedQuery], fit: Fit, term: str) -> Fit:
-    """The same decision fitted anew without one of its terms."""
+    """The same decision refitted without one of its terms."""
     known = _Stacked(queries)
     left = _fit_own(known, [its for its in fit.terms if its not in (term, VOTES_TERM)])
     return left if term == VOTES_TERM or fit.decision.votes is None else _fit_votes(known, left)
@@ -95,14 +95,14 @@ def decided_right(decision: Decision, query: LocatedQuery) -> tuple[bool, float]
 
 
 def own_evidence(decision: Decision, query: LocatedQuery) -> ScoredQuery:
-    """The query with its candidates' own evidence as scores: what stopping early looks at."""
+    """The query with its candidates' own evidence as scores, which early stopping uses."""
     weights = decision.weights
     evidence = weights.evidence(query.scores, weights.prior(query.squared_distances))
     return ScoredQuery(evidence.astype(np.float32), query.is_positive)
 
 
 class _Stacked:
-    """The queries that have candidates, as arrays (Q, K); shorter ones are padded, which `is_candidate` marks."""
+    """The queries with candidates, as arrays (Q, K); padding is marked by `is_candidate`."""
 
     def __init__(self, asked: Sequence[LocatedQuery]) -> None:
         self.queries = queries = [query for query in asked if len(query.scores)]
@@ -131,7 +131,7 @@ class _Likeliest:
 
 
 def _fit_own(known: _Stacked, terms: Sequence[str]) -> Fit:
-    """A decision of these terms; one that would count the wrong way round gets the weight 0."""
+    """A decision with these terms; a term with the wrong sign gets the weight 0."""
     values = [known.values[term] for term in terms]
     features = np.stack(values, axis=-1) if values else np.empty((*known.is_candidate.shape, 0))
     found = _most_likely(features, known.is_candidate, known.is_positive)
@@ -140,7 +140,7 @@ def _fit_own(known: _Stacked, terms: Sequence[str]) -> Fit:
 
 
 def _fit_votes(known: _Stacked, fused: Fit) -> Fit:
-    """A decision's own evidence with the likeliest votes; itself where votes count for nothing."""
+    """The decision with the likeliest votes; unchanged if they get no weight."""
     weights, best = fused.decision.weights, fused
     own = [weights.evidence(query.scores, weights.prior(query.squared_distances)) for query in known.queries]
     for radius_m in RADII_M:
@@ -156,7 +156,7 @@ def _fit_votes(known: _Stacked, fused: Fit) -> Fit:
 
 
 def _log_votes(query: LocatedQuery, own: NDArray[np.float64], radius_m: float) -> list[NDArray[np.float64]]:
-    """For each of `SOFTNESSES`, the logarithm of the share of the votes (K,) of a query's candidates."""
+    """For each of `SOFTNESSES`, the log share of votes (K,) of a query's candidates."""
     is_near = nearness(query.utm_m, radius_m)
     return [log_share_near(softness, own, is_near) for softness in SOFTNESSES]
 
@@ -166,7 +166,7 @@ def _unjudged(weights: Weights, votes: Votes | None, nothing: float) -> Decision
 
 
 def _with_confidence(fit: Fit, queries: Sequence[LocatedQuery]) -> Fit:
-    """The same with its log odds calibrated to the same queries."""
+    """The same decision with its log odds calibrated on the same queries."""
     answers = [decided_right(fit.decision, query) for query in queries]
     temperature, midpoint = fit_confidence(
         np.array([odds for _, odds in answers], np.float32), np.array([is_right for is_right, _ in answers])
@@ -177,9 +177,9 @@ def _with_confidence(fit: Fit, queries: Sequence[LocatedQuery]) -> Fit:
 def _most_likely(
     features: NDArray[np.float64], is_candidate: NDArray[np.bool_], is_positive: NDArray[np.bool_]
 ) -> _Likeliest:
-    """Weights (F,) of features (Q, K, F), none below 0, and the evidence of "none of them", by Newton's method.
+    """Non-negative weights (F,) of features (Q, K, F), and the evidence of "none of them", by Newton's method.
 
-    A term that would get a weight below 0 gets 0. The log-likelihood is that without the prior.
+    A term whose weight would be negative gets 0. The returned log-likelihood excludes the prior.
     """
     spread = np.maximum(features[is_candidate].std(axis=0), 1e-12)
     centre = features[is_candidate].mean(axis=0)
@@ -204,7 +204,7 @@ def _most_likely(
 
 
 def _ascent(design: NDArray[np.float64], allowed: NDArray[np.bool_], right: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """The likeliest weights (F + 1,) of a design (Q, K + 1, F + 1), from 0, each step no worse than the one before."""
+    """The likeliest weights (F + 1,) of a design (Q, K + 1, F + 1), starting from 0; no step lowers the likelihood."""
     found = np.zeros(design.shape[-1])
 
     def objective(weights: NDArray[np.float64]) -> float:
@@ -219,7 +219,7 @@ def _ascent(design: NDArray[np.float64], allowed: NDArray[np.bool_], right: NDAr
         slope = mean_of_right - mean_of_all - found / PRIOR_SD**2
         prior = np.eye(len(found)) / PRIOR_SD**2
         curvature = spread_of_all - spread_of_right + prior
-        if np.linalg.eigvalsh(curvature)[0] <= 0:  # not convex here; this part alone always is
+        if np.linalg.eigvalsh(curvature)[0] <= 0:  # not convex here, but this part always is
             curvature = spread_of_all + prior
         step = np.linalg.solve(curvature, slope)
         while (gained := objective(found + step) - value) < 0 and np.abs(step).max() > SMALLEST_STEP:
@@ -242,7 +242,7 @@ def _moments(
 def _log_likelihood(
     design: NDArray[np.float64], weights: NDArray[np.float64], allowed: NDArray[np.bool_], right: NDArray[np.bool_]
 ) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
-    """Sum over the queries, and the shares (Q, K + 1) of all entries, and of the right ones among themselves."""
+    """Sum over queries, the shares (Q, K + 1) of all entries, and those of the right ones among themselves."""
     evidence = design @ weights
     shares, logs = [], []
     for which in (allowed, right):

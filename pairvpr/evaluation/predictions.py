@@ -19,8 +19,8 @@ from pairvpr.retrieval.pipeline import Answer
 def predictions_table(benchmark: Benchmark, answers: Sequence[Answer], judge: Judge | None = None) -> pa.Table:
     """The answers with the columns of `SCHEMA`; `positives` is null where there is no ground truth.
 
-    `confidence` is null without a judge and where there is no answer, `in_map` also where the judge is not asked.
-    Answers that were decided have the columns of `DECIDED_SCHEMA`, too.
+    `confidence` is null without a judge or an answer; `in_map` is also null without a threshold.
+    Decided answers also have the columns of `DECIDED_SCHEMA`.
     """
     positives = benchmark.positives
     confidence, in_map = _judged(answers, judge)
@@ -45,7 +45,7 @@ def predictions_table(benchmark: Benchmark, answers: Sequence[Answer], judge: Ju
 
 
 def _with_decided(table: pa.Table, decided: Sequence[Decided]) -> pa.Table:
-    """The table with the columns of `DECIDED_SCHEMA`; an estimate is null where the best answer's position is."""
+    """The table with the columns of `DECIDED_SCHEMA`; an estimate is null if the best answer has no position."""
     estimates = np.array([(*its.position_m, its.spread_m) for its in decided])
     columns = [
         pa.array([its.ids for its in decided], pa.list_(pa.int64())),
@@ -58,7 +58,7 @@ def _with_decided(table: pa.Table, decided: Sequence[Decided]) -> pa.Table:
 
 
 def top_scores(answers: Sequence[Answer]) -> NDArray[np.float32]:
-    """(Q,) what a query's confidence is taken from: its best pair score, or a decision's log odds; NaN without one."""
+    """(Q,) the input of a query's confidence: its best pair score or a decision's log odds; NaN without an answer."""
     return np.array([_top_score(answer) for answer in answers], np.float32)
 
 

@@ -1,4 +1,4 @@
-"""The columns of `predictions.parquet`, and reading some of them back; needs no torch."""
+"""The columns of `predictions.parquet`, and how to read them back; needs no torch."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ DECIDED_SCHEMA = pa.schema(
         ("estimated_spread_m", pa.float64()),
     ]
 )
-"""The columns behind those of `SCHEMA` where answers were decided by more than the pair score."""
+"""Further columns for rerank.decision=fused|consensus."""
 
 
 def read_predictions(url: str, columns: Sequence[str]) -> pa.Table:
-    """Some columns of predictions.parquet. Raises `UserError` where it is missing, damaged or something else."""
+    """Some columns of predictions.parquet. Raises `UserError` if it is missing, damaged or something else."""
     expected = "expected the predictions of a run; the line that made them makes them anew"
     table = sealed.read_parquet(url, pa.schema([SCHEMA.field(name) for name in columns]), expected)
     if table is None:

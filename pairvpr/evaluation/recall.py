@@ -19,7 +19,7 @@ def recall_at(
 ) -> dict[int, float]:
     """recall@N in percent for each N of `ns`.
 
-    `ranked[q]` are database ids, best first; `positives[q]` those at the place of query q. A query without a
+    `ranked[q]` are database ids, best first; `positives[q]` are the positives of query q. A query without a
     positive is a miss (the field's convention), or left out with `only_with_positives`. NaN without queries.
     """
     found = first_hits(ranked, positives)
@@ -29,14 +29,14 @@ def recall_at(
 
 
 def recall_of(hits: NDArray[np.float64], ns: Sequence[int]) -> dict[int, float]:
-    """recall@N in percent of queries whose first hits stand at `hits` (Q,), as `first_hits` gives them."""
+    """recall@N in percent, from the positions `hits` (Q,) of first hits (see `first_hits`)."""
     if not len(hits):
         return dict.fromkeys(ns, float("nan"))
     return {n: 100.0 * float((hits < n).mean()) for n in ns}
 
 
 def first_hits(ranked: Sequence[NDArray[np.int64]], positives: Sequence[NDArray[np.int64]]) -> NDArray[np.float64]:
-    """(Q,) for each query the position of its first answer that is a positive, from 0; infinite if there is none."""
+    """(Q,) the position, from 0, of each query's first answer that is a positive; infinite if there is none."""
     return np.array(
         [_first_hit(answers, matches) for answers, matches in zip(ranked, positives, strict=True)], np.float64
     )

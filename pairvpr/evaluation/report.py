@@ -1,4 +1,4 @@
-"""`metrics.json`, and the table that a person reads."""
+"""`metrics.json`, and the printed table."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PACKAGES = ("pairvpr", "torch", "ray", "faiss-cpu", "faiss-gpu", "xformers", "nu
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What a run knows beside its answers. Seconds are work of all actors together, not the wall clock."""
+    """Facts about a run besides its answers. Seconds are the summed work of all actors, not wall-clock time."""
 
     weights_sha256: str
     untrained: bool
@@ -38,20 +38,20 @@ class RunFacts:
     num_rejected_database: int
     num_rejected_queries: int
     index: dict[str, Any] | None
-    """Its kind and, if it is approximate, its measured recall; None where candidates were given."""
+    """The index's kind and, if approximate, its measured recall; None if candidates were given."""
     report_candidates: Sequence[int] | None = None
     second_direction: int | None = None
-    """What `audited_candidates` gets."""
+    """The numbers of candidates for `audited_candidates`."""
     judge: Judge | None = None
-    """How sure of its answers the run is."""
+    """Computes the confidence of answers."""
     num_remarked: dict[str, int] = field(default_factory=dict)
-    """Photos that were read though something is odd about their files: `database`, `queries`."""
+    """Photos that were read although their files are odd, under `database` and `queries`."""
     unscored: dict[str, str] = field(default_factory=dict)
     """Path and reason of each candidate that could not be scored."""
     decision: DecisionRule = DecisionRule.pair
-    """What orders its answers."""
+    """The rule that orders its answers."""
     dense_store: dict[str, Any] | None = None
-    """The store of dense features that it re-ranked from, with `kib_per_image` of it."""
+    """The store of dense features that it re-ranked from, with its `kib_per_image`."""
 
 
 def metrics(benchmark: Benchmark, answers: Sequence[Answer], model: ModelConfig, facts: RunFacts) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def _recalls(benchmark: Benchmark, answers: Sequence[Answer], num_candidates: in
 
 
 def decision_entry(benchmark: Benchmark, answers: Sequence[Answer], facts: RunFacts) -> dict[str, Any]:
-    """The entry `decision` (docs/formats.md): what the decision's order gives beside the published one's."""
+    """The entry `decision` (docs/formats.md): recall in the decision's order next to the published one."""
     final = [final_order(answer) for answer in answers]
     content: dict[str, Any] = {"rule": str(facts.decision), "recall": None, "corrected": None, "broken": None}
     if benchmark.positives is not None:
@@ -153,16 +153,16 @@ def decision_entry(benchmark: Benchmark, answers: Sequence[Answer], facts: RunFa
 
 
 def _best_m(ranked: Sequence[NDArray[np.int64]], utm_m: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(Q, 2) metres of each query's best answer; NaN where there is none, or its position is not known."""
+    """(Q, 2) position in metres of each query's best answer; NaN if there is none, or its position is unknown."""
     nowhere = np.full(2, np.nan)
     return np.array([utm_m[ids[0]] if len(ids) else nowhere for ids in ranked]).reshape(-1, 2)
 
 
 def position_errors(answered_m: NDArray[np.float64], true_m: NDArray[np.float64]) -> dict[str, Any] | None:
-    """How far answers (Q, 2) are from where the queries were (Q, 2), in metres; None where no query's place is known.
+    """Distances in metres from answers (Q, 2) to the queries' positions (Q, 2); None if no query has a position.
 
-    Queries whose own position is not known don't count; an answer without a position is infinitely far away, and a
-    median that is not finite is None.
+    Queries without a known position don't count. An answer without a position is infinitely far away; a median that is
+    not finite is None.
     """
     is_known = ~np.isnan(true_m).any(axis=1)
     if not is_known.any():
@@ -178,7 +178,7 @@ def position_errors(answered_m: NDArray[np.float64], true_m: NDArray[np.float64]
 
 
 def _scored_per_query(answers: Sequence[Answer]) -> float | None:
-    """Candidates scored for each query that was answered, on average; None where all of them were."""
+    """Mean number of candidates scored per answered query; None if all of them were scored."""
     scored = [np.isfinite(answer.pair_scores) for answer in answers if len(answer.pair_scores)]
     if all(its.all() for its in scored):
         return None
@@ -313,7 +313,7 @@ def _confidence_lines(found: dict[str, Any]) -> list[str]:
 
 
 def _decision_lines(found: dict[str, Any]) -> list[str]:
-    """What the decision changed, and how far the answers are from the truth."""
+    """The decision's changes, and the distances of answers from the truth, as text."""
     lines = []
     if found["corrected"] is not None:
         lines.append(f"{found['rule']} decision: {found['corrected']} queries corrected, {found['broken']} broken")

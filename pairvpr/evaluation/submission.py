@@ -1,4 +1,4 @@
-"""The files that a challenge without public ground truth (MSLS) takes: which photos were found for each query."""
+"""Submission files for a challenge without public ground truth (MSLS): the photos found for each query."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from pairvpr.evaluation.predictions import final_order
 from pairvpr.retrieval.pipeline import Answer
 
 KEYS_PER_QUERY = 20
-"""The challenge reports recall@N up to N = 20."""
+"""The challenge reports recall@N for N up to 20."""
 
 
 def write_submission(directory: str, benchmark: Benchmark, answers: Sequence[Answer]) -> list[str]:
     """Publish `submission_global.txt` and `submission_reranked.txt` below `directory`; returns their names.
 
-    Answers that were decided by more than the pair score go into `submission_decided.txt`, too.
+    With rerank.decision=fused|consensus, also `submission_decided.txt`.
 
-    A line for each query, in query order: the query's key, then those of its best answers, by spaces.
+    One line per query, in query order: the query's key, then the keys of its best answers, separated by spaces.
     """
     rankings = {
         "submission_global.txt": [answer.candidates for answer in answers],
@@ -36,9 +36,9 @@ def write_submission(directory: str, benchmark: Benchmark, answers: Sequence[Ans
 
 
 def submission_text(benchmark: Benchmark, ranked: Sequence[NDArray[np.int64]]) -> str:
-    """The lines for database ids `ranked[q]`, best first: the first `KEYS_PER_QUERY`, or as many as there are.
+    """The lines for database ids `ranked[q]`, best first: up to `KEYS_PER_QUERY` per query.
 
-    A photo's key is its file name without folder and suffix. A query that could not be read has its key alone.
+    A photo's key is its file name without folder and suffix. An unreadable query has only its own key.
     """
     lines = []
     for query_path, ids in zip(benchmark.queries.paths, ranked, strict=True):

@@ -1,11 +1,11 @@
-"""Which candidate is the answer: pair score, descriptor distance and neighbours decide together. Needs numpy alone.
+"""Chooses a query's answer from pair score, descriptor distance and neighbouring candidates. Needs only numpy.
 
-Every candidate has an evidence, in nats: a weighted sum of its pair score, its squared distance and its place in
-retrieval. The shares of the candidates are the softmax of their evidence, with one more entry for "none of them". In a
-decision with votes, the share of all candidates within a radius counts as one more term. docs/decision.md says how a
-decision is fitted; it is a pure function of one query's candidates.
+The evidence of a candidate, in nats, is a weighted sum of its pair score, its squared distance and its rank in
+retrieval. The softmax over all evidence, with one more entry for "none of them", gives each candidate its share. A
+decision with votes adds one term: the share of all candidates within a radius. A decision is a pure function of one
+query's candidates; docs/decision.md says how it is fitted.
 
-K candidates, in the order of retrieval.
+K candidates, in retrieval order.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 PLACE_RADIUS_M = 25.0
-"""The cluster around an answer, where a decision has no votes and so no radius of its own: the field's tolerance."""
+"""Radius of the cluster around an answer if the decision has no votes: the field's usual tolerance."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """What a candidate's own evidence is made of; a weight of 0 leaves a term out. None is negative."""
+    """Weights of a candidate's own evidence, none negative; 0 leaves a term out."""
 
     pair_score: float
-    """Nats for each unit of the pair score: the inverse of the scores' temperature."""
+    """Nats per unit of pair score: the inverse of the scores' temperature."""
     squared_distance: float
-    """Nats for each unit of the squared distance, which count against a candidate."""
+    """Nats per unit of squared distance; they count against a candidate."""
     log_rank: float
-    """Nats for each unit of ln(1 + place in retrieval), which count against a candidate."""
+    """Nats per unit of ln(1 + rank in retrieval, from 0); they count against a candidate."""
 
     def __post_init__(self) -> None:
         if min(self.pair_score, self.squared_distance, self.log_rank) < 0:
             raise ValueError("a weight is out of range")
 
     def prior(self, squared_distances: NDArray[np.float32]) -> NDArray[np.float64]:
-        """(K,) what of the evidence is known before any pair is scored."""
+        """(K,) the part of the evidence that is known before any pair is scored."""
         places = np.arange(len(squared_distances))
         return -self.squared_distance * np.asarray(squared_distances, np.float64) - self.log_rank * np.log1p(places)
 
     def evidence(self, scores: NDArray[np.float32], prior: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(K,) from pair scores (K,) and `prior`; minus infinity where a score is not finite: it was not computed."""
+        """(K,) from pair scores (K,) and `prior`; minus infinity for candidates that were not scored."""
         is_scored = np.isfinite(scores)
         return np.where(
             is_scored, self.pair_score * np.where(is_scored, scores, 0.0).astype(np.float64) + prior, -np.inf
@@ -50,16 +50,16 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True)
 class Votes:
-    """How candidates at one place support each other."""
+    """How candidates at the same place support each other."""
 
     radius_m: float
-    """Candidates as near as this vote for each other; one whose position is not known votes for itself alone."""
+    """Candidates within this distance vote for each other; one without a known position votes only for itself."""
     softness: float
-    """A voter's share is the softmax of this times its own evidence: below 1, also weaker candidates are heard."""
+    """A voter's share is the softmax of this times its own evidence; below 1, weaker candidates count for more."""
     own: float
-    """What a candidate's own evidence is multiplied with; 0 or more."""
+    """Factor on a candidate's own evidence; 0 or more."""
     weight: float
-    """Nats for each unit of ln(share of the votes); 0 or more."""
+    """Nats per unit of ln(share of the votes); 0 or more."""
 
     def __post_init__(self) -> None:
         if not self.radius_m > 0 or not self.softness > 0 or self.own < 0 or self.weight < 0:
@@ -76,9 +76,9 @@ class Decision:
     """Evidence, in nats, that no candidate is right."""
     temperature: float
     midpoint: float
-    """Of the confidence, sigmoid((log odds - midpoint) / (2 temperature))."""
+    """The confidence is sigmoid((log odds - midpoint) / (2 temperature))."""
     stop_margin: float | None
-    """A query is finished when a candidate's own evidence reaches this; None where there is nothing to stop at."""
+    """A query is finished when a candidate's own evidence reaches this; None = no early stopping."""
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -87,11 +87,11 @@ class Decision:
 
 @dataclass(frozen=True)
 class Decided:
-    """One query's answer: ids (K,) and their evidence (K,) in nats, best first; equals keep the order of retrieval.
+    """One query's answer: ids (K,) and their evidence (K,) in nats, best first; ties keep retrieval order.
 
-    `log_odds` are those that the best answer's place is right, before they are calibrated; NaN without candidates.
-    `position_m` is the estimated (utm_east, utm_north) in metres and `spread_m` the root mean square distance of the
-    candidates that it is the mean of; NaN where the best answer's position is not known.
+    `log_odds` are the uncalibrated log odds that the best answer's place is right; NaN without candidates.
+    `position_m` is the estimated (utm_east, utm_north) in metres, a weighted mean of candidates; `spread_m` is the root
+    mean square distance of these from it. Both are NaN if the best answer has no known position.
     """
 
     ids: NDArray[np.int64]
@@ -114,10 +114,9 @@ def decide(
     scores: NDArray[np.float32],
     utm_m: NDArray[np.float64],
 ) -> Decided:
-    """Order a query's candidates (K,), given in the order of retrieval with distances, pair scores (K,), metres (K, 2).
+    """Order a query's candidates (K,), given in retrieval order with distances, pair scores (K,), metres (K, 2).
 
-    A pair score that is not finite stands for a candidate that was not scored: it comes behind all others. A position
-    that is not known is NaN.
+    A candidate whose pair score is not finite was not scored, and comes after all others. An unknown position is NaN.
     """
     if not len(candidates):
         return NOTHING_DECIDED
@@ -147,25 +146,25 @@ def nearness(utm_m: NDArray[np.float64], radius_m: float) -> NDArray[np.bool_]:
 
 
 def log_share_near(softness: float, own: NDArray[np.float64], is_near: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """(K,) logarithm of the share of the voters near each candidate, from own evidence (K,) and nearness (K, K)."""
+    """(K,) log share of the voters near each candidate, from own evidence (K,) and nearness (K, K)."""
     shares = np.exp(softness * (own - own.max()))
     return np.log(np.maximum(is_near @ shares, np.finfo(np.float64).tiny) / shares.sum())
 
 
 def combined(votes: Votes, own: NDArray[np.float64], is_near: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """(K,) evidence with votes; of a candidate that was not scored it stays minus infinity."""
+    """(K,) evidence with votes; it stays minus infinity for candidates that were not scored."""
     is_scored = np.isfinite(own)
     with_votes = votes.own * np.where(is_scored, own, 0.0) + votes.weight * log_share_near(votes.softness, own, is_near)
     return np.where(is_scored, with_votes, -np.inf)
 
 
 def log_odds(evidence: NDArray[np.float64], is_place: NDArray[np.bool_], nothing: float) -> float:
-    """Logarithm of the share of some candidates (K,) over that of all others and of "none of them"."""
+    """Log odds of some candidates (K,) against all others and "none of them"."""
     return _log_sum(evidence[is_place]) - float(np.logaddexp(_log_sum(evidence[~is_place]), nothing))
 
 
 def _log_sum(evidence: NDArray[np.float64]) -> float:
-    """Logarithm of the sum of exponentials; minus infinity of nothing."""
+    """Log of the sum of exponentials; minus infinity for an empty array."""
     highest = evidence.max(initial=-np.inf)
     return float(highest) if np.isneginf(highest) else float(highest + np.log(np.exp(evidence - highest).sum()))
 
@@ -173,7 +172,7 @@ def _log_sum(evidence: NDArray[np.float64]) -> float:
 def _position(
     evidence: NDArray[np.float64], is_place: NDArray[np.bool_], utm_m: NDArray[np.float64]
 ) -> tuple[float, float, float]:
-    """Mean position of the best answer's cluster, each candidate weighted by its share, and its spread, in metres."""
+    """Mean position of the best answer's cluster, weighted by share, and its spread, in metres."""
     shares = np.exp(evidence[is_place] - evidence[is_place].max())
     shares /= shares.sum()
     metres = utm_m[is_place]
@@ -184,7 +183,7 @@ def _position(
 
 @dataclass(frozen=True)
 class Decider:
-    """A decision, and where the photos of the database were taken: metres (number of ids, 2), NaN where not known."""
+    """A decision and the positions of the database photos, in metres (number of ids, 2), NaN where unknown."""
 
     decision: Decision
     utm_m: NDArray[np.float64]
@@ -196,7 +195,7 @@ class Decider:
         reranked: NDArray[np.int64],
         pair_scores: NDArray[np.float32],
     ) -> Decided:
-        """The answer from candidates by distance, the first K of which were `reranked` (K,) by their pair scores."""
+        """The answer from candidates in order of distance; `reranked` (K,) has the first K with their pair scores."""
         score_of = dict(zip(reranked.tolist(), pair_scores.tolist(), strict=True))
         places: Sequence[int] = [place for place, image_id in enumerate(candidates.tolist()) if image_id in score_of]
         ids = candidates[places]

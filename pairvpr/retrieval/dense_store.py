@@ -1,15 +1,15 @@
-"""Stored dense features: what the pair decoder reads of a photo, found by its id and read by range.
+"""Stored dense features: the pair decoder's input for each photo, looked up by id and read by byte range.
 
     settings.json      what made the store (data/claim.py)
-    shards/00000/      ids.npy (n,) int64, ascending; records.npy, a record of a fixed size for each of them; crc32.npy
-                       (n,) uint32, that of each record; shard.json, the last file of a shard
-    manifest.json      the settings once more and a row for each shard; the last file of the store
+    shards/00000/      ids.npy (n,) int64, ascending; records.npy, a fixed-size record per id; crc32.npy
+                       (n,) uint32, one per record; shard.json, the last file of a shard
+    manifest.json      the settings again, and a row for each shard; the last file of the store
 
-Files are known by name: a listing never decides what exists. Every byte is covered: the two JSON files end with the
-sha256 of what is above it, the manifest has that of each shard.json, which has those of ids.npy and crc32.npy. The full
-description of the format is in `docs/formats.md`.
+Files are opened by name; no directory listing decides what exists. A checksum covers every byte: each JSON file ends
+with the sha256 of its content, the manifest has the sha256 of each shard.json, and that has those of ids.npy and
+crc32.npy. `docs/formats.md` describes the format in full.
 
-L patches, D decoder width, n images of a shard.
+L patches, D decoder width, n images in a shard.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _LARGEST_INT8 = 127
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What a record holds: features (L, D) of the type `features`, kept as `values` (float16, bfloat16 or int8)."""
+    """Layout of a record: features (L, D) of type `features`, stored as `values` (float16, bfloat16 or int8)."""
 
     features: str
     values: str
@@ -58,7 +58,7 @@ class Layout:
 
     @classmethod
     def of_model(cls, config: ModelConfig, form: StoredAs) -> Layout:
-        """The layout of what a model's photos give."""
+        """The layout of a model's features."""
         features = _OF_PRECISION[config.precision]
         return cls(
             features=features,
@@ -75,7 +75,7 @@ class Layout:
 
     @property
     def array(self) -> tuple[np.dtype[Any], tuple[int, ...]]:
-        """Type and shape of a record in records.npy; bfloat16, which numpy has not, are the bits of each value."""
+        """Type and shape of a record in records.npy; bfloat16 values, which numpy lacks, are stored as their bits."""
         shape = (self.num_patches, self.width)
         if self.values == "int8":
             return np.dtype([("scales", "<f4", shape[:1]), ("values", "i1", shape)]), ()
@@ -89,11 +89,11 @@ class Layout:
 
     @property
     def images_per_shard(self) -> int:
-        """As many as `SHARD_BYTES` hold, at least one."""
+        """Records per shard: as many as fit in `SHARD_BYTES`, at least one."""
         return max(1, SHARD_BYTES // self.record_bytes)
 
     def head(self, num_records: int) -> bytes:
-        """What stands in records.npy before the first record."""
+        """The bytes of records.npy before the first record."""
         dtype, shape = self.array
         sink = io.BytesIO()
         descr = np.lib.format.dtype_to_descr(dtype)
@@ -109,10 +109,10 @@ def _values(features: str, form: StoredAs) -> str:
 
 
 def encode(features: Tensor, layout: Layout) -> bytes:
-    """The record of features (L, D). 16 bits hold 16-bit features exactly, and of float32 the nearest float16.
+    """The record of features (L, D). 16-bit features are stored exactly; float32 ones are rounded to float16.
 
-    int8 are the values divided by their patch's scale, a float32: its largest absolute value / 127. Raises `UserError`
-    for features that are not finite, and for float32 beyond float16's range.
+    int8 values are divided by their patch's float32 scale, its largest absolute value / 127. Raises `UserError` if
+    features are not finite, or float32 ones exceed float16's range.
     """
     assert features.dtype is DTYPES[layout.features]
     assert features.shape == (layout.num_patches, layout.width)
@@ -141,7 +141,7 @@ def _quantised(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode(record: bytes, layout: Layout) -> Tensor:
-    """The features (L, D) of a record, in the type that they had, on the CPU."""
+    """The features (L, D) of a record, in their original type, on the CPU."""
     if layout.values == "int8":
         array = np.frombuffer(record, layout.array[0])[0]
         scales, values = (torch.from_numpy(array[name].astype(np.float32)) for name in ("scales", "values"))
@@ -151,16 +151,16 @@ def decode(record: bytes, layout: Layout) -> Tensor:
 
 
 def as_stored(features: Tensor, form: StoredAs) -> Tensor:
-    """Features (L, D) as a store gives them back, on their own device. Raises as `encode`."""
+    """Features (L, D) as they would come back from a store, on the same device. Raises as `encode` does."""
     layout = Layout.of(features, form)
     return decode(encode(features, layout), layout).to(features.device)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """`shard.json`: `num_records` images, and what covers the files beside it.
+    """`shard.json`: `num_records` images, and the checksums of the files next to it.
 
-    The first record is at `records_offset` of records.npy; `head_crc32` is that of the bytes before it.
+    The first record is at `records_offset` of records.npy; `head_crc32` covers the bytes before it.
     """
 
     layout: Layout
@@ -180,7 +180,7 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRow:
-    """A shard in the manifest: `count` images with ids from `first_id` to `last_id`, and the sha256 of shard.json."""
+    """A shard in the manifest: `count` images with ids `first_id` to `last_id`, and the sha256 of its shard.json."""
 
     first_id: int
     last_id: int
@@ -190,7 +190,7 @@ class ShardRow:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreManifest:
-    """`manifest.json` of a whole store; shard i of `shards` lies in `shard_path(i)`."""
+    """`manifest.json` of a complete store; shard i of `shards` is in `shard_path(i)`."""
 
     settings: dict[str, Any]
     layout: Layout
@@ -200,12 +200,12 @@ class StoreManifest:
 
 
 def shard_path(shard: int) -> str:
-    """Where a shard lies, relative to the store."""
+    """A shard's path, relative to the store."""
     return f"shards/{shard:05d}"
 
 
 def cut(ids: NDArray[np.int64], layout: Layout) -> list[NDArray[np.int64]]:
-    """The ids of each shard, of ascending ids (n,)."""
+    """Ascending ids (n,) divided into shards."""
     return [ids[first : first + layout.images_per_shard] for first in range(0, len(ids), layout.images_per_shard)]
 
 
@@ -217,13 +217,13 @@ def write_shard(
     features: Iterable[Tensor],
     unreadable: Callable[[], Mapping[int, str]] = dict,
 ) -> None:
-    """Publish a shard, its shard.json last; `features` are those of each id, (L, D), in this order.
+    """Publish a shard, shard.json last; `features` yields the features (L, D) of each id, in order.
 
-    `unreadable`, asked behind the last of them, names images whose features stand in for those of a photo that can't be
-    read; a file beside the records keeps these reasons.
+    `unreadable` is called after the last of them; it gives the reasons for images whose photo can't be read and whose
+    features are placeholders. A file next to the records keeps these reasons.
 
-    The records go through a local file, beside the target or, for a store elsewhere, among temporary ones: one of them
-    is in memory at a time. The same ids and features give the same bytes. Raises `UserError` as `encode`, with the id.
+    Records are first written to a local file (a temporary one for a remote store), so only one is in memory at a time.
+    The same ids and features give the same bytes. Raises `UserError` as `encode` does, with the id.
     """
     directory = storage.join(store, shard_path(shard))
     crc32, head = np.empty(len(ids), np.uint32), layout.head(len(ids))
@@ -258,9 +258,9 @@ def write_shard(
 
 
 def read_row(store: str, shard: int, ids: NDArray[np.int64], layout: Layout) -> ShardRow | None:
-    """The row of a shard whose ids are given, or None while it is not finished.
+    """The manifest row of the shard with these ids, or None if it is not finished.
 
-    Raises `UserError` where its shard.json is damaged, or of other images or another layout.
+    Raises `UserError` if its shard.json is damaged, or describes other images or another layout.
     """
     url = storage.join(store, shard_path(shard), SHARD)
     try:
@@ -274,13 +274,13 @@ def read_row(store: str, shard: int, ids: NDArray[np.int64], layout: Layout) -> 
 
 
 def read_rows(store: str, shards: Sequence[NDArray[np.int64]], layout: Layout) -> list[ShardRow | None]:
-    """`read_row` of all shards, many at once."""
+    """`read_row` for all shards, concurrently."""
     with ThreadPoolExecutor(READ_AT_ONCE) as pool:
         return list(pool.map(lambda shard: read_row(store, shard, shards[shard], layout), range(len(shards))))
 
 
 def finish(store: str, shards: Sequence[NDArray[np.int64]], layout: Layout, settings: Mapping[str, Any]) -> None:
-    """Publish the manifest of shards that are all there; their ids are given."""
+    """Publish the manifest, once all shards with these ids exist."""
     rows = [row for row in read_rows(store, shards, layout) if row is not None]
     assert len(rows) == len(shards), "a shard is missing"
     num_images = sum(row.count for row in rows)
@@ -289,7 +289,7 @@ def finish(store: str, shards: Sequence[NDArray[np.int64]], layout: Layout, sett
 
 
 def read_manifest(store: str) -> StoreManifest | None:
-    """The manifest of a whole store, or None. Raises `UserError` where it is damaged, or of a later format."""
+    """The manifest of a complete store, or None. Raises `UserError` if it is damaged or of a later format."""
     url = storage.join(store, MANIFEST)
     try:
         data = storage.read_bytes(url)
@@ -305,7 +305,7 @@ def read_manifest(store: str) -> StoreManifest | None:
 
 @dataclass(frozen=True)
 class _Table:
-    """A shard that was checked: ids and crc32 (n,); why photos could not be read, by id."""
+    """A checked shard: ids and crc32 (n,), and the reasons for unreadable photos, by id."""
 
     ids: NDArray[np.int64]
     crc32: NDArray[np.uint32]
@@ -314,9 +314,9 @@ class _Table:
 
 
 class DenseStore:
-    """A whole store, open for reading, also from several threads.
+    """A complete store, open for reading; several threads may share it.
 
-    A shard's tables are read, and checked, when it is first asked for.
+    A shard's tables are read and checked on first use.
     """
 
     def __init__(self, url: str, manifest: StoreManifest) -> None:
@@ -327,17 +327,17 @@ class DenseStore:
 
     @classmethod
     def open(cls, url: str) -> DenseStore:
-        """The store in a directory (path or URL). Raises `UserError` where there is none, and as `read_manifest`."""
+        """The store in a directory (path or URL). Raises `UserError` if there is none, and as `read_manifest` does."""
         manifest = read_manifest(url)
         if manifest is None:
             raise UserError(f"{url}: no finished store of dense features there; expected a directory with {MANIFEST}")
         return cls(url, manifest)
 
     def read(self, image_id: int) -> Tensor:
-        """Features (L, D) of an image, on the CPU; of the file of records, its own bytes alone are read.
+        """Features (L, D) of an image, on the CPU; only the record's own bytes are read.
 
-        Raises `BrokenImageError` where its photo could not be read, and `UserError`, naming shard and file, where
-        anything differs from what was written, and where the store has no such image.
+        Raises `BrokenImageError` if its photo could not be read, and `UserError`, naming shard and file, if
+        anything differs from what was written or the store has no such image.
         """
         shard = bisect_right(self._first_ids, image_id) - 1
         table = self._table(shard) if shard >= 0 else None
@@ -354,12 +354,12 @@ class DenseStore:
         return decode(record, self.manifest.layout)
 
     def check(self) -> None:
-        """Read the tables of all shards, many at once. Raises `UserError` as `read`."""
+        """Read the tables of all shards, concurrently. Raises `UserError` as `read` does."""
         with ThreadPoolExecutor(READ_AT_ONCE) as pool:
             list(pool.map(self._table, range(len(self._first_ids))))
 
     def missing(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Those of `ids` (n,) that the store does not have. Raises `UserError` as `read`."""
+        """The `ids` (n,) that are not in the store. Raises `UserError` as `read` does."""
         self.check()
         held = [self._tables[shard].ids for shard in range(len(self._first_ids))]
         return np.setdiff1d(ids, np.concatenate([np.empty(0, np.int64), *held]))
@@ -393,7 +393,7 @@ class DenseStore:
 
 
 def _found(url: str, read: Callable[[], T]) -> T:
-    """What `read` gives. Raises `UserError` where the file is not there."""
+    """The content of the file. Raises `UserError` if it is missing."""
     try:
         return read()
     except FileNotFoundError as error:
@@ -413,12 +413,12 @@ def _shard(data: bytes, url: str) -> Shard:
 
 
 def _sealed(content: dict[str, Any]) -> bytes:
-    """JSON that ends with the sha256 of the same JSON without it."""
+    """JSON that ends with its own sha256 (of the JSON without this entry)."""
     return storage.json_bytes(content | {"sha256": _sha256(storage.json_bytes(content))})
 
 
 def _unsealed(data: bytes, url: str, of: type) -> dict[str, Any]:
-    """The object of `_sealed`. Raises `UserError` where a byte has changed, and for a later format."""
+    """The object written by `_sealed`. Raises `UserError` if a byte has changed or the format is later."""
     try:
         content = json.loads(data)
         version = content["format_version"]
@@ -442,8 +442,8 @@ def _npy(array: NDArray[Any]) -> bytes:
 
 
 def _rows(npy: bytes, dtype: str) -> NDArray[Any]:
-    """What `_npy` made, an array (n,). numpy's own reader parses the head as Python, which threads may not do at once
-    before Python 3.11.5."""
+    """The array (n,) written by `_npy`. numpy's own reader parses the header as Python, which is not thread-safe before
+    Python 3.11.5."""
     (head_bytes,) = struct.unpack_from("<H", npy, offset=8)
     return np.frombuffer(npy, dtype, offset=10 + head_bytes)
 

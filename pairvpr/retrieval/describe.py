@@ -1,6 +1,6 @@
-"""The network as inference uses it: pixels -> global descriptors, and what the pair decoder reads.
+"""The network in inference: pixels -> global descriptors and dense features.
 
-B photos of a batch, S image side in pixels, G descriptor width, L patches, D decoder width.
+B photos in a batch, S image side in pixels, G descriptor width, L patches, D decoder width.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pairvpr.models.pair_vpr import PairVPR, normalise
 
 
 class Describer:
-    """The network on its device, fed with pixels, on `num_threads` CPU threads (None: those the process has)."""
+    """The network on its device, with `num_threads` CPU threads (None = as the process has)."""
 
     def __init__(self, model: PairVPR, num_threads: int | None = None) -> None:
         self.model = model
@@ -24,7 +24,7 @@ class Describer:
 
     @torch.inference_mode()
     def descriptors(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """(B, S, S, 3) uint8 -> (B, G) float32, unit length. Raises `UserError` where they are not finite."""
+        """(B, S, S, 3) uint8 -> (B, G) float32, unit length. Raises `UserError` if they are not finite."""
         return self._described(pixels)[0]
 
     @torch.inference_mode()
@@ -46,15 +46,15 @@ class Describer:
 
     @torch.inference_mode()
     def embedded(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """One photo (S, S, 3) uint8 -> what the pair decoder reads of it: (L, D) on the device, 16-bit under autocast.
+        """One photo (S, S, 3) uint8 -> the pair decoder's input (L, D) on the device, 16-bit under autocast.
 
-        One photo for each forward pass: its features then depend on no neighbour, wherever they are computed.
+        One photo per forward pass, so that its features never depend on other photos in a batch.
         """
         self._set_threads()
         _, dense = self.model.describe(normalise(torch.from_numpy(pixels).to(self.device).unsqueeze(0)))
         return self.model.embed(dense)[0]
 
     def _set_threads(self) -> None:
-        """In the thread that calls: OpenMP and MKL keep a number for each, and an actor is called from several."""
+        """Set per calling thread: OpenMP and MKL keep one number per thread, and several threads call an actor."""
         if self._num_threads is not None:
             torch.set_num_threads(self._num_threads)

@@ -1,4 +1,4 @@
-"""What the pair decoder reads of photos, loaded ahead and kept for later. Needs torch alone.
+"""Dense features of photos, prefetched and cached. Needs only torch.
 
 L patches, D decoder width.
 """
@@ -17,14 +17,14 @@ from torch import Tensor
 Loaded = TypeVar("Loaded")
 
 LOADED_AHEAD = 4
-"""Photos for each loading thread that may lie ready."""
+"""Prefetched photos per loading thread."""
 
 
 class FeatureCache:
-    """Features by key, the least recently used dropped beyond `capacity_bytes`, or handed to the cache `behind`.
+    """An LRU cache of features by key; evicted ones go to the cache `behind`, if there is one.
 
-    That one is larger and slower: a GPU's features go to the machine's memory, and are copied back when they are asked
-    for. They stay there: what many units ask for is in either place. Threads may share a cache.
+    That one is larger and slower: features of a GPU go to host memory and are copied back when they are requested. The
+    copy stays there, so features that many units use are in both. Threads may share a cache.
     """
 
     def __init__(self, capacity_bytes: int, behind: FeatureCache | None = None) -> None:
@@ -48,7 +48,7 @@ class FeatureCache:
         return None if self.behind is None else self.behind.get(key, device)
 
     def put(self, key: Hashable, features: Tensor) -> None:
-        """Keep features; those of one key never change. Too large ones are not kept."""
+        """Cache features, which never change for a key; those larger than the cache are not kept."""
         with self._lock:
             if key in self._features:
                 return
@@ -68,9 +68,9 @@ class FeatureCache:
 
 
 def in_memory(features: Tensor) -> Tensor:
-    """A copy in the machine's memory, pinned if it comes from a GPU, which goes on computing meanwhile.
+    """A copy in host memory; from a GPU it is pinned and asynchronous.
 
-    The copy is only ever read by a copy back, which the GPU makes after this one.
+    Only a copy back to the GPU reads it, and the GPU runs that after this one.
     """
     if features.device.type == "cpu":
         return features
@@ -78,11 +78,11 @@ def in_memory(features: Tensor) -> Tensor:
 
 
 class PhotoFeatures(Generic[Loaded]):
-    """Features (L, D) of photos in a given order: `load` runs ahead on threads of its own, `embed` in the caller's.
+    """Features (L, D) of photos in a given order; `load` prefetches on its own threads, `embed` runs in the caller's.
 
-    `load` reads a photo (pixels, or a stored record) and must be safe to call from several threads; `embed` brings
-    it to the device and through the network there. What `cache` still has is not loaded; it does not get the features
-    of photos that are `lost`, for which `load` returns a stand-in.
+    `load` reads a photo (pixels, or a stored record) and must be thread-safe; `embed` moves it to the device and
+    through the network. Photos in `cache` are not loaded. For `lost` photos `load` returns a placeholder, whose
+    features are not cached.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class PhotoFeatures(Generic[Loaded]):
     def _features(self, image_id: int, loading: Future[Loaded] | None) -> Tensor:
         features = self._cache.get(image_id, self._device)
         if features is None:
-            # What was in the cache when the order began may have been dropped since.
+            # It may have been evicted since the order began.
             features = self._embed(self._load(image_id) if loading is None else loading.result())
             if image_id not in self._lost:
                 self._cache.put(image_id, features)

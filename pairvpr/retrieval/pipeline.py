@@ -30,9 +30,9 @@ from pairvpr.retrieval.unreadable import Unreadable
 
 @dataclass(frozen=True)
 class Described:
-    """Ids (n,) and global descriptors (n, G) of the photos that could be read; why the others could not.
+    """Ids (n,) and global descriptors (n, G) of the readable photos, and why the others could not be read.
 
-    `remarks` say what is odd about photos that were read, by id.
+    `remarks` are warnings about readable photos, by id.
     """
 
     ids: NDArray[np.int64]
@@ -43,7 +43,7 @@ class Described:
 
 @dataclass(frozen=True)
 class Answer:
-    """What is known of one query: `candidates` by `squared_distances`, the first K of them `reranked`.
+    """One query's result: `candidates` by `squared_distances`, and the first K of them `reranked`.
 
     All arrays are best first, and empty for a query photo that could not be read.
     """
@@ -54,7 +54,7 @@ class Answer:
     reranked: NDArray[np.int64]
     pair_scores: NDArray[np.float32]
     decided: Decided | None = None
-    """The order by more than the pair score, where that was asked for."""
+    """The order of rerank.decision=fused|consensus; None for `pair`."""
 
 
 def run(
@@ -64,9 +64,9 @@ def run(
     stop_margin: float | None = None,
     decision: Decision | None = None,
 ) -> list[Answer]:
-    """Describe, retrieve and re-rank every query of the benchmark, in query order; early at `stop_margin`, if any.
+    """Describe, retrieve and re-rank every query, in query order; with `stop_margin`, re-ranking may stop early.
 
-    With a `decision` the answers are decided by it, and what is scored follows its evidence.
+    A `decision`, if given, orders the answers, and its evidence decides which pairs are scored.
     """
     torch.set_num_threads(config.describe.num_threads_per_actor)
     describer = Describer(model)
@@ -112,12 +112,12 @@ def photo_reranker(
 ) -> Reranker:
     """A re-ranker that describes the benchmark's photos when it needs them.
 
-    Photos that can't be read are among its `lost_queries` and `lost_candidates`. So are those database photos that
-    have `changed` since they were described, by id with what is said of them.
+    Photos that can't be read are added to its `lost_queries` and `lost_candidates`. Database photos that have `changed`
+    since they were described (a reason by id) count as lost, too.
 
-    `stored` reads a database photo's features (L, D) from a store instead; without it a run with
-    rerank.dense_features=store rounds them as the store would. `stop_margin` is what rerank.adaptive stops at;
-    `weights` are those of the evidence, where it is more than the pair score.
+    `stored` reads a database photo's features (L, D) from a store; without it, a run with
+    rerank.dense_features=store rounds them as the store would. `stop_margin` is the threshold of rerank.adaptive;
+    `weights` are the weights of the evidence, if it is more than the pair score.
     """
     device, num_threads = describer.device, settings.num_loading_threads
     queries, database = Unreadable(), Unreadable(changed)
@@ -157,7 +157,7 @@ def photo_reranker(
 
 
 def no_pixels(model: ModelConfig) -> NDArray[np.uint8]:
-    """What stands in for a photo (S, S, 3) that can't be read."""
+    """Placeholder pixels (S, S, 3) for a photo that can't be read."""
     return np.zeros((model.image_size_px, model.image_size_px, 3), np.uint8)
 
 
@@ -171,7 +171,7 @@ def load_pixels(photos: Manifest, model: ModelConfig, image_id: int) -> NDArray[
 
 
 def feature_cache(settings: RerankConfig, device: torch.device) -> FeatureCache | None:
-    """What a process keeps from unit to unit; on a GPU first there, then in the machine's memory."""
+    """The cache that a process keeps between units; with a GPU, first in its memory, then in host memory."""
     if settings.dense_features is not DenseFeatures.cache:
         return None
     in_memory = FeatureCache(int(settings.cache_gib * 2**30))
@@ -183,7 +183,7 @@ def answers(
     found: Mapping[int, tuple[NDArray[np.int64], NDArray[np.float32]]],
     reranked: Mapping[int, Reranked],
 ) -> list[Answer]:
-    """One answer for each query; `found` has ids and squared distances of those that could be read, best first."""
+    """One answer per query; `found` has ids and squared distances for the readable ones, best first."""
     nothing = np.empty(0, np.int64), np.empty(0, np.float32)
     answered = []
     for query_id in range(num_queries):
@@ -198,7 +198,7 @@ def with_prior(
     found: Mapping[int, tuple[NDArray[np.int64], NDArray[np.float32]]],
     weights: Weights | None,
 ) -> list[WorkUnit]:
-    """The units with what the distances say of each candidate; `found` is that of `answers`."""
+    """The units with the prior evidence of each candidate; `found` is as in `answers`."""
     if weights is None:
         return list(units)
     return [
@@ -213,7 +213,7 @@ def with_prior(
 
 
 def decided(answered: Sequence[Answer], decider: Decider) -> list[Answer]:
-    """The answers with the order that the decider gives them."""
+    """The answers in the decider's order."""
     return [
         replace(
             answer,

@@ -1,6 +1,6 @@
-"""Re-ranking: score the candidates of a query pair by pair, best first. Needs torch alone.
+"""Re-ranking: score each (query, candidate) pair and sort, best first. Needs only torch.
 
-L patches, D decoder width, K candidates. A direction is which image of a pair comes first.
+L patches, D decoder width, K candidates. The direction of a pair says which image comes first.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ Features: TypeAlias = Callable[[Sequence[int]], Iterator[Tensor]]
 """`PairVPR.embed`'s output (L, D) of photos, in the order of their ids, on the model's device."""
 
 SCORING = 3
-"""Goes up when the same settings make other units, forward passes or roundings: no run is resumed with a mixture."""
+"""Incremented when the same settings give other units, forward passes or rounding, so no run resumes with a mixture."""
 QUERY_FIRST, CANDIDATE_FIRST = 0, 1
 MOST_QUERIES_OF_A_HUB = 1000
-"""A photo that more queries have among their candidates tells little about which of them are neighbours."""
+"""A photo that is a candidate of more queries than this says little about which queries are neighbours."""
 
 
 @dataclass(frozen=True)
 class Reranked:
     """A query's candidates after re-ranking: ids (K,) int64 and pair scores (K,) float32, best first.
 
-    A score is the sum of both directions' logits; of a candidate that was scored with the query first alone, twice
-    that logit; of one that was not scored, minus infinity. Both are empty for a query photo that can't be read.
+    A score is the sum of both directions' logits, or twice the one logit of a candidate scored only with the query
+    first, or minus infinity if it was not scored. Both arrays are empty for a query photo that can't be read.
     """
 
     query_id: int
@@ -51,14 +51,14 @@ class WorkUnit:
     unit: int
     candidates: Mapping[int, Sequence[int]]
     prior: Mapping[int, NDArray[np.float64]] | None = None
-    """Evidence (K,) for each query's candidates that is known before they are scored; None: there is none."""
+    """For each query, the evidence (K,) of its candidates before scoring; None = there is none."""
 
 
 def work_units(candidates: Mapping[int, Sequence[int]], queries_per_unit: int) -> list[WorkUnit]:
-    """Queries that share candidates in one unit, and units that share some behind one another.
+    """Group queries that share candidates into units, and order units by what they share.
 
-    A unit begins with the query that shares most candidates with the unit before, and takes, one by one, the query
-    that shares most with what it has; the earliest of equals, and the earliest left where none shares any.
+    A unit starts with the query that shares most candidates with the previous unit. It then adds, one by one, the query
+    that shares most with its own candidates. Ties, and queries that share none, are taken in order.
     """
     queries_of: dict[int, list[int]] = {}
     for query_id, image_ids in candidates.items():
@@ -93,15 +93,15 @@ def work_units(candidates: Mapping[int, Sequence[int]], queries_per_unit: int) -
 class Reranker:
     """Scores work units.
 
-    `query_features` and `database_features` give what the decoder reads of photos, in one pass over the unit's
-    different candidates. `second_direction` is how many candidates of a query, those that look best with the query
-    first, are scored the other way round (None: all), in a second pass. With `stop_margin` a query's candidates are
-    scored `batch_size` at a time, a pass each, until its margin is as large. Each pass asks for its photos anew.
-    Which candidates look best, and the margin, are those of the evidence: the pair scores, or with `weights` these and
-    the unit's `prior` together. The scores themselves are the same whatever the evidence.
+    `query_features` and `database_features` yield the decoder's input for photos, each distinct candidate of the unit
+    once. `second_direction` is the number of candidates per query, the best with the query first, that a second pass
+    scores in the other direction (None = all). With `stop_margin`, a query's candidates are scored `batch_size` at a
+    time, one pass each, until its margin reaches it. Each pass requests its photos again. "Best" and the margin are by
+    evidence: the pair scores, or with `weights` the pair scores and the unit's `prior`. The scores themselves do not
+    depend on the evidence.
 
-    `lost_queries` and `lost_candidates` name photos that can't be read, by id; they may grow while photos are asked
-    for, and something stands in for these. Such a candidate is not scored; such a query is not answered.
+    `lost_queries` and `lost_candidates` name photos that can't be read, by id. They may grow while photos are loaded,
+    with placeholders in their place. A lost candidate is not scored; a lost query is not answered.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class Reranker:
         """Pair scores (K,) of every query, in retrieval order."""
 
         def evidence(row: int, scores: NDArray[np.float32]) -> NDArray[np.float32]:
-            """(n,) of a query's first n candidates, whose pair scores are given."""
+            """Evidence (n,) of a query's first n candidates, from their pair scores."""
             if self.weights is None or prior is None:
                 return scores
             return self.weights.evidence(scores, prior[query_ids[row]][: len(scores)]).astype(np.float32)
@@ -184,7 +184,7 @@ class Reranker:
         stop_margin: float,
         evidence: Callable[[int, NDArray[np.float32]], NDArray[np.float32]],
     ) -> None:
-        """`batch_size` candidates of each query at a time, of those whose margin is not large enough yet."""
+        """Score `batch_size` candidates at a time for each query whose margin is still too small."""
         is_left = [True] * len(logits)
         for first in range(0, max(its.shape[1] for its in logits), self.batch_size):
             places = range(first, first + self.batch_size)
@@ -204,8 +204,8 @@ class Reranker:
     ) -> None:
         """Fill in the logits (2, K) of these pairs, in these directions.
 
-        A forward pass holds all pairs of some candidates, up to `batch_size` of them: a candidate's part is then
-        computed once for all queries that have it. Results stay on the device until the end, so that it never waits.
+        A forward pass holds all pairs of some candidates, up to `batch_size` pairs, so that a candidate's part is
+        computed once for all its queries. Results stay on the device until the end, so that it never waits.
         """
         found: list[Tensor] = []
         batches = _batches(pairs, self.batch_size)
@@ -237,7 +237,7 @@ class Reranker:
 
 @dataclass(frozen=True)
 class _Queries:
-    """The unit's queries, each of its rows by the query's place in the unit: as first images, and as memories."""
+    """The unit's queries, indexed by position in the unit: as first images and as memories."""
 
     first: Tensor
     memory: Memory
@@ -245,7 +245,7 @@ class _Queries:
 
 @dataclass(frozen=True)
 class _Pair:
-    """The query in a row of the unit, and what stands in a place of its candidates."""
+    """The query at a position in the unit, and the candidate at a position of that query."""
 
     row: int
     place: int
@@ -253,7 +253,7 @@ class _Pair:
 
 
 def _batches(pairs: Sequence[_Pair], batch_size: int) -> list[list[_Pair]]:
-    """Pairs cut into forward passes: candidate by candidate, none of them torn apart that fits into one pass."""
+    """Pairs cut into forward passes, candidate by candidate; one is split only if it exceeds a pass."""
     of_image: dict[int, list[_Pair]] = {}
     for pair in pairs:
         of_image.setdefault(pair.image_id, []).append(pair)
@@ -269,12 +269,12 @@ def _batches(pairs: Sequence[_Pair], batch_size: int) -> list[list[_Pair]]:
 
 
 def _sent(numbers: Tensor, device: torch.device) -> Tensor:
-    """On the device, which does not have to wait for it."""
+    """Copied to the device without a wait."""
     return numbers if device.type == "cpu" else numbers.pin_memory().to(device, non_blocking=True)
 
 
 def _checked(found: Sequence[Tensor], model: PairVPR) -> NDArray[np.float32]:
-    """Logits (pairs, directions), which must be numbers."""
+    """Logits (pairs, directions). Raises `UserError` if they are not finite."""
     logits = torch.cat(list(found)).cpu().numpy() if found else np.empty((0, 1), np.float32)
     if not np.isfinite(logits).all():
         raise UserError(
@@ -285,17 +285,17 @@ def _checked(found: Sequence[Tensor], model: PairVPR) -> NDArray[np.float32]:
 
 
 def _best(evidence: NDArray[np.float32], number: int) -> set[int]:
-    """Places of the highest evidence, the first ones of equals."""
+    """Positions of the highest evidence; ties by position."""
     return set(np.argsort(-evidence, kind="stable")[:number].tolist())
 
 
 def _sums(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(2, K) -> pair scores (K,); where only one direction was scored it stands for the other, too."""
+    """(2, K) -> pair scores (K,); a candidate scored in only one direction counts that logit twice."""
     is_half = np.isneginf(logits[CANDIDATE_FIRST])
     return logits[QUERY_FIRST] + np.where(is_half, logits[QUERY_FIRST], logits[CANDIDATE_FIRST])
 
 
 def _sorted(query_id: int, candidates: Sequence[int], scores: NDArray[np.float32]) -> Reranked:
-    """Highest score first; equal scores keep the order of retrieval."""
+    """Highest score first; ties keep retrieval order."""
     order = np.argsort(-scores, kind="stable")
     return Reranked(query_id, np.asarray(candidates, dtype=np.int64)[order], scores[order])

@@ -1,6 +1,6 @@
-"""An index of a small folder of photos, described and built in this process: the bytes of the job build_index.
+"""An index of a small folder, built in this process; byte-identical to that of the job build_index.
 
-All descriptors are in memory at once, and what was described is lost when the process dies.
+All descriptors are in memory at once, and a killed process starts over.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pairvpr.retrieval.describe import Describer
 from pairvpr.retrieval.pipeline import describe
 
 SHARE_OF_MEMORY = 0.5
-"""Of this machine, for an index that is given no budget."""
+"""Share of this machine's memory that an index may take by default."""
 
 
 def build_small_index(
@@ -35,9 +35,9 @@ def build_small_index(
     index: BuildConfig,
     positions: PositionsConfig,
 ) -> IndexManifest:
-    """The index of a folder of photos (path or URL); one that is finished is kept.
+    """Build the index of a folder of photos (path or URL), or keep a finished one.
 
-    Raises `UserError` for a folder without photos that can be read, and where other settings made `directory`.
+    Raises `UserError` for a folder without readable photos, and if `directory` was made with other settings.
     """
     database = located(folder_manifest(photos, "photos"), positions, "photos")
     check_writable(directory, "index")

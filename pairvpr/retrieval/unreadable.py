@@ -1,4 +1,4 @@
-"""Photos that can't be read when re-ranking needs them: each costs itself alone."""
+"""Photos that can't be read during re-ranking: a broken photo affects no other photo."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ Loaded = TypeVar("Loaded")
 
 
 class Unreadable:
-    """`reasons` by image id, of photos that were asked for and could not be read, and of those `known` from the start.
+    """`reasons` by image id, for photos that could not be read and those `known` from the start.
 
-    Something of the same shape stands in for such a photo, so that its neighbours pass through the network in the same
-    shapes as with it, and get the same scores. What is computed from it is left out.
+    A placeholder of the same shape keeps the shapes of forward passes, so that all other photos get the same scores.
+    Results computed from a placeholder are discarded.
     """
 
     def __init__(self, known: Mapping[int, str] | None = None) -> None:
         self.reasons = dict(known or {})
 
     def guarded(self, load: Callable[[int], Loaded], stand_in: Callable[[], Loaded]) -> Callable[[int], Loaded]:
-        """`load`, which raises `BrokenImageError`, with a stand-in instead. Threads may share it."""
+        """`load`, with a placeholder instead of a `BrokenImageError`. Threads may share it."""
 
         def loaded(image_id: int) -> Loaded:
             if image_id in self.reasons:

@@ -74,5 +74,5 @@ def test_what_given_candidates_can_not_have() -> None:
     place = ["filter.near_m=5", "filter.center=[0,0]"]
     with pytest.raises(UserError, match="what is given is not searched for"):
         load(QueryConfig, ["index.path=i", "queries=q", "output=o", given, *place])
-    with pytest.raises(UserError, match="the pairs are of one benchmark"):
+    with pytest.raises(UserError, match="the file is for one benchmark"):
         prepare(load_evaluations(["benchmarks=[toy_city,pitts30k_val]", "datasets_root=/", "output=out", given]))

@@ -22,8 +22,8 @@ from pairvpr.terminal import say
 def load_benchmark(config: BenchmarkConfig, output: str) -> Benchmark:
     """The benchmark that `config` describes; nothing is written.
 
-    `output` is the run's directory, below which a drawn benchmark puts its photos. Raises `UserError` for the first
-    thing that is wrong with the photos, their positions or the ground truth.
+    `output` is the run's directory, where a generated benchmark puts its photos. Raises `UserError` for the first
+    problem with the photos, their positions or the ground truth.
     """
     problems = Problems()
     benchmark = read_benchmark(config, output, problems)
@@ -32,9 +32,9 @@ def load_benchmark(config: BenchmarkConfig, output: str) -> Benchmark:
 
 
 def read_benchmark(config: BenchmarkConfig, output: str, problems: Problems) -> Benchmark:
-    """As `load_benchmark`, but what is wrong is added to `problems`, and the benchmark is made of the rest.
+    """Like `load_benchmark`, but problems are added to `problems`, and the benchmark is made from the rest.
 
-    Raises `UserError` where nothing can be made of it.
+    Raises `UserError` if nothing usable is left.
     """
     benchmark = _read(config, output, problems)
     _check_apart(benchmark, problems)
@@ -53,7 +53,7 @@ def _say_same_photos(benchmark: Benchmark) -> None:
 
 
 def _check_apart(benchmark: Benchmark, problems: Problems) -> None:
-    """A photo that is its own match would make every recall perfect."""
+    """Add a problem for photos that are both query and database: they would make recall meaningless."""
     if benchmark.positives is None:
         return
     database, queries = benchmark.database, benchmark.queries
@@ -85,6 +85,6 @@ def _read(config: BenchmarkConfig, output: str, problems: Problems) -> Benchmark
 
 
 def prepare_benchmark(config: BenchmarkConfig, output: str) -> None:
-    """Make the photos of a drawn benchmark; finished ones are kept. Downloaded benchmarks need nothing."""
+    """Generate the photos of a toy benchmark, keeping finished ones. Downloaded benchmarks need nothing."""
     if isinstance(config, ToyCityConfig):
         toy_city.draw_photos(config, output)

@@ -1,4 +1,4 @@
-"""Is the download of a benchmark whole? Counts, a sample of photos, and one line for each problem."""
+"""Is a benchmark's download complete? Counts, a sample of photos, and one line for each problem."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pairvpr.secrets import without_secrets
 
 @dataclass(frozen=True)
 class Counts:
-    """How many photos a benchmark has."""
+    """The number of photos of a benchmark."""
 
     num_queries: int
     num_database: int
@@ -41,9 +41,9 @@ WHOLE = {
 }
 """Published sizes of benchmarks, by name (method, section 7)."""
 SIDE_PX = 8
-"""To which an opened photo is scaled: only whether it can be read counts."""
+"""Size of decoded sample photos: it only matters whether they can be read."""
 NUM_CITIES, RADIUS_M = {MslsSplit.train_val: 2, MslsSplit.test: 6}, 25.0
-"""Of the MSLS benchmarks that have these sizes."""
+"""Cities of the MSLS benchmarks with these sizes."""
 
 
 def check_benchmark(config: CheckBenchmarkConfig) -> list[str]:
@@ -65,7 +65,7 @@ def check_benchmark(config: CheckBenchmarkConfig) -> list[str]:
 
 
 def _whole(config: BenchmarkConfig) -> Counts | None:
-    """The published size of a benchmark, where it has one."""
+    """The published size of a benchmark, if there is one."""
     if isinstance(config, MslsConfig):
         is_whole = config.subtask is MslsSubtask.all and len(config.cities) == NUM_CITIES[config.split]
         if not is_whole or config.radius_m != RADIUS_M:
@@ -89,7 +89,7 @@ def _check_counts(benchmark: Benchmark, whole: Counts | None, problems: Problems
 
 
 def _open_sample(photos: Manifest, config: CheckBenchmarkConfig, problems: Problems) -> None:
-    """Decode some photos, drawn with a fixed seed, and say what is odd about those that a run would read."""
+    """Decode a fixed random sample of photos, and report broken and odd ones."""
     num_opened = min(config.num_opened, len(photos))
     chosen = np.random.default_rng(0).choice(len(photos), num_opened, replace=False)
     remarks: list[str] = []

@@ -21,9 +21,9 @@ from pairvpr.data.tables import Rows, TableFile, find_photos
 
 
 def load(config: FoldersConfig, problems: Problems) -> Benchmark:
-    """Photos sorted by path relative to their folder: all of a folder, or those that its table of positions lists.
+    """Photos sorted by path relative to their folder: the whole folder, or those in its table of positions.
 
-    What can't be used is a problem, and left out. Raises `UserError` where a folder or a table can't be read.
+    Unusable photos and rows are problems and left out. Raises `UserError` if a folder or table can't be read.
     """
     found: dict[str, Manifest] = {}
     for part, folder in (("database", config.database), ("queries", config.queries)):

@@ -1,4 +1,4 @@
-"""Photos that a list names: each must be there, and be named once."""
+"""Photos named by a list: each must exist and be named once."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from pairvpr.data.spellings import Spellings, no_photo_text
 def listed_paths(
     names: Sequence[str], present: Collection[str], folder: str, where: Callable[[int], str], problems: Problems
 ) -> list[str | None]:
-    """The path among `present` (relative to `folder`) of each of `names`; see `Spellings` for what a name may be.
+    """For each of `names`, its path among `present` (relative to `folder`); `Spellings` says how names match.
 
-    None for a name that stands for no photo, or for one that was named before. Each of these is a problem, whose row
-    `where` names.
+    None for a name without a photo, or for one named before. Each of these is a problem; `where` names its row.
     """
     known, paths = set(present), list[str | None]()
     others, spellings = list[str](), None

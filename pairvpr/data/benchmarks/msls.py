@@ -1,8 +1,8 @@
-"""Mapillary Street-Level Sequences, from the CSV files of its download.
+"""Mapillary Street-Level Sequences, read from the CSV files of its download.
 
-Each of `<split>/<city>/{query,database}/` holds `images/<key>.jpg` and tables whose rows belong together by their
-numbers: seq_info.csv (key), subtask_index.csv (a column for each subtask) and, for train_val alone, postprocessed.csv
-(key, easting, northing) and raw.csv (key, pano). Other columns don't matter.
+Each `<split>/<city>/{query,database}/` holds `images/<key>.jpg` and tables whose rows are matched by row number:
+seq_info.csv (key), subtask_index.csv (a column per subtask) and, only for train_val, postprocessed.csv (key, easting,
+northing) and raw.csv (key, pano). Other columns are ignored.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 @dataclass(frozen=True, eq=False)
 class _Photos:
-    """Paths below the split's folder, in the order of the rows, and (n, 2) UTM east, north; NaN where not known."""
+    """Paths below the split's folder, in row order, and (n, 2) UTM east, north; NaN where unknown."""
 
     paths: list[str]
     utm_m: NDArray[np.float64]
@@ -42,7 +42,7 @@ class _Photos:
 
 
 def load(config: MslsConfig, problems: Problems) -> Benchmark:
-    """The cities one after another, rows in the order of their tables.
+    """The cities in sequence, with rows in table order.
 
     train_val: without panoramas; positives within a radius and the city, since cities lie in different UTM zones;
     queries without a positive are dropped. test: all rows of the subtask, no ground truth.
@@ -112,7 +112,7 @@ def _manifest(root: str, photos: dict[str, _Photos]) -> Manifest:
 
 
 def _read_photos(root: str, city: str, part: str, config: MslsConfig, problems: Problems) -> _Photos:
-    """The photos of a city's database or queries that take part; none where a table can't be used."""
+    """The photos of a city's database or queries that take part; none if a table is unusable."""
     folder = storage.join(root, city, part)
     if not _is_there(folder):
         problems.add(f"{folder}: no such folder; expected images/ and CSV files for a city of benchmark.cities")
@@ -156,7 +156,7 @@ def _is_there(url: str) -> bool:
 
 
 def _photos_in(folder: str, num_listed: int, problems: Problems) -> set[str]:
-    """Paths below `folder` of all photos. That there is none, though some are listed, is one problem."""
+    """Paths of all photos below `folder`. If none exists although some are listed, that is one problem."""
     images = storage.join(folder, "images")
     try:
         there = {f"images/{name}" for name in storage.list_files(images)}
@@ -169,7 +169,7 @@ def _photos_in(folder: str, num_listed: int, problems: Problems) -> set[str]:
 
 
 def _read_tables(folder: str, columns: dict[str, list[str]], problems: Problems) -> dict[str, Rows]:
-    """The rows that all tables have, by file; a table that can't be read is missing and a problem."""
+    """The rows common to all tables, by file; an unreadable table is a problem and left out."""
     tables: dict[str, Rows] = {}
     for name, wanted in columns.items():
         with problems.gathered():
@@ -191,7 +191,7 @@ def _only(rows: Rows, kept: NDArray[np.bool_]) -> Rows:
 
 
 def _check_lengths(tables: Sequence[Rows], problems: Problems) -> None:
-    """A file that was cut short ends before the others."""
+    """Add a problem for a truncated file, which ends before the others."""
     last = [int(rows.numbers[-1]) if len(rows) else 1 for rows in tables]
     longest = tables[int(np.argmax(last))]
     for rows, its_last in zip(tables, last, strict=True):
@@ -211,7 +211,7 @@ def _check_keys(rows: Rows, listed: Rows, problems: Problems) -> None:
 
 
 def _flags(rows: Rows, name: str, problems: Problems) -> NDArray[np.bool_]:
-    """(n,) a column of True and False; anything else is a problem and False."""
+    """(n,) a column of True and False; anything else is a problem and counts as False."""
     found = np.zeros(len(rows), bool)
     for i, text in enumerate(rows.texts(name).to_pylist()):
         flag = _FLAGS.get((text or "").strip().lower())

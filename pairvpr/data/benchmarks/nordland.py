@@ -1,7 +1,7 @@
-"""Nordland: frames of one railway journey, filmed in several seasons and aligned frame by frame.
+"""Nordland: video frames of one railway journey in several seasons, aligned frame by frame.
 
-Each folder holds frames 0, 1, 2, ... without a gap. Their numbers are the names, `0000017.jpg`, or follow from
-`@`-names, whose position is the frame's number times `FRAME_SPACING_M`.
+Each folder holds frames 0, 1, 2, ... without gaps. A frame's number is its name, `0000017.jpg`, or follows from an
+`@`-name, whose position is the number times `FRAME_SPACING_M`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pairvpr.data.manifest import Benchmark, Manifest, folder_manifest
 from pairvpr.data.problems import Problems
 
 FRAME_SPACING_M = 25 / 10.5
-"""Made-up distance of neighbouring frames in `@`-names: a radius of 25 m reaches 10 frames, and not 11."""
+"""Artificial distance between neighbouring frames in `@`-names: a radius of 25 m covers 10 frames, not 11."""
 _MOST_FRAMES = 10**9
-_NAME_PRECISION_M = 0.11  # such names are cut after one decimal
+_NAME_PRECISION_M = 0.11  # such names are truncated to one decimal
 
 
 def load(config: NordlandConfig, problems: Problems) -> Benchmark:
-    """Photos sorted by path; positives by the numbers of their frames."""
+    """Photos sorted by path; positives by frame number."""
     found: dict[str, Manifest] = {}
     for part, folder in (("database", config.database), ("queries", config.queries)):
         with problems.gathered():
@@ -64,7 +64,7 @@ def within_frames(
 
 
 def frame_number(path: str) -> int | None:
-    """The number of a frame, from 0; None for a name that says none."""
+    """The frame number in a name, from 0; None if there is none."""
     name = PurePosixPath(path).stem
     if name.isdecimal() and name.isascii():
         return int(name) if len(name) <= len(str(_MOST_FRAMES)) else None
@@ -84,7 +84,7 @@ def frame_number(path: str) -> int | None:
 def _numbered(photos: Manifest, key: str, problems: Problems) -> tuple[Manifest, NDArray[np.int64]]:
     """The photos that are frames, and their numbers (n,).
 
-    A name without a number, a number that comes twice and one that doesn't come are problems.
+    Names without a number, repeated numbers and missing numbers are problems.
     """
     first: dict[int, str] = {}
     for path in photos.paths:

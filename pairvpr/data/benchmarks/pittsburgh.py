@@ -25,7 +25,7 @@ _FIELDS = {"database": ("dbImageFns", "utmDb"), "queries": ("qImageFns", "utmQ")
 
 @dataclass(frozen=True, eq=False)
 class ListedPhotos:
-    """Names of photos and (n, 2) UTM east, north in metres, in the order of the list `where` stands for."""
+    """Names of photos and (n, 2) UTM east, north in metres, in list order; `where` names the list in messages."""
 
     where: str
     names: list[str]
@@ -33,7 +33,7 @@ class ListedPhotos:
 
 
 def load(config: PittsburghConfig, problems: Problems) -> Benchmark:
-    """Photos in the order of the list; positives within a radius."""
+    """Photos in list order; positives within a radius."""
     listed: dict[str, ListedPhotos] = {}
     with problems.gathered():
         listed = read_db_struct(config.db_struct)
@@ -100,7 +100,7 @@ def _listed(url: str, fields: dict[str, MatValue], names_field: str, utm_field: 
 
 
 def _manifest(folder: str, there: list[str], listed: ListedPhotos, problems: Problems) -> Manifest:
-    """The photos of a list that can be used; the others are problems."""
+    """The usable photos of a list; the others are problems."""
 
     def where(i: int) -> str:
         return f"{listed.where} row {i + 1}"

@@ -1,4 +1,4 @@
-"""What every training set answers: how many places it has, and which views show a place."""
+"""The interface of a training set: its number of places, and views of each place."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from numpy.random import Generator
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What a sample shows: a photo, or the crop of a panorama that begins at column `left_px` and may wrap around."""
+    """A view: a photo, or the crop of a panorama that begins at column `left_px` and may wrap around."""
 
     url: str
     left_px: int | None = None
 
 
 class TrainingSet(Protocol):
-    """Places with enough photos each; a place is a number from 0 to `len` - 1."""
+    """Places with enough photos; a place is a number from 0 to `len` - 1."""
 
     @property
     def name(self) -> str:
@@ -30,8 +30,8 @@ class TrainingSet(Protocol):
         ...
 
     def draw(self, place: int, count: int, rng: Generator, broken: Collection[str] = ()) -> list[View]:
-        """`count` different views of a place, drawn by `rng` alone.
+        """`count` different views of a place, drawn only by `rng`.
 
-        None of them is of a URL in `broken`; fewer than `count` are returned where the place has no more.
+        None has a URL in `broken`; returns fewer than `count` if the place has no more.
         """
         ...

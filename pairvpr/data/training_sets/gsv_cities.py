@@ -59,14 +59,14 @@ COLUMNS = {
 def photo_path(
     city: str, place_id: int, year: int, month: int, northdeg: int, lat: float, lon: float, panoid: str
 ) -> str:
-    """Path of a photo below the set's root: the row of its city's CSV file, written out."""
+    """Path of a photo below the set's root, built from its row in the city's CSV file."""
     name = f"{city}_{place_id:07d}_{year:04d}_{month:02d}_{northdeg:03d}_{lat}_{lon}_{panoid}.jpg"
     return f"Images/{city}/{name}"
 
 
 @dataclass(frozen=True, eq=False)
 class GsvCities:
-    """Places city by city, each in the order of its ids, which are unique within a city only.
+    """Places city by city, in the order of their ids, which are unique only within a city.
 
     `photos` has the columns of `COLUMNS` and `city`; place i is the rows from `offsets[i]` to `offsets[i + 1]` - 1.
     """
@@ -96,9 +96,9 @@ class GsvCities:
 
 
 def read_gsv_cities(root: str) -> GsvCities:
-    """The cities whose CSV files lie below `root`; places with at least `MIN_PHOTOS` photos.
+    """The cities with CSV files below `root`; places with at least `MIN_PHOTOS` photos.
 
-    Raises `UserError`, naming the file, folder or column, for what is not the layout, and where there is no place.
+    Raises `UserError`, naming the file, folder or column, if the layout differs or there is no place.
     """
     root = storage.absolute(root)
     dataframes = storage.join(root, "Dataframes")
@@ -126,7 +126,7 @@ def read_gsv_cities(root: str) -> GsvCities:
 
 
 def _read_city(root: str, city: str) -> tuple[pa.Table, NDArray[np.int64]]:
-    """Photos of a city's places, place by place, and how many each has."""
+    """Photos of a city's places, place by place, and the number of each place's photos."""
     table = read_csv(storage.join(root, "Dataframes", f"{city}.csv"), COLUMNS)
     images = storage.join(root, "Images", city)
     if not storage.exists(images):

@@ -1,4 +1,4 @@
-"""Google Landmarks v2, the cleaned training part: photos of landmarks from all over the world.
+"""Google Landmarks v2, the cleaned training split: photos of landmarks from all over the world.
 
 Layout: `train_clean.csv` lists each landmark's photos; photo `abc...` is `train/a/b/c/abc....jpg`.
 """
@@ -31,7 +31,7 @@ def photo_path(image_id: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Landmarks:
-    """Landmarks in the order of the CSV file; `images` holds the ids of each one's photos, separated by spaces."""
+    """Landmarks in CSV order; `images` holds the photo ids of each, separated by spaces."""
 
     root: str
     images: pa.Array
@@ -56,9 +56,9 @@ class Landmarks:
 
 
 def read_landmarks(root: str, csv: str | None = None) -> Landmarks:
-    """Landmarks with at least `MIN_PHOTOS` photos; `csv` is `train_clean.csv` beside `train/` unless it is given.
+    """Landmarks with at least `MIN_PHOTOS` photos; `csv` is by default `train_clean.csv` next to `train/`.
 
-    Raises `UserError`, naming the file, folder or column, for what is not the layout, and where there is no landmark.
+    Raises `UserError`, naming the file, folder or column, if the layout differs or there is no landmark.
     """
     root = storage.absolute(root)
     url = storage.join(root, CSV_NAME) if csv is None else csv

@@ -1,4 +1,4 @@
-"""What the training sets share: rows that become places, photos drawn from one place."""
+"""Shared by training sets: grouping rows into places, and drawing photos of a place."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pairvpr.data.training_sets.base import View
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Places:
-    """Rows of a table in the order of their places: place i is rows[offsets[i]] to rows[offsets[i + 1] - 1]."""
+    """Rows of a table in place order: place i is rows[offsets[i]] to rows[offsets[i + 1] - 1]."""
 
     rows: NDArray[np.int64]
     offsets: NDArray[np.int64]
 
 
 def group(keys: NDArray[np.int64], min_rows: int) -> Places:
-    """A place for each key (n,) that at least `min_rows` rows have: places in the order of keys, rows in their own."""
+    """A place for each key (n,) with at least `min_rows` rows; places in key order, rows in their own order."""
     rows = np.argsort(keys, kind="stable")
     _, counts = np.unique(keys, return_counts=True)
     is_place = counts >= min_rows
@@ -29,16 +29,16 @@ def group(keys: NDArray[np.int64], min_rows: int) -> Places:
 
 
 def offsets_of(counts: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Where each of n groups of these sizes begins, and where the last one ends (n + 1,)."""
+    """Start of each of n groups of these sizes, and the end of the last one (n + 1,)."""
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
 def draw_photos(
     num_photos: int, url_of: Callable[[int], str], count: int, rng: Generator, broken: Collection[str]
 ) -> list[View]:
-    """`count` different ones of a place's photos, drawn uniformly, without those in `broken`; fewer if it has no more.
+    """`count` different photos of a place, drawn uniformly, without those in `broken`; fewer if it has no more.
 
-    `url_of` tells the URL of the photos 0 to `num_photos` - 1.
+    `url_of` gives the URL of photos 0 to `num_photos` - 1.
     """
     views: list[View] = []
     for photo in rng.permutation(num_photos):

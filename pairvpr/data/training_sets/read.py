@@ -1,4 +1,4 @@
-"""From names to training sets, and from a view to its pixels."""
+"""Training sets by name, and the pixels of a view."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ FOLDERS = {"sfxl": "sf_xl", "gsv_cities": "gsv_cities", "gldv2": "gldv2"}
 def read_training_sets(
     names: Sequence[str], root: str, cache_directory: str, landmarks_csv: str | None = None
 ) -> list[TrainingSet]:
-    """The named sets, each in its folder of `FOLDERS` below `root`; what takes long is kept in `cache_directory`.
+    """The named sets, each in its folder of `FOLDERS` below `root`; slow listings are kept in `cache_directory`.
 
-    `landmarks_csv` is the list of Google Landmarks v2, where it does not lie beside its photos. Raises `UserError` for
-    an unknown or repeated name, or no name, and as the readers of the sets.
+    `landmarks_csv` is the list of Google Landmarks v2, if it is not next to its photos. Raises `UserError` for
+    an unknown or repeated name, or no name, and as the readers of the sets do.
     """
     unknown = [name for name in names if name not in FOLDERS]
     if unknown or not names:
@@ -34,9 +34,9 @@ def read_training_sets(
 
 
 def load_view(view: View) -> Image.Image:
-    """What a view shows: upright RGB in the photo's own size, or the crop of a panorama.
+    """The pixels of a view: upright RGB in the photo's own size, or the crop of a panorama.
 
-    Raises `BrokenImageError` where the photo can't be read, `StorageError` where its store can't be reached.
+    Raises `BrokenImageError` if the photo can't be read, `StorageError` if its storage can't be reached.
     """
     photo = images.load_upright(view.url)
     return photo if view.left_px is None else panoramas.crop(photo, view.left_px)

@@ -1,8 +1,8 @@
 """SF-XL: panoramas of San Francisco; two views of a place look at the same point (method, section 4).
 
-Layout: `panoramas/` holds them under names `@utm_east@utm_north@...`. A place is a square cell with enough of them.
-Which panoramas lie in which cell is worked out once and kept in the caller's cache directory. Where the published
-grouping lies beside `panoramas/`, it is taken instead, and the folder is not listed.
+Layout: `panoramas/` has files named `@utm_east@utm_north@...`. A place is a square cell with enough panoramas. The
+grouping into cells is computed once and kept in the caller's cache directory. If the published grouping is next to
+`panoramas/`, it is used instead, and the folder is not listed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pairvpr.data.training_sets.base import View
 from pairvpr.data.training_sets.places import group, offsets_of
 from pairvpr.errors import UserError
 
-pc: Any = compute  # its functions are made at run time, so their types are not known
+pc: Any = compute  # its functions are generated at run time, so their types are unknown
 
 MIN_PANORAMAS = 5
 FOLDER = "panoramas"
@@ -47,7 +47,7 @@ _Grouping = tuple[Sequence[Sequence[_Cell]], Mapping[_Cell, Sequence[str]]]
 
 @dataclass(frozen=True, eq=False)
 class SfXl:
-    """Cells in the order of their coordinates (or of the published grouping).
+    """Cells, ordered by coordinates (or as in the published grouping).
 
     Place i is the panoramas from `offsets[i]` to `offsets[i + 1]` - 1: `paths` below `root`/panoramas, positions
     `utm_m` (n, 2) and `yaw_deg` (n,).
@@ -69,7 +69,7 @@ class SfXl:
         return len(self.offsets) - 1
 
     def draw(self, place: int, count: int, rng: Generator, broken: Collection[str] = ()) -> list[View]:
-        """Crops of two panoramas of a cell that look at one point; one or none where the others are in `broken`."""
+        """Crops of two panoramas of a cell that look at one point; fewer if the others are in `broken`."""
         assert count == 2, "SF-XL answers with pairs: the views of more would not look at one another's point"
         first_row, end = self.offsets[place : place + 2].tolist()
         utm_m = self.utm_m[first_row:end]
@@ -86,7 +86,7 @@ class SfXl:
 def read_sfxl(root: str, cache_directory: str) -> SfXl:
     """Cells with at least `MIN_PANORAMAS` panoramas.
 
-    Raises `UserError`, naming the file or folder, for what is not the layout, and where there is no such cell.
+    Raises `UserError`, naming the file or folder, if the layout differs or there is no such cell.
     """
     root = storage.absolute(root)
     published = storage.join(root, PUBLISHED_GROUPING)
@@ -131,7 +131,7 @@ def _places_by_cell(folder: str, paths: pa.LargeStringArray) -> pa.Table:
 
 
 def _places_of_published(url: str) -> pa.Table:
-    """Cells and paths as the published grouping has them; see `_table`."""
+    """Cells and paths from the published grouping; see `_table`."""
     groups, paths_of_cell = _read_published(url)
     lists = [paths_of_cell[cell] for cells in groups for cell in cells]
     paths = pa.array((path for paths in lists for path in paths), pa.large_string())
@@ -140,13 +140,13 @@ def _places_of_published(url: str) -> pa.Table:
 
 def _read_published(url: str) -> _Grouping:
     """Groups of cells, and the paths of each cell. Raises `UserError` for anything else."""
-    import torch  # here alone: nothing else of the data package needs it
+    import torch  # imported here because nothing else in the data package needs it
 
     expected = "expected a pair: groups of (east, north) cells, and the paths of each cell"
     try:
         with storage.open_input(url) as file:
             grouping = torch.load(file, weights_only=True)
-    except Exception as error:  # torch's reader raises nearly anything on foreign bytes
+    except Exception as error:  # torch's reader raises almost any exception on foreign bytes
         raise UserError(f"{url}: can't be read: {storage.reason(error)}; {expected}") from error
     if not _is_grouping(grouping):
         raise UserError(f"{url}: not the published grouping; {expected}")
@@ -184,7 +184,7 @@ def _table(
 
 
 def _cached(url: str, root: str, places: Callable[[], pa.Table]) -> SfXl:
-    """The grouping in a file; where that is not there or damaged, which is said, it is made from `places`."""
+    """The grouping in a file; if that is missing or (with a warning) damaged, it is made from `places`."""
     try:
         found = _read_cache(url, root)
     except sealed.DamagedFileError as error:
@@ -228,6 +228,6 @@ def _key_of_paths(paths: pa.LargeStringArray) -> str:
 
 
 def _key(inputs: bytes) -> str:
-    """Part of a cache's name: a digest of what the grouping depends on."""
+    """Part of a cache file's name: a digest of the grouping's inputs."""
     constants = f"{_CACHE_VERSION} {panoramas.CELL_SIZE_M} {MIN_PANORAMAS}"
     return hashlib.sha256(constants.encode() + inputs).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""CSV files of training sets, with errors for people."""
+"""CSV files of training sets, with readable errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pairvpr.errors import UserError
 def read_csv(url: str, columns: Mapping[str, pa.DataType]) -> pa.Table:
     """The named columns of a table with a header, without nulls.
 
-    Raises `UserError`, naming the file, where it can't be read, and the column that is missing or holds something else.
+    Raises `UserError`, naming the file if it can't be read, or the column that is missing or of another type.
     """
     problems = Problems()
     rows = TableFile.open(url).read(list(columns), problems)
