@@ -9,7 +9,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.runs import actors, arguments, descendants, run_job, start_job, wait_gone, wait_until
+from tests.support.runs import (
+    actors,
+    arguments,
+    descendants,
+    run_job,
+    single_machine_predictions,
+    start_job,
+    wait_gone,
+    wait_until,
+)
 
 MOMENTS = {
     "while describing": "index/parts/*.npz",
@@ -91,3 +100,23 @@ def test_a_query_that_changed_since_is_named_and_the_photo_put_back_gives_the_sa
     mended = run_job("evaluate", line)
     assert mended.returncode == 0, mended.stderr
     assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected
+
+
+@pytest.mark.soak
+def test_a_photo_that_is_replaced_while_the_driver_is_dead_is_described_anew(city: Path, tmp_path: Path) -> None:
+    own = tmp_path / "city"
+    shutil.copytree(city, own)
+    line = arguments(own, tmp_path / "out", "index.num_shards=2", "rerank.num_actors=1")
+    driver = start_job("evaluate", line)
+    wait_until(lambda: any((tmp_path / "out").glob("index/parts/*.npz")), "a described part")
+    children = descendants(driver.pid)
+    driver.kill()
+    driver.communicate()
+    first, *_, other = sorted((own / "database").iterdir())
+    first.write_bytes(other.read_bytes())
+    again = run_job("evaluate", line)
+    assert again.returncode == 0, again.stderr
+    assert f"1 photos have changed since ({first.name} first); they are described again" in again.stderr
+    expected = single_machine_predictions(arguments(own, tmp_path / "unused"), tmp_path / "expected.parquet")
+    assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected
+    wait_gone(children)

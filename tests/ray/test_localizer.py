@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -201,3 +202,36 @@ def test_corridor(kind: IndexKind, tmp_path: Path) -> None:
     rows = pq.read_table(tmp_path / "out" / "predictions.parquet").to_pylist()
     localizer = Localizer.open(index, weights=weights, rerank=RerankConfig(num_candidates=10))
     assert_same(localizer.locate([corridor / "queries" / row["query_path"] for row in rows], k=10), rows)
+
+
+@pytest.mark.parametrize("change", ["gone", pytest.param("changed", marks=pytest.mark.soak)])
+def test_a_lost_candidate_costs_a_distributed_run_what_it_costs_one_machine(
+    flat_index: str, city: Path, tmp_path: Path, change: str
+) -> None:
+    """The scores are those that a single machine gives to all candidates; the lost one comes last and is named."""
+    photos = sorted((city / "queries").iterdir())
+    whole = localizer_of(flat_index).locate(photos, k=10)
+    lost = next(matches[0] for matches in whole if not isinstance(matches, PhotoError))
+    victim = Path(lost.url)
+    kept, modified_ns = victim.read_bytes(), victim.stat().st_mtime_ns
+    victim.unlink() if change == "gone" else victim.write_bytes(kept + b" ")
+    try:
+        rows = asked_by_the_job(flat_index, city / "queries", tmp_path / "out")
+        alone = localizer_of(flat_index).locate(photos, k=10)
+    finally:
+        victim.write_bytes(kept)
+        os.utime(victim, ns=(modified_ns, modified_ns))
+    num_queries = 0
+    for matches, row, its in zip(whole, rows, alone, strict=True):
+        if isinstance(matches, PhotoError) or isinstance(its, PhotoError):
+            continue
+        others = [match for match in matches if match.database_id != lost.database_id]
+        is_lost = len(others) < len(matches)
+        last = ([lost.database_id], [-np.inf]) if is_lost else ([], [])
+        assert row["reranked"] == [match.database_id for match in others] + last[0]
+        assert row["pair_scores"] == [match.pair_score for match in others] + last[1]
+        assert [match.database_id for match in its if match.pair_score != -np.inf] == row["reranked"][: len(others)]
+        num_queries += is_lost
+    assert num_queries > 1
+    unscored = json.loads((tmp_path / "out" / "metrics.json").read_text())["unscored_candidates"]
+    assert list(unscored) == [lost.path]

@@ -15,6 +15,7 @@ import torch
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from pairvpr.config.schema import DescribeConfig
+from pairvpr.data import stamps, storage
 from pairvpr.data.manifest import Manifest
 from pairvpr.distributed import describe as steps
 from pairvpr.distributed.describe import Description, describe
@@ -156,3 +157,41 @@ def test_every_thread_that_describes_has_the_threads_of_the_settings(monkeypatch
     finally:
         torch.set_num_threads(before)
     assert seen == [wanted, wanted]
+
+
+def test_what_was_described_of_changed_photos_is_forgotten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their parts and shards alone; what has not changed is kept, also the finished shard that shares a part."""
+    photos, directory = tmp_path / "photos", tmp_path / "index"
+    photos.mkdir()
+    names = [f"{number}.jpg" for number in range(9)]
+    for name in names:
+        (photos / name).write_text("as it was")
+    manifest = Manifest.of(str(photos), names)
+    source = ModelSource(small_model_config(), cast(Any, None))
+    description = Description(manifest, str(directory), 3, source, DescribeConfig(batch_size=2))
+    steps._forget_changed(description, "database")
+    parts = description.parts
+    for part in range(len(parts)):
+        storage.write_bytes(parts.url(part), b"a part")
+    for shard in store.shard_ranges(9, 3)[:2]:
+        ids = np.arange(shard.first_id, shard.stop_id)
+        store.write_shard_description(
+            str(directory), shard.shard, ids, np.ones((3, 16), np.float32),
+            first_id=shard.first_id, count=3, rejected={}, seconds=0.0,
+        )  # fmt: skip
+
+    def kept() -> tuple[list[str], list[bool]]:
+        finished = [store.read_shard_description(str(directory), shard) is not None for shard in range(3)]
+        return sorted(storage.list_files(parts.directory)), finished
+
+    steps._forget_changed(description, "database")
+    assert kept() == ([parts.name(part) for part in range(5)], [True, True, False])
+    (photos / "2.jpg").write_text("another photo")
+    (photos / "7.jpg").write_text("another photo")
+    steps._forget_changed(description, "database")
+    assert kept() == ([parts.name(part) for part in (0, 2, 4)], [False, True, False])
+    said = "describe database: 2 photos have changed since (2.jpg first); they are described again"
+    assert capsys.readouterr().err.splitlines() == [said]
+    pending = steps._Commits(description, store.shard_ranges(9, 3)).shards_of
+    assert sorted(pending) == [0, 1, 3, 4]  # the parts of both shards that are to be committed
+    stamps.check_unchanged(manifest, str(directory))

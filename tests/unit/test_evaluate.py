@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import torch
 from PIL import Image
 from ray.exceptions import RayTaskError
 
 from pairvpr.boundary import exit_code_of
-from pairvpr.config.benchmark_schema import FoldersConfig
+from pairvpr.config.benchmark_schema import FoldersConfig, PositionSource
 from pairvpr.config.compose import load_evaluations
 from pairvpr.config.schema import (
     BuildIndexConfig,
@@ -32,6 +33,7 @@ from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.evaluation.confidence import Calibration, Judge
 from pairvpr.index import make
 from pairvpr.index.manifest import StoredFile, commit
+from pairvpr.models.weights import untrained_state
 from pairvpr.toy.benchmarks import write_sfxl_test
 from ray_jobs import evaluate as steps
 from ray_jobs.build_index import build_index
@@ -264,6 +266,43 @@ def test_a_calibration_that_does_not_fit_is_refused(
         assert words in mistake(lambda: query(question))
     assert words in mistake(lambda: evaluate([asked]))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("edited", ["positions", "weights"])
+def test_an_edited_input_is_another_run(config: EvaluateConfig, tmp_path: Path, edited: str) -> None:
+    """Under its own name; as it was before, it is the same run again."""
+    tables = {
+        "database": "a.png,500000,4180000\nb.png,500100,4180000\nc.png,500200,4180000\n",
+        "queries": "q.png,500010,4180000\n",
+    }
+    for part, rows in tables.items():
+        (tmp_path / f"{part}.csv").write_text(f"path,utm_east,utm_north\n{rows}")
+    state = untrained_state(config.model)
+    torch.save(state, tmp_path / "w.pth")
+    benchmark = FoldersConfig(
+        name="folders",
+        database=f"{tmp_path}/database",
+        queries=f"{tmp_path}/queries",
+        radius_m=25.0,
+        positions=PositionSource.table,
+        database_table=f"{tmp_path}/database.csv",
+        queries_table=f"{tmp_path}/queries.csv",
+    )
+    asked = replace(config, benchmark=benchmark, model=replace(config.model, weights=f"{tmp_path}/w.pth"))
+    (run,) = prepare([asked])
+    claim(run.output, run.settings(), "output")
+    file, words = {
+        "positions": (tmp_path / "database.csv", "benchmark.positives_sha256 "),
+        "weights": (tmp_path / "w.pth", f"model.{WEIGHTS_SHA256} "),
+    }[edited]
+    before = file.read_bytes()
+    if edited == "positions":
+        file.write_bytes(before.replace(b"500100", b"500012"))
+    else:
+        torch.save({name: tensor + 1 for name, tensor in state.items()}, file)
+    assert words in mistake(lambda: prepare([asked]))
+    file.write_bytes(before)
+    prepare([asked])
 
 
 def test_another_ground_truth_is_another_run(config: EvaluateConfig, tmp_path: Path) -> None:

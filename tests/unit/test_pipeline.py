@@ -200,6 +200,33 @@ def test_a_candidate_that_is_gone_costs_itself_alone(
                 assert image_id == gone or score == there[image_id]
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_the_second_direction_is_that_of_the_best_who_are_there(city: Benchmark, model: PairVPR, number: int) -> None:
+    """By the plain network, pair by pair: who is gone takes no place among those that are scored both ways."""
+    config, gone = small_evaluate_config("unused").rerank, BROKEN_PHOTOS[1]
+    config.second_direction = number
+    candidates = [gone, 1, 2, 3, 4]
+    (answer,) = pipeline.photo_reranker(city, Describer(model), config).rerank(WorkUnit(0, {0: candidates}))
+
+    def dense(photos: Manifest, image_id: int) -> torch.Tensor:
+        pixels = load_batch(photos, image_id, 1, ModelConfig(image_size_px=28)).pixels
+        return model.describe(normalise(torch.from_numpy(pixels)))[1]
+
+    with torch.no_grad():
+        query = dense(city.queries, 0)
+        features = {image_id: dense(city.database, image_id) for image_id in candidates[1:]}
+        first = {image_id: float(model.pair_logits(query, its)) for image_id, its in features.items()}
+        best = sorted(first, key=lambda image_id: -first[image_id])[:number]
+        scores = {
+            image_id: logit + (float(model.pair_logits(features[image_id], query)) if image_id in best else logit)
+            for image_id, logit in first.items()
+        }
+    order = sorted(scores, key=lambda image_id: -scores[image_id])
+    assert answer.ids.tolist() == [*order, gone]
+    np.testing.assert_allclose(answer.pair_scores[:-1], [scores[image_id] for image_id in order], rtol=0, atol=1e-5)
+    assert np.isneginf(answer.pair_scores[-1])
+
+
 def test_a_candidate_that_has_changed_is_not_scored(city: Benchmark, model: PairVPR) -> None:
     config = small_evaluate_config("unused").rerank
     reranker = pipeline.photo_reranker(city, Describer(model), config, changed={2: "it has changed"})
