@@ -47,7 +47,6 @@ TRAIN = (
     *("train=vitb", "train.root=DATASETS", "output=OUT", "train.num_workers=4"),
     *("train.epochs=10", "train.seed=0", *CLUSTER),
 )
-COMPARE = "compare"
 JOBS = {
     job.name: job
     for job in (
@@ -149,7 +148,11 @@ JOBS = {
         ),
     )
 }
-ABOUT_COMPARE = "put finished evaluations side by side: pairvpr compare OUT OUT2 ..."
+LOOKS = {
+    "compare": ("pairvpr.evaluation.compare", "put finished evaluations side by side: pairvpr compare OUT OUT2 ..."),
+    "status": ("pairvpr.status", "say how far a job is, or how it ended: pairvpr status OUT ..."),
+}
+"""Commands that only read what jobs wrote: `main(arguments)` of a module, and what it does."""
 
 
 def main() -> int:
@@ -163,10 +166,8 @@ def main() -> int:
 
         print(f"pairvpr {__version__}")
         return 0
-    if name == COMPARE:
-        from pairvpr.evaluation.compare import main as compare
-
-        return compare(arguments)
+    if name in LOOKS:
+        return import_module(LOOKS[name][0]).main(arguments)
     if name not in JOBS:
         print(f"error: {name}: no such job; {_choices(name)}", file=sys.stderr)
         return 2
@@ -199,7 +200,7 @@ def overview() -> str:
         lines += ["", f"{group}:"]
         lines += [f"  {job.name:<{width}}  {job.about}" for job in JOBS.values() if job.group == group]
         if group == "look":
-            lines.append(f"  {COMPARE:<{width}}  {ABOUT_COMPARE}")
+            lines += [f"  {name:<{width}}  {about}" for name, (_, about) in LOOKS.items()]
     return "\n".join(lines)
 
 
@@ -215,7 +216,7 @@ def short_help(job: Job) -> str:
 
 
 def _choices(name: str) -> str:
-    names = [*JOBS, COMPARE]
+    names = [*JOBS, *LOOKS]
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     return f"{hint}expected one of {', '.join(names)}, or --help"

@@ -6,7 +6,7 @@ import io
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
@@ -14,12 +14,26 @@ from pairvpr.secrets import without_secrets
 
 _terminal: TextIO | None = None
 """Where `say` writes while standard error is a log."""
+_listeners: list[Callable[[str], object]] = []
 
 
 def say(text: str) -> None:
     """One line for the person who watches; if nobody does any more, the work goes on."""
+    line = without_secrets(text)
+    for listener in _listeners:
+        listener(line)
     with suppress(OSError, ValueError):
-        print(without_secrets(text), file=_terminal or sys.stderr, flush=True)
+        print(line, file=_terminal or sys.stderr, flush=True)
+
+
+@contextmanager
+def heard_by(listener: Callable[[str], object]) -> Iterator[None]:
+    """Within the block, `listener` gets every line that is said, too."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 class _OfMainThread(io.TextIOBase):

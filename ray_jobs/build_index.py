@@ -19,6 +19,7 @@ from pairvpr.index import choose
 from pairvpr.index.settings import index_settings, position_settings
 from pairvpr.models.weights import announce, find_weights, load_weights
 from pairvpr.secrets import without_secrets
+from pairvpr.status import published
 from pairvpr.terminal import say
 from ray_jobs.steps import about_generation, ensure_index
 
@@ -42,7 +43,7 @@ def build_index(config: BuildIndexConfig) -> str:
     weights = load_weights(config.model, source)
     announce(config.model, weights)
     claim(directory, settings, "output")
-    with ray_session(config.cluster):
+    with published(directory, "build_index"), ray_session(config.cluster):
         model = ModelSource(config.model, ray.put(weights))
         manifest = ensure_index(database, directory, num_shards, model, config.describe, config.index, settings)
     say(about_generation(manifest))

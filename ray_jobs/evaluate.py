@@ -22,6 +22,7 @@ from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.index import choose
 from pairvpr.index.manifest import read_manifest
 from pairvpr.models.weights import announce, find_weights, load_weights
+from pairvpr.status import published
 from pairvpr.terminal import say
 from ray_jobs.run import (
     Run,
@@ -62,12 +63,13 @@ def evaluate(configs: Sequence[EvaluateConfig]) -> list[dict[str, Any]]:
         for config, run in zip(configs, runs, strict=True):
             database, settings = run.benchmark.database, run.index_settings()
             try:
-                manifest = None
-                if run.given is None:
-                    manifest = ensure_index(
-                        database, run.index, run.num_shards, source, config.describe, config.index, settings
-                    )
-                reports.append(answer(run, source, manifest))
+                with published(run.output, "evaluate"):
+                    manifest = None
+                    if run.given is None:
+                        manifest = ensure_index(
+                            database, run.index, run.num_shards, source, config.describe, config.index, settings
+                        )
+                    reports.append(answer(run, source, manifest))
             except IncompleteRunError as error:
                 say(f"{run.benchmark.name}: incomplete: {error}")
                 incomplete.append(f"{run.benchmark.name}: {error}")

@@ -39,6 +39,8 @@ NUM_DRAWN = 64
 BATCHES_PER_ACTOR = 4
 ENOUGH_S = 5.0
 MOST_PHOTOS = 100_000
+LONGEST_S = 30.0
+"""No measurement is repeated with more photos where that would probably take longer, all together."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +134,15 @@ def measured_throughput(config: PlanConfig) -> Throughput:
     source = ModelSource(config.model, ray.put(Weights(arrays, "", untrained=True)))
     with _scratch(config.output) as directory:
         paths = _draw(storage.join(directory, "photos"), min(number, NUM_DRAWN))
+        started_s = time.monotonic()
         while True:
+            began_s = time.monotonic()
             measured = _measured(config, source, directory, [paths[i % len(paths)] for i in range(number)])
-            if asked or measured.seconds >= ENOUGH_S or number >= MOST_PHOTOS:
+            now_s = time.monotonic()
+            affordable = int(number * (LONGEST_S - (now_s - started_s)) / (now_s - began_s))
+            if asked or measured.seconds >= ENOUGH_S or number >= MOST_PHOTOS or affordable <= number:
                 return measured
-            number = min(MOST_PHOTOS, max(2 * number, int(3 * ENOUGH_S * measured.images_per_s)))
+            number = min(MOST_PHOTOS, affordable, max(2 * number, int(3 * ENOUGH_S * measured.images_per_s)))
 
 
 def _check_shared(output: str | None) -> None:

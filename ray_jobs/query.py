@@ -28,6 +28,7 @@ from pairvpr.errors import UserError
 from pairvpr.index.filters import Filters, Places
 from pairvpr.index.manifest import IndexManifest, check_model, read_images
 from pairvpr.models.weights import announce, find_weights, load_weights
+from pairvpr.status import published
 from ray_jobs.run import (
     Run,
     calibrated,
@@ -70,7 +71,7 @@ def query(config: QueryConfig) -> dict[str, Any]:
     weights = load_weights(config.model, run.weights)
     announce(config.model, run.weights)
     claim(run.output, settings, "output")
-    with ray_session(config.cluster):
+    with published(run.output, "query"), ray_session(config.cluster):
         return answer(run, ModelSource(config.model, ray.put(weights)), manifest, filters)
 
 

@@ -35,6 +35,7 @@ from pairvpr.models.weights import build_model, load_weights
 from pairvpr.retrieval import pipeline
 from pairvpr.retrieval.rerank import SCORING
 from pairvpr.secrets import without_secrets
+from pairvpr.status import published
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
 ROLLING = "last.pt"
@@ -81,7 +82,8 @@ def search_checkpoints(config: SearchCheckpointsConfig) -> pa.Table:
     with ray_session(config.cluster):
         claim(search.output, search.settings(), "output")
         prepare_benchmark(config.benchmark, search.output)
-        failed = _evaluate(search)
+        with published(search.output, "search_checkpoints"):
+            failed = _evaluate(search)
     table = _table(search, failed)
     _publish(search.output, table)
     print(without_secrets(_text(table)))
@@ -132,11 +134,12 @@ def _evaluate(search: Search) -> dict[str, str]:
     make_actor = ray.remote(_SearchActor).options(
         num_cpus=plan.cpus_per_actor, num_gpus=plan.gpus_per_actor, scheduling_strategy="SPREAD"
     )
-    progress = Progress("search", len(names), "checkpoints")
     units = {number: (search.urls[name], _result_url(search.output, name)) for number, name in enumerate(names)}
-    with SupervisedPool(lambda: make_actor.remote(*args), min(plan.num_actors, len(names)), "search") as pool:
+    with (
+        Progress("search", len(names), "checkpoints") as progress,
+        SupervisedPool(lambda: make_actor.remote(*args), min(plan.num_actors, len(names)), "search") as pool,
+    ):
         failed = pool.run(units, lambda *_: progress.add(1))
-    progress.finish()
     return {names[number]: error for number, error in sorted(failed.items())}
 
 

@@ -15,6 +15,7 @@ from pairvpr.distributed.runtime import ray_session
 from pairvpr.distributed.train_workers import Job, fit
 from pairvpr.errors import UserError
 from pairvpr.models.weights import Weights
+from pairvpr.status import published
 from pairvpr.terminal import say
 from pairvpr.training.checkpoint import steps_done
 from pairvpr.training.metrics_log import check_wandb
@@ -54,5 +55,6 @@ def train(config: Any, datasets: list[str], make_stage: Any, start_weights: Call
         claim(output, job.settings(), "output")
         if train.validation is not None:
             prepare_benchmark(train.validation, output)
-        say(f"training: {num_places:,} places, {batches_per_epoch:,} steps an epoch, {num_steps:,} steps in all")
-        fit(job)
+        with published(output, "training"):
+            say(f"training: {num_places:,} places, {batches_per_epoch:,} steps an epoch, {num_steps:,} steps in all")
+            fit(job)

@@ -51,6 +51,7 @@ from pairvpr.index.settings import index_settings
 from pairvpr.index.update import UPDATES, compacted, remove_leftovers, with_added, without
 from pairvpr.index.versions import are_there, photo_versions, write_versions
 from pairvpr.models.weights import announce, find_weights, load_weights
+from pairvpr.status import published
 from pairvpr.terminal import say
 from ray_jobs.run import open_manifest
 from ray_jobs.steps import about_generation, memory_budget_bytes
@@ -93,7 +94,7 @@ def update_index(config: UpdateIndexConfig) -> IndexManifest:
         say("update: finished earlier, nothing to change")
         return manifest
     prefix = _prefix(manifest, settings, gone, versions, config)
-    with ray_session(config.cluster):
+    with published(directory, "update_index"), ray_session(config.cluster):
         with _alone(directory, manifest):
             draft = replace(manifest, generation=manifest.generation + 1)
             threads, runner = config.index.num_build_threads, RayRunner()

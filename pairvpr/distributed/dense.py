@@ -167,19 +167,18 @@ def _fill(wanted: WantedStore, ids: NDArray[np.int64], source: ModelSource, sett
     rows = dense_store.read_rows(wanted.url, shards, wanted.layout)
     pending = {shard: (shard, shards[shard]) for shard, row in enumerate(rows) if row is None}
     num_pending = sum(len(ids_of_shard) for _, ids_of_shard in pending.values())
-    progress = Progress("store", len(ids), "photos", already_done=len(ids) - num_pending)
     failed: dict[int, str] = {}
-    if pending:
-        plan = plan_actors(wanted.config)
-        make_actor = _StoreActor.options(**plan.actor_options()).remote
-        args = (source, ray.put(wanted.database), wanted.url, wanted.layout, wanted.config)
-        num_actors = min(plan.num_actors, len(pending))
-        with SupervisedPool[_Unit](lambda: make_actor(*args), num_actors, "store") as pool:
-            failed = pool.run(pending, lambda shard, _: progress.add(len(shards[shard])))
-    _raise_failures(failed)
-    sealed.write_json(storage.join(wanted.url, SECONDS), {"seconds": sum(_seconds(wanted.url, len(shards)))})
-    dense_store.finish(wanted.url, shards, wanted.layout, settings)
-    progress.finish()
+    with Progress("store", len(ids), "photos", already_done=len(ids) - num_pending) as progress:
+        if pending:
+            plan = plan_actors(wanted.config)
+            make_actor = _StoreActor.options(**plan.actor_options()).remote
+            args = (source, ray.put(wanted.database), wanted.url, wanted.layout, wanted.config)
+            num_actors = min(plan.num_actors, len(pending))
+            with SupervisedPool[_Unit](lambda: make_actor(*args), num_actors, "store") as pool:
+                failed = pool.run(pending, lambda shard, _: progress.add(len(shards[shard])))
+        _raise_failures(failed)
+        sealed.write_json(storage.join(wanted.url, SECONDS), {"seconds": sum(_seconds(wanted.url, len(shards)))})
+        dense_store.finish(wanted.url, shards, wanted.layout, settings)
 
 
 def _raise_failures(failed: Mapping[int, str]) -> None:

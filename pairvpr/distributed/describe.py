@@ -36,7 +36,7 @@ from pairvpr.terminal import say
 MAX_TRIES = 3
 MAX_RESTARTS = 20
 """Per model actor. Generous, because spot nodes vanish often; finite, because an actor may never start."""
-SECONDS_BEFORE_COMPLAINT = 30.0
+SECONDS_BEFORE_COMPLAINT = 10.0
 CALLS_PER_ACTOR = 2
 """Parts per actor at once: one is in the network while another is received or written."""
 
@@ -103,15 +103,16 @@ def describe(
             pending.append(part)
 
     photos_left = sum(len(parts.ids(part)) for part in pending)
-    progress = Progress(f"describe {label}", len(manifest), "photos", already_done=len(manifest) - photos_left)
-    try:
-        for part in _finished_parts(description, pending):
-            commits.part_is_done(part)
-            progress.add(len(parts.ids(part)))
-            on_finished(progress.done)
-        ray.get(commits.refs)
-    except Exception as error:
-        raise _as_error_for_people(error, f"describe {label}", progress) from error
+    already_done = len(manifest) - photos_left
+    with Progress(f"describe {label}", len(manifest), "photos", already_done=already_done) as progress:
+        try:
+            for part in _finished_parts(description, pending):
+                commits.part_is_done(part)
+                progress.add(len(parts.ids(part)))
+                on_finished(progress.done)
+            ray.get(commits.refs)
+        except Exception as error:
+            raise _as_error_for_people(error, f"describe {label}", progress) from error
     described = [store.read_shard_description(description.directory, shard.shard) for shard in shards]
     finished = [about for about in described if about is not None]
     assert len(finished) == len(shards), "a shard was never completed"
@@ -125,7 +126,6 @@ def describe(
     for line in store.about_remarks(description.directory):
         say(f"describe {label}: {line}")
     storage.remove_tree(parts.directory)
-    progress.finish()
 
 
 def _forget_changed(description: Description, label: str) -> None:

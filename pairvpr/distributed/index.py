@@ -29,15 +29,14 @@ class RayRunner:
         """See `Runner`. A user's error in a task (`UserError` etc.) is raised here unchanged."""
         options = {"num_cpus": cpus_of_a_shard(), "max_retries": MAX_TRIES, "retry_exceptions": [OSError]}
         task: Any = ray.remote(**options)(work)
-        progress = Progress(label, len(arguments), "shards") if label else None
         refs = [task.remote(*one) for one in _large_ones_shared(arguments)]
+        if not label:
+            return [_get(ref) for ref in refs]
         answers = []
-        for ref in refs:
-            answers.append(_get(ref))
-            if progress is not None:
+        with Progress(label, len(arguments), "shards") as progress:
+            for ref in refs:
+                answers.append(_get(ref))
                 progress.add(1)
-        if progress is not None:
-            progress.finish()
         return answers
 
     def say(self, line: str) -> None:

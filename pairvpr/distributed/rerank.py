@@ -72,17 +72,16 @@ def rerank(
     pending = {unit.unit: unit for unit in unfinished(units, directory)}
     num_queries = sum(len(unit.candidates) for unit in units)
     num_pending = sum(len(unit.candidates) for unit in pending.values())
-    progress = Progress("re-rank", num_queries, "queries", already_done=num_queries - num_pending)
     failed: dict[int, str] = {}
-    if pending:
-        plan = plan_actors(config)
-        args = (source, ray.put(benchmark), config, directory, store, stop_margin, changed, weights)
-        make_actor = _RerankActor.options(**plan.actor_options()).remote
-        num_actors = min(plan.num_actors, len(pending))
-        with SupervisedPool[WorkUnit](lambda: make_actor(*args), num_actors, "re-rank") as pool:
-            failed = pool.run(pending, lambda key, _: progress.add(len(pending[key].candidates)))
-    _report_failures(failed, pending, benchmark, directory)
-    progress.finish()
+    with Progress("re-rank", num_queries, "queries", already_done=num_queries - num_pending) as progress:
+        if pending:
+            plan = plan_actors(config)
+            args = (source, ray.put(benchmark), config, directory, store, stop_margin, changed, weights)
+            make_actor = _RerankActor.options(**plan.actor_options()).remote
+            num_actors = min(plan.num_actors, len(pending))
+            with SupervisedPool[WorkUnit](lambda: make_actor(*args), num_actors, "re-rank") as pool:
+                failed = pool.run(pending, lambda key, _: progress.add(len(pending[key].candidates)))
+        _report_failures(failed, pending, benchmark, directory)
     return _read_units(directory, units)
 
 

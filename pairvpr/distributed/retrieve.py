@@ -159,19 +159,18 @@ class _Work:
         self, what: str, groups: Sequence[range], short_lists: Any, on_answer: Callable[[Any], object]
     ) -> None:
         """`on_answer` is called with each group's answer, in no fixed order."""
-        progress = Progress(what, groups[-1].stop, "shards")
+        with Progress(what, groups[-1].stop, "shards") as progress:
 
-        def on_done(number: int, answer: tuple[Any, float]) -> None:
-            on_answer(answer[0])
-            self.seconds += answer[1]
-            progress.add(len(groups[number]))
+            def on_done(number: int, answer: tuple[Any, float]) -> None:
+                on_answer(answer[0])
+                self.seconds += answer[1]
+                progress.add(len(groups[number]))
 
-        failed = self.pool.run({n: _Unit(group, short_lists) for n, group in enumerate(groups)}, on_done)
-        if failed:
-            raise IncompleteRunError(
-                "; ".join(f"{_named(groups[n])} of {self.index}: {why}" for n, why in failed.items())
-            )
-        progress.finish()
+            failed = self.pool.run({n: _Unit(group, short_lists) for n, group in enumerate(groups)}, on_done)
+            if failed:
+                raise IncompleteRunError(
+                    "; ".join(f"{_named(groups[n])} of {self.index}: {why}" for n, why in failed.items())
+                )
 
 
 def _named(group: range) -> str:

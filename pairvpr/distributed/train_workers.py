@@ -51,7 +51,7 @@ POLL_S = 1.0
 SECONDS_TO_TAKE_LINES = 10.0
 TIMEOUT = timedelta(minutes=30)
 """Limit on collective waits, such as for a checkpoint of gigabytes on its way to remote storage."""
-SECONDS_BEFORE_COMPLAINT = 60.0
+SECONDS_BEFORE_COMPLAINT = 10.0
 MAX_STARTS_WITHOUT_PROGRESS = 5
 NOT_PART_OF_A_RESULT = (
     "root",

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pairvpr import status
 from tests.support.runs import (
     actors,
     arguments,
@@ -39,6 +40,9 @@ def test_driver_killed_and_run_again(city: Path, expected: bytes, tmp_path: Path
     driver.kill()
     driver.communicate()
     assert not (tmp_path / "out" / "predictions.parquet").exists()
+    killed = status.read(str(tmp_path / "out"))
+    assert killed is not None
+    assert (killed.job, killed.state, killed.process) == ("evaluate", status.State.running, driver.pid)
 
     survivors = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("reranked/*.parquet")}
     again = run_job("evaluate", line)
@@ -46,6 +50,7 @@ def test_driver_killed_and_run_again(city: Path, expected: bytes, tmp_path: Path
     assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected
     assert all(file.stat().st_mtime_ns == written for file, written in survivors.items())  # not done twice
     assert not list((tmp_path / "out").rglob("*.tmp"))
+    assert status.about(str(tmp_path / "out"))[0].startswith("evaluate: finished at ")
 
     if moment == "while re-ranking":
         third = run_job("evaluate", line)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from ray.job_submission import JobSubmissionClient
+from ray.job_submission import JobStatus, JobSubmissionClient
 
+from pairvpr import status
 from pairvpr.training.metrics_log import read_metrics
 from tests.support import training
 from tests.support.runs import ROOT, arguments, wait_gone, wait_until
@@ -80,6 +84,32 @@ def test_evaluate(city: Path, expected: bytes, tmp_path: Path, dashboard: str) -
     submitted = _submit(dashboard, "evaluate", line)
     assert submitted.returncode == 0, submitted.stdout[-4000:] + submitted.stderr[-4000:]
     assert "recall@N" in submitted.stdout
+    assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected
+
+
+@pytest.mark.soak
+def test_a_job_that_nobody_waits_for_is_watched_killed_and_started_again(
+    city: Path, expected: bytes, tmp_path: Path, dashboard: str
+) -> None:
+    """As Kubernetes would: whenever its entry point ends with a failure, the same line is submitted again."""
+    output = str(tmp_path / "out")
+    entry = shlex.join([sys.executable, "-m", "ray_jobs.evaluate", *arguments(city, output, "rerank.num_actors=1")])
+    client = JobSubmissionClient(dashboard)
+    kills = 0
+    for _ in range(4):
+        job = client.submit_job(entrypoint=entry, runtime_env={"working_dir": str(ROOT), "excludes": [".venv", ".git"]})
+        while not client.get_job_status(job).is_terminal():
+            found = status.read(output)
+            is_scoring = any(Path(output).glob("reranked/*.parquet")) or kills == 0
+            if kills < 2 and found is not None and found.state is status.State.running and found.lines and is_scoring:
+                with suppress(ProcessLookupError):
+                    os.kill(found.process, signal.SIGKILL)
+                    kills += 1
+            time.sleep(0.2)
+        if client.get_job_status(job) is JobStatus.SUCCEEDED:
+            break
+    assert kills == 2
+    assert status.about(output)[0].startswith("evaluate: finished at ")
     assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pairvpr import status
 from pairvpr.training.metrics_log import read_metrics
 from tests.support.runs import actors, descendants, run_job, start_job, wait_gone, wait_until
 from tests.support.training import JOBS, arguments, draw_training_set, losses, train_on_ranks
@@ -53,6 +54,10 @@ def test_actors_and_driver_killed(root: Path, tmp_path: Path, stage: int, victim
     again = run_job(JOBS[stage], line)
     assert again.returncode == 0, again.stderr
     assert losses(read_metrics(output)) == losses(expected)
+    text, is_well = status.about(output)
+    assert is_well
+    assert text.startswith("training: finished at ")
+    assert f"step {NUM_STEPS} of {NUM_STEPS}, loss " in text
     third = run_job(JOBS[stage], line)
     assert third.returncode == 0, third.stderr
     assert "finished earlier" in third.stderr
