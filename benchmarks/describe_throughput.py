@@ -45,7 +45,7 @@ from pairvpr.config.schema import BuildIndexConfig, ClusterConfig
 from pairvpr.data.manifest import Manifest
 from pairvpr.distributed.progress import Progress, say
 from pairvpr.distributed.runtime import ModelSource, ray_session
-from pairvpr.index import store
+from pairvpr.index import descriptor_shards
 from pairvpr.models.pair_vpr import PairVPR, normalise
 from pairvpr.models.weights import Weights, build_model, load_weights
 
@@ -155,7 +155,7 @@ def ours(case: Case, source: ModelSource) -> tuple[Timing, NDArray[np.float32]]:
         with patch.object(pipeline, "Progress", Timed):
             pipeline.describe(description, case.config.model.name, needs_a_readable_photo=True)
         timing.stop()
-        _, descriptors = store.read_descriptors(directory)
+        _, descriptors = descriptor_shards.read_descriptors(directory)
         return timing, descriptors
 
 

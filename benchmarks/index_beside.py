@@ -16,7 +16,7 @@ from benchmarks.index_sections import EXACT, NUM_AFTER_UPDATE, PLENTY_BYTES, Ben
 from benchmarks.index_steps import Asked
 from pairvpr.config.schema import BuildConfig, IndexKind, ModelConfig
 from pairvpr.index import build, choose, measure
-from pairvpr.index.manifest import IndexManifest
+from pairvpr.index.generations import IndexManifest
 from pairvpr.index.plan import Plan, plan_index, size_text
 
 GOAL_OF_PLAN = 0.1

@@ -20,7 +20,7 @@ from benchmarks.index_steps import Asked
 from pairvpr.config.schema import BuildConfig, IndexKind, ModelConfig
 from pairvpr.distributed.progress import say
 from pairvpr.index import choose, measure
-from pairvpr.index.manifest import IndexManifest
+from pairvpr.index.generations import IndexManifest
 from pairvpr.index.plan import plan_index, size_text
 
 K, NUM_SHARDS = 100, 8

@@ -23,9 +23,9 @@ from pairvpr.config.schema import BuildConfig, ClusterConfig, SearchConfig
 from pairvpr.data import storage
 from pairvpr.data.local_cache import LocalCache
 from pairvpr.data.manifest import Manifest
-from pairvpr.index import build, choose, make, measure, store
+from pairvpr.index import build, choose, descriptor_shards, make, measure
+from pairvpr.index.generations import IndexManifest, commit, generation_url
 from pairvpr.index.make import LocalRunner, build_shards, first_generation, next_generation
-from pairvpr.index.manifest import IndexManifest, commit, generation_url
 from pairvpr.index.reader import OpenIndex, groups_of_shards, search_index
 from pairvpr.index.search import Effort, Shard
 from pairvpr.index.update import with_added, without
@@ -90,22 +90,22 @@ def describe(directory: str, file: Path, num_rows: int, num_shards: int, first_i
     images = Manifest.of("/photos", [f"{i:09d}.jpg" for i in range(first_id, first_id + num_rows)])
     images.write(storage.join(directory, "images.parquet"), first_id)
     rows, described = np.load(file, mmap_mode="r"), []
-    for each in store.shard_ranges(num_rows, num_shards):
+    for each in descriptor_shards.shard_ranges(num_rows, num_shards):
         ids, piece = np.arange(each.first_id, each.stop_id), rows[each.first_id : each.stop_id]
         where = {"first_id": first_id + each.first_id, "count": each.count}
         described.append(
-            store.write_shard_description(
+            descriptor_shards.write_shard_description(
                 directory, each.shard, first_id + ids, piece, **where, rejected={}, seconds=0.0
             )
         )
-    store.finish_description(directory, images, described, first_id)
+    descriptor_shards.finish_description(directory, images, described, first_id)
     return images
 
 
 def draft(directory: str) -> IndexManifest:
     """The first generation of a described index, less its kind."""
     images = Manifest.read(storage.join(directory, "images.parquet"), "/photos")
-    about = store.read_description(directory)
+    about = descriptor_shards.read_description(directory)
     assert about is not None, f"{directory} is not described"
     return first_generation(directory, images, about.num_shards, MODEL, NUM_VALUES)
 

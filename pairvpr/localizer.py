@@ -42,7 +42,7 @@ from pairvpr.data.photo_batches import PhotoBatch
 from pairvpr.errors import PhotoError, UserError
 from pairvpr.evaluation.confidence import Calibration, Judge, read_calibration
 from pairvpr.index.described import CHANGED, DescribedPhotos
-from pairvpr.index.manifest import IndexManifest, check_model, read_generation, read_images, read_manifest
+from pairvpr.index.generations import IndexManifest, check_model, read_generation, read_images, read_manifest
 from pairvpr.index.merge import Found
 from pairvpr.index.reader import WarmIndex, search_index
 from pairvpr.index.search import NO_ID, Effort

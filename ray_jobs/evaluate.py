@@ -20,7 +20,7 @@ from pairvpr.distributed.dense import check_sharing
 from pairvpr.distributed.runtime import ModelSource, ray_session
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.index import choose
-from pairvpr.index.manifest import read_manifest
+from pairvpr.index.generations import read_manifest
 from pairvpr.models.weights import announce, find_weights, load_weights
 from pairvpr.status import published
 from pairvpr.terminal import say

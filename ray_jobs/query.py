@@ -26,7 +26,7 @@ from pairvpr.data.utm import UtmZone
 from pairvpr.distributed.runtime import ModelSource, ray_session
 from pairvpr.errors import UserError
 from pairvpr.index.filters import Filters, Places
-from pairvpr.index.manifest import IndexManifest, check_model, read_images
+from pairvpr.index.generations import IndexManifest, check_model, read_images
 from pairvpr.models.weights import announce, find_weights, load_weights
 from pairvpr.status import published
 from ray_jobs.run import (

@@ -24,7 +24,7 @@ from pairvpr.distributed.dense import KEY as STORE_KEY
 from pairvpr.distributed.dense import WantedStore, check_store
 from pairvpr.errors import UserError
 from pairvpr.evaluation.confidence import Calibration, Judge, read_calibration
-from pairvpr.index.manifest import IndexManifest, check_model, read_images, read_manifest
+from pairvpr.index.generations import IndexManifest, check_model, read_images, read_manifest
 from pairvpr.index.settings import index_settings
 from pairvpr.models.weights import WeightsSource
 from pairvpr.retrieval.decision import Decision

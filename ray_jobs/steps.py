@@ -23,10 +23,10 @@ from pairvpr.errors import UserError
 from pairvpr.evaluation.predictions import predictions_table, write_predictions
 from pairvpr.evaluation.report import RunFacts, metrics, summary
 from pairvpr.evaluation.submission import write_submission
-from pairvpr.index import choose, make, store
+from pairvpr.index import choose, descriptor_shards, make
 from pairvpr.index.described import CHANGED, DescribedPhotos, described_tables
 from pairvpr.index.filters import Filters, Places
-from pairvpr.index.manifest import IndexManifest, commit, read_manifest
+from pairvpr.index.generations import IndexManifest, commit, read_manifest
 from pairvpr.index.plan import check_fits, plan_index
 from pairvpr.index.reader import live_ids
 from pairvpr.retrieval.decision import Decider
@@ -151,7 +151,7 @@ def _retrieved(
             f"rerank.num_candidates={config.rerank.num_candidates}: the database has {manifest.num_live} readable "
             "photos, all of them are re-ranked"
         )
-    about = store.read_description(directory)
+    about = descriptor_shards.read_description(directory)
     assert about is not None
     return _Found(
         {int(query_id): found.of(row) for row, query_id in enumerate(found.query_ids)},
@@ -159,7 +159,7 @@ def _retrieved(
         about.seconds,
         found.seconds,
         about.num_rejected,
-        len(store.read_remarks(directory)),
+        len(descriptor_shards.read_remarks(directory)),
     )
 
 
@@ -236,7 +236,7 @@ def _changed_candidates(run: Run, units: Sequence[WorkUnit], manifest: IndexMani
 
 
 def _num_remarked(index: str, manifest: IndexManifest) -> int:
-    return sum(len(store.read_remarks(directory)) for _, directory in described_tables(index, manifest))
+    return sum(len(descriptor_shards.read_remarks(directory)) for _, directory in described_tables(index, manifest))
 
 
 def _stored_candidates(

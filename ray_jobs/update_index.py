@@ -36,9 +36,8 @@ from pairvpr.distributed.describe import Description, describe
 from pairvpr.distributed.index import RayRunner
 from pairvpr.distributed.runtime import ModelSource, ray_session
 from pairvpr.errors import UserError
-from pairvpr.index import choose, store
-from pairvpr.index.make import is_wanted, next_generation
-from pairvpr.index.manifest import (
+from pairvpr.index import choose, descriptor_shards
+from pairvpr.index.generations import (
     IndexManifest,
     changed_meanwhile,
     check_model,
@@ -46,6 +45,7 @@ from pairvpr.index.manifest import (
     read_images,
     read_manifest,
 )
+from pairvpr.index.make import is_wanted, next_generation
 from pairvpr.index.reader import removed_ids
 from pairvpr.index.settings import index_settings
 from pairvpr.index.update import UPDATES, compacted, remove_leftovers, with_added, without
@@ -255,7 +255,7 @@ def _below(photos: Manifest, folder: str) -> NDArray[np.bool_]:
 
 def _less_unreadable(gone: NDArray[np.int64], images: Manifest, added: Manifest, described: str) -> NDArray[np.int64]:
     """Keep photos whose replacement could not be read."""
-    rejected = store.read_rejected(described)
+    rejected = descriptor_shards.read_rejected(described)
     if not len(rejected):
         return gone
     unread = pc.is_in(images.path_column.take(pa.array(gone)), value_set=rejected.column("path"))

@@ -28,7 +28,7 @@ from pairvpr.distributed.parts import Parts, Rows
 from pairvpr.distributed.progress import Progress
 from pairvpr.distributed.runtime import ActorPlan, ModelSource, cpus_of_a_shard, most_gpus_of_a_node, plan_actors
 from pairvpr.errors import IncompleteRunError, UserError
-from pairvpr.index import store
+from pairvpr.index import descriptor_shards
 from pairvpr.machine import in_a_line
 from pairvpr.quiet import ignore_warnings
 from pairvpr.terminal import say
@@ -79,7 +79,7 @@ def describe(
     read but one is needed, and if photos have changed since the description was finished.
     """
     manifest, parts = description.manifest, description.parts
-    about = store.read_description(description.directory)
+    about = descriptor_shards.read_description(description.directory)
     if about is not None:
         if (about.num_images, about.num_shards) != (len(manifest), description.num_shards):
             raise UserError(
@@ -91,7 +91,7 @@ def describe(
         storage.remove_tree(parts.directory)
         return
     manifest.write(storage.join(description.directory, "images.parquet"), description.first_id)
-    shards = store.shard_ranges(len(manifest), description.num_shards)
+    shards = descriptor_shards.shard_ranges(len(manifest), description.num_shards)
     commits = _Commits(description, shards)
     _forget_changed(description, label)
     existing = set(storage.list_files(parts.directory))
@@ -113,7 +113,7 @@ def describe(
             ray.get(commits.refs)
         except Exception as error:
             raise _as_error_for_people(error, f"describe {label}", progress) from error
-    described = [store.read_shard_description(description.directory, shard.shard) for shard in shards]
+    described = [descriptor_shards.read_shard_description(description.directory, shard.shard) for shard in shards]
     finished = [about for about in described if about is not None]
     assert len(finished) == len(shards), "a shard was never completed"
     if needs_a_readable_photo and sum(about.num_rows for about in finished) == 0:
@@ -122,8 +122,8 @@ def describe(
             f"{manifest.root}: none of the {len(manifest)} photos can be read, the first because of "
             f"{rejected[min(rejected)]}; delete {description.directory} to try again"
         )
-    store.finish_description(description.directory, manifest, finished, description.first_id)
-    for line in store.about_remarks(description.directory):
+    descriptor_shards.finish_description(description.directory, manifest, finished, description.first_id)
+    for line in descriptor_shards.about_remarks(description.directory):
         say(f"describe {label}: {line}")
     storage.remove_tree(parts.directory)
 
@@ -134,9 +134,9 @@ def _forget_changed(description: Description, label: str) -> None:
     now, before = stamps.stamps(photos), stamps.read(directory)
     if before is not None:
         changed = stamps.changed(before, now)
-        for shard in store.shard_ranges(len(photos), description.num_shards):
+        for shard in descriptor_shards.shard_ranges(len(photos), description.num_shards):
             if ((changed >= shard.first_id) & (changed < shard.stop_id)).any():
-                store.remove_shard_description(directory, shard.shard)
+                descriptor_shards.remove_shard_description(directory, shard.shard)
         for part in np.unique(changed // parts.photos_per_part).tolist():
             storage.remove_file(parts.url(part))
         if not len(changed):
@@ -173,13 +173,13 @@ class _Commits:
     `shards_of` maps each needed part to the unfinished shards that it belongs to.
     """
 
-    def __init__(self, description: Description, shards: Sequence[store.ShardRange]) -> None:
+    def __init__(self, description: Description, shards: Sequence[descriptor_shards.ShardRange]) -> None:
         self.description = description
         self.refs: list[ray.ObjectRef[None]] = []
-        self.shards_of: dict[int, list[store.ShardRange]] = {}
+        self.shards_of: dict[int, list[descriptor_shards.ShardRange]] = {}
         self._parts_left: dict[int, int] = {}
         for shard in shards:
-            if store.read_shard_description(description.directory, shard.shard) is not None:
+            if descriptor_shards.read_shard_description(description.directory, shard.shard) is not None:
                 continue
             parts = description.parts.of_shard(shard)
             self._parts_left[shard.shard] = len(parts)
@@ -195,7 +195,7 @@ class _Commits:
             if not self._parts_left[shard.shard]:
                 self._commit(shard)
 
-    def _commit(self, shard: store.ShardRange) -> None:
+    def _commit(self, shard: descriptor_shards.ShardRange) -> None:
         description, parts = self.description, self.description.parts
         commit = _commit_shard.options(num_cpus=cpus_of_a_shard(), max_retries=MAX_TRIES, retry_exceptions=[OSError])
         urls = [parts.url(part) for part in parts.of_shard(shard)]

@@ -23,7 +23,7 @@ from pairvpr.data import sealed, storage
 from pairvpr.data.manifest import Manifest, check_photos_are_seen
 from pairvpr.data.photo_batches import PhotoBatch, load_batch, num_batches
 from pairvpr.errors import IncompleteRunError
-from pairvpr.index import store
+from pairvpr.index import descriptor_shards
 
 Rows = Any
 """A batch of Ray Data: a dict from column names to arrays."""
@@ -69,7 +69,7 @@ class Parts:
         """Its file."""
         return storage.join(self.directory, self.name(part))
 
-    def of_shard(self, shard: store.ShardRange) -> range:
+    def of_shard(self, shard: descriptor_shards.ShardRange) -> range:
         """The parts with the shard's photos; a part across a border belongs to both shards."""
         if shard.count == 0:
             return range(0)
@@ -117,7 +117,11 @@ def write(url: str, photos: PhotoBatch, descriptors: NDArray[np.float32], second
 
 
 def commit_shard(
-    directory: str, shard: store.ShardRange, part_urls: Sequence[str], descriptor_dim: int, first_id: int = 0
+    directory: str,
+    shard: descriptor_shards.ShardRange,
+    part_urls: Sequence[str],
+    descriptor_dim: int,
+    first_id: int = 0,
 ) -> None:
     """Gather a shard's rows from its parts, in id order, and publish it; ids count from `first_id`.
 
@@ -147,8 +151,8 @@ def commit_shard(
     assert np.array_equal(accounted, np.arange(shard.first_id, shard.stop_id)), "a photo is missing or double"
     if remarks:
         of_index = {image_id + first_id: remark for image_id, remark in remarks.items()}
-        store.write_shard_remarks(directory, shard.shard, of_index)
-    store.write_shard_description(
+        descriptor_shards.write_shard_remarks(directory, shard.shard, of_index)
+    descriptor_shards.write_shard_description(
         directory,
         shard.shard,
         all_ids + first_id,

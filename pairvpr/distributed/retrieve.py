@@ -20,9 +20,9 @@ from pairvpr.distributed.pool import PoolActor, SupervisedPool
 from pairvpr.distributed.progress import Progress
 from pairvpr.distributed.runtime import cpus_of_a_shard, own_device
 from pairvpr.errors import IncompleteRunError, UserError
-from pairvpr.index import choose, store
+from pairvpr.index import choose, descriptor_shards
 from pairvpr.index.filters import Filters, Places, search_filtered
-from pairvpr.index.manifest import IndexManifest
+from pairvpr.index.generations import IndexManifest
 from pairvpr.index.merge import Found, merge_top_k
 from pairvpr.index.reader import OpenIndex, groups_of_shards, short_list_length
 from pairvpr.index.search import NO_ID, Effort, rescore, search
@@ -82,7 +82,7 @@ def retrieve(
 
     `filters` has a row for each query photo, readable or not.
     """
-    query_ids, descriptors = store.read_descriptors(queries)
+    query_ids, descriptors = descriptor_shards.read_descriptors(queries)
     candidates = _kept_candidates(url, query_ids, manifest.num_images)
     if candidates is not None:
         if candidates.generation != manifest.generation:

@@ -42,7 +42,7 @@ from pairvpr.evaluation.fit_decision import (
     own_evidence,
 )
 from pairvpr.evaluation.predictions_file import read_predictions
-from pairvpr.index.manifest import read_images, read_manifest
+from pairvpr.index.generations import read_images, read_manifest
 from pairvpr.retrieval.decision import Decision
 from pairvpr.secrets import without_secrets
 

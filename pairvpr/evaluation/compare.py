@@ -1,4 +1,4 @@
-"""`python -m pairvpr.evaluation.compare RUN RUN ...`: evaluations of the same test, side by side.
+"""`pairvpr compare RUN RUN ...`: evaluations of the same test, side by side.
 
 A RUN is the output directory (path or URL) of an evaluation. Runs with the same protocol share a table. Runs of one
 benchmark with different protocols are refused, naming the difference; so are runs of which no two share a protocol. Two
@@ -199,7 +199,3 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

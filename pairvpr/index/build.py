@@ -20,8 +20,8 @@ from pairvpr.config.schema import IndexKind
 from pairvpr.data import storage
 from pairvpr.data.local_cache import LocalCache
 from pairvpr.errors import UserError
-from pairvpr.index import choose, store
-from pairvpr.index.manifest import StoredFile
+from pairvpr.index import choose, descriptor_shards
+from pairvpr.index.generations import StoredFile
 
 ROWS_PER_RUN = 8
 """Consecutive rows per run of a sample: remote files are read run by run."""
@@ -81,7 +81,7 @@ def read_sample(urls: Sequence[str], counts: Sequence[int], runs: Sequence[range
         inside = [range(max(run.start, start) - start, min(run.stop, stop) - start) for run in runs]
         inside = [run for run in inside if len(run)]
         if inside:
-            pieces.append(store.read_some_rows(url, inside))
+            pieces.append(descriptor_shards.read_some_rows(url, inside))
     return np.concatenate(pieces)
 
 
@@ -133,7 +133,7 @@ def build_shard(
     The same descriptors give the same bytes, so doing it twice, or at once in two places, is harmless.
     """
     faiss.omp_set_num_threads(num_threads)
-    rows = store.load_array(rows_file, np.float32, 2, directory, mmap_mode="r")
+    rows = descriptor_shards.load_array(rows_file, np.float32, 2, directory, mmap_mode="r")
     index: Any = faiss.index_factory(rows.shape[1], spec.factory) if trained is None else faiss.clone_index(trained)
     if index.d != rows.shape[1]:
         raise UserError(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pairvpr.data import stamps, storage
 from pairvpr.data.manifest import Manifest
-from pairvpr.index.manifest import ImageTable, IndexManifest
+from pairvpr.index.generations import ImageTable, IndexManifest
 
 CHANGED = "it has changed since it was described"
 

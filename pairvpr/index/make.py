@@ -22,9 +22,9 @@ from pairvpr.data import sealed, storage
 from pairvpr.data.local_cache import LocalCache
 from pairvpr.data.manifest import Manifest
 from pairvpr.errors import IncompleteRunError, UserError
-from pairvpr.index import build, choose, measure, store
+from pairvpr.index import build, choose, descriptor_shards, measure
 from pairvpr.index.build import IndexSpec
-from pairvpr.index.manifest import ImageTable, IndexManifest, ShardEntry, StoredFile
+from pairvpr.index.generations import ImageTable, IndexManifest, ShardEntry, StoredFile
 from pairvpr.index.measure import Step
 from pairvpr.index.merge import Found, merge_top_k
 from pairvpr.index.reader import OpenIndex, groups_of_shards, removed_ids
@@ -117,11 +117,13 @@ def described_shards(directory: str, prefix: str, num_shards: int, first_id: int
     """
     entries = []
     for shard in range(num_shards):
-        about = store.read_shard_description(storage.join(directory, prefix) if prefix else directory, shard)
+        about = descriptor_shards.read_shard_description(
+            storage.join(directory, prefix) if prefix else directory, shard
+        )
         assert about is not None, f"shard {shard} of {directory}/{prefix} is not described"
         entries.append(
             ShardEntry(
-                path=prefix + store.shard_path(shard),
+                path=prefix + descriptor_shards.shard_path(shard),
                 first_id=about.first_id,
                 count=about.count,
                 num_rows=about.num_rows,
@@ -201,7 +203,7 @@ def build_shards(
     """The entries with a faiss file of this kind each; a file that is finished is kept."""
     arguments = [(directory, entry, spec, trained, num_threads) for entry in entries]
     files = runner.run(f"index {spec.factory}", _build_shard, arguments)
-    arrays = [{name: entry.files[name] for name in store.ARRAYS} for entry in entries]
+    arrays = [{name: entry.files[name] for name in descriptor_shards.ARRAYS} for entry in entries]
     return [
         replace(entry, files=its | {spec.index_file(trained): file})
         for entry, its, file in zip(entries, arrays, files, strict=True)
@@ -355,7 +357,7 @@ def _ids_of_rows(directory: str, manifest: IndexManifest, rows: NDArray[np.int64
         start, stop = stop, stop + entry.num_rows
         inside = rows[(rows >= start) & (rows < stop)] - start
         if len(inside):
-            found.append(store.read_checked_array(directory, entry.files["ids.npy"], np.int64, 1)[inside])
+            found.append(descriptor_shards.read_checked_array(directory, entry.files["ids.npy"], np.int64, 1)[inside])
     return np.concatenate(found)
 
 

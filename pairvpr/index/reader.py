@@ -16,9 +16,9 @@ from pairvpr.config.schema import IndexKind
 from pairvpr.data import storage
 from pairvpr.data.local_cache import LocalCache
 from pairvpr.errors import UserError
-from pairvpr.index import build, choose, store
+from pairvpr.index import build, choose, descriptor_shards
 from pairvpr.index.filters import Filters, Places, search_filtered
-from pairvpr.index.manifest import IndexManifest, ShardEntry, StoredFile
+from pairvpr.index.generations import IndexManifest, ShardEntry, StoredFile
 from pairvpr.index.merge import Found, merge_top_k
 from pairvpr.index.search import Effort, Shard, rescore, search
 
@@ -103,7 +103,7 @@ class OpenIndex:
         """Image ids (n,) of a shard's rows, ascending."""
         entry = self.manifest.shards[number]
         with self._open(entry.files["ids.npy"]) as path:
-            ids = store.load_array(path, np.int64, 1, self._url(entry.files["ids.npy"]))
+            ids = descriptor_shards.load_array(path, np.int64, 1, self._url(entry.files["ids.npy"]))
         self._check(entry.files["ids.npy"], "rows", len(ids), entry.num_rows)
         return ids
 
@@ -112,7 +112,7 @@ class OpenIndex:
         entry = self.manifest.shards[number]
         file = entry.files["descriptors.npy"]
         with self._open(file) as path:
-            rows = store.load_array(path, np.float32, 2, self._url(file), mmap_mode="r")
+            rows = descriptor_shards.load_array(path, np.float32, 2, self._url(file), mmap_mode="r")
         self._check(file, "rows", len(rows), entry.num_rows)
         self._check(file, "values per row", rows.shape[1], self.manifest.descriptor_dim)
         return rows
@@ -308,11 +308,14 @@ def short_list_length(manifest: IndexManifest, effort: Effort, k: int) -> int:
 
 def live_ids(directory: str, manifest: IndexManifest) -> NDArray[np.int64]:
     """Ids of the photos that a search can find, ascending."""
-    parts = [store.read_checked_array(directory, entry.files["ids.npy"], np.int64, 1) for entry in manifest.shards]
+    parts = [
+        descriptor_shards.read_checked_array(directory, entry.files["ids.npy"], np.int64, 1)
+        for entry in manifest.shards
+    ]
     return np.setdiff1d(np.concatenate(parts), removed_ids(directory, manifest), assume_unique=True)
 
 
 def removed_ids(directory: str, manifest: IndexManifest) -> NDArray[np.int64]:
     """Ids of the photos that were removed, ascending."""
-    parts = [store.read_checked_array(directory, file, np.int64, 1) for file in manifest.removed]
+    parts = [descriptor_shards.read_checked_array(directory, file, np.int64, 1) for file in manifest.removed]
     return np.sort(np.concatenate([np.empty(0, np.int64), *parts]))

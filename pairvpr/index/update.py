@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from pairvpr.data import storage
 from pairvpr.data.manifest import Manifest
-from pairvpr.index import build, store
+from pairvpr.index import build, descriptor_shards
+from pairvpr.index.generations import IndexManifest, ShardEntry, read_generation
 from pairvpr.index.make import Runner, build_shards, described_shards, image_table, own_cache
-from pairvpr.index.manifest import IndexManifest, ShardEntry, read_generation
 from pairvpr.index.reader import OpenIndex
 
 UPDATES = "updates"
@@ -46,12 +46,12 @@ def with_added(
 
 def without(directory: str, draft: IndexManifest, prefix: str, gone: NDArray[np.int64]) -> IndexManifest:
     """The ids `gone` (ascending, not removed before) are removed; their rows stay until their shard is compacted."""
-    file = store.write_array(directory, f"{prefix}removed.npy", gone)
+    file = descriptor_shards.write_array(directory, f"{prefix}removed.npy", gone)
     entries = []
     for entry in draft.shards:
         first, stop = np.searchsorted(gone, [entry.first_id, entry.first_id + entry.count])
         if stop > first:
-            ids = store.read_checked_array(directory, entry.files["ids.npy"], np.int64, 1)
+            ids = descriptor_shards.read_checked_array(directory, entry.files["ids.npy"], np.int64, 1)
             num_here = int(np.isin(gone[first:stop], ids, assume_unique=True).sum())
             entry = replace(entry, num_removed=entry.num_removed + num_here)
         entries.append(entry)
@@ -79,8 +79,8 @@ def _compact_shard(directory: str, manifest: IndexManifest, number: int, path: s
         opened = OpenIndex(directory, manifest, cache)
         ids, is_removed = opened.ids(number), opened.is_removed(number)
         kept = ids[~is_removed], opened.descriptors(number)[~is_removed]
-    arrays = zip(store.ARRAYS, kept, strict=True)
-    files = {name: store.write_array(directory, f"{path}/{name}", array) for name, array in arrays}
+    arrays = zip(descriptor_shards.ARRAYS, kept, strict=True)
+    files = {name: descriptor_shards.write_array(directory, f"{path}/{name}", array) for name, array in arrays}
     return replace(entry, path=path, num_rows=len(kept[0]), num_removed=0, files=files)
 
 

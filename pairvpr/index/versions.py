@@ -12,7 +12,7 @@ from pyarrow import compute
 
 from pairvpr.data import sealed, storage
 from pairvpr.data.manifest import Manifest
-from pairvpr.index.manifest import IndexManifest
+from pairvpr.index.generations import IndexManifest
 
 pc: Any = compute  # its functions are made at run time, so their types are not known
 

@@ -157,7 +157,7 @@ def as_stored(features: Tensor, form: StoredAs) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shard:
+class DenseShard:
     """`shard.json`: `num_records` images, and the checksums of the files next to it.
 
     The first record is at `records_offset` of records.npy; `head_crc32` covers the bytes before it.
@@ -245,7 +245,7 @@ def write_shard(
     tables = {IDS: _npy(ids), CRC32: _npy(crc32)}
     for name, data in tables.items():
         storage.write_bytes(storage.join(directory, name), data)
-    about = Shard(
+    about = DenseShard(
         layout=layout,
         num_records=len(ids),
         record_bytes=layout.record_bytes,
@@ -309,7 +309,7 @@ class _Table:
 
     ids: NDArray[np.int64]
     crc32: NDArray[np.uint32]
-    about: Shard
+    about: DenseShard
     unreadable: dict[int, str]
 
 
@@ -406,10 +406,10 @@ def _damaged(url: str, what: str = "damaged") -> UserError:
     )
 
 
-def _shard(data: bytes, url: str) -> Shard:
-    content = _unsealed(data, url, Shard)
+def _shard(data: bytes, url: str) -> DenseShard:
+    content = _unsealed(data, url, DenseShard)
     content["layout"] = Layout(**content["layout"])
-    return Shard(**content)
+    return DenseShard(**content)
 
 
 def _sealed(content: dict[str, Any]) -> bytes:

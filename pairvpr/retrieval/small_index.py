@@ -16,8 +16,8 @@ from pairvpr.data.claim import check_claim, check_writable, claim
 from pairvpr.data.located import located
 from pairvpr.data.manifest import Manifest, folder_manifest
 from pairvpr.errors import UserError
-from pairvpr.index import choose, make, store
-from pairvpr.index.manifest import IndexManifest, commit, read_manifest
+from pairvpr.index import choose, descriptor_shards, make
+from pairvpr.index.generations import IndexManifest, commit, read_manifest
 from pairvpr.index.settings import index_settings, position_settings
 from pairvpr.retrieval.describe import Describer
 from pairvpr.retrieval.pipeline import describe
@@ -78,16 +78,16 @@ def _describe(
         raise UserError(f"photos={database.root}: none of the {len(database)} photos can be read, the first: {why}")
     seconds = (time.perf_counter() - started_s) / num_shards
     shards = []
-    for shard in store.shard_ranges(len(database), num_shards):
+    for shard in descriptor_shards.shard_ranges(len(database), num_shards):
         first, stop = np.searchsorted(described.ids, [shard.first_id, shard.stop_id])
         rejected, remarks = (
             {image_id: text for image_id, text in texts.items() if shard.first_id <= image_id < shard.stop_id}
             for texts in (described.rejected, described.remarks)
         )
         if remarks:
-            store.write_shard_remarks(directory, shard.shard, remarks)
+            descriptor_shards.write_shard_remarks(directory, shard.shard, remarks)
         shards.append(
-            store.write_shard_description(
+            descriptor_shards.write_shard_description(
                 directory,
                 shard.shard,
                 described.ids[first:stop],
@@ -98,4 +98,4 @@ def _describe(
                 seconds=seconds,
             )
         )
-    store.finish_description(directory, database, shards)
+    descriptor_shards.finish_description(directory, database, shards)

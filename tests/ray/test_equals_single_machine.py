@@ -19,7 +19,7 @@ from pairvpr.data import sealed, storage
 from pairvpr.distributed.parts import Parts
 from pairvpr.errors import UserError
 from pairvpr.evaluation.confidence import Calibration
-from pairvpr.index.manifest import read_manifest
+from pairvpr.index.generations import read_manifest
 from pairvpr.retrieval.decision import Decision, Votes, Weights
 from pairvpr.retrieval.early_stop import stopped_after
 from pairvpr.toy import city as toy_city

@@ -18,8 +18,8 @@ from PIL import Image
 from pairvpr import DescribeConfig, Localizer, Match, PhotoError, RerankConfig, SearchConfig, Utm
 from pairvpr.config.compose import load
 from pairvpr.config.schema import BuildConfig, BuildIndexConfig, IndexKind, QueryConfig
+from pairvpr.index.generations import commit, read_manifest
 from pairvpr.index.make import LocalRunner, next_generation
-from pairvpr.index.manifest import commit, read_manifest
 from ray_jobs.build_index import build_index
 from ray_jobs.query import query
 from tests.support.runs import SMALL_NETWORK

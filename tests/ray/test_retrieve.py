@@ -13,7 +13,7 @@ from pairvpr.config.schema import BuildConfig, IndexKind, SearchConfig
 from pairvpr.data import storage
 from pairvpr.distributed.retrieve import SearchRequest, search_shards
 from pairvpr.errors import IncompleteRunError
-from pairvpr.index.manifest import IndexManifest
+from pairvpr.index.generations import IndexManifest
 from pairvpr.index.reader import groups_of_shards, search_index
 from tests.support.index import opened, write_index
 

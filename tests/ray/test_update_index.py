@@ -12,7 +12,7 @@ import pytest
 from pairvpr.config.compose import load
 from pairvpr.config.schema import BuildIndexConfig, IndexKind, QueryConfig, UpdateIndexConfig
 from pairvpr.data import storage
-from pairvpr.index.manifest import read_images, read_manifest
+from pairvpr.index.generations import read_images, read_manifest
 from ray_jobs.build_index import build_index
 from ray_jobs.query import query
 from ray_jobs.update_index import update_index

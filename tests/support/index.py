@@ -13,9 +13,9 @@ from pairvpr.config.schema import BuildConfig, IndexKind
 from pairvpr.data import storage
 from pairvpr.data.local_cache import LocalCache
 from pairvpr.data.manifest import Manifest
-from pairvpr.index import store
+from pairvpr.index import descriptor_shards
+from pairvpr.index.generations import IndexManifest, commit
 from pairvpr.index.make import LocalRunner, first_generation, next_generation
-from pairvpr.index.manifest import IndexManifest, commit
 from pairvpr.index.reader import OpenIndex
 
 MODEL = {"name": "small", "weights_sha256": "ab" * 32}
@@ -41,7 +41,7 @@ def describe_rows(
     for shard, (first, stop) in enumerate(itertools.pairwise(bounds)):
         rows = np.array([row for row in range(first, stop) if row not in (rejected or {})], np.int64)
         described.append(
-            store.write_shard_description(
+            descriptor_shards.write_shard_description(
                 directory,
                 shard,
                 rows + first_id,
@@ -52,7 +52,7 @@ def describe_rows(
                 seconds=0.5,
             )
         )
-    store.finish_description(directory, images, described, first_id)
+    descriptor_shards.finish_description(directory, images, described, first_id)
     return len(described)
 
 
@@ -85,7 +85,7 @@ def opened(directory: str, manifest: IndexManifest, *, memory_map: bool = False)
 def build_described(directory: str, kind: str) -> None:
     """Make an index of a finished description of `/photos`, as a process of its own does that may be killed."""
     images = Manifest.read(storage.join(directory, "images.parquet"), "/photos")
-    description = store.read_description(directory)
+    description = descriptor_shards.read_description(directory)
     assert description is not None
     print("ready", flush=True)
     config = BuildConfig(kind=IndexKind(kind), num_lists=16 if kind.startswith("ivf") else None, num_build_threads=1)

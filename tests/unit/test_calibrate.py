@@ -31,7 +31,7 @@ from pairvpr.evaluation.confidence import (
 from pairvpr.evaluation.fit_decision import LocatedQuery, decided_right, fit_consensus, fit_fused
 from pairvpr.evaluation.predictions import predictions_table, write_predictions
 from pairvpr.evaluation.report import RunFacts, metrics
-from pairvpr.index.manifest import ImageTable, IndexManifest, ShardEntry, StoredFile, commit
+from pairvpr.index.generations import ImageTable, IndexManifest, ShardEntry, StoredFile, commit
 from pairvpr.retrieval.pipeline import Answer
 from tests.support.decision import K, drawn
 from tests.support.small import small_model_config

@@ -257,5 +257,5 @@ def test_needs_neither_torch_nor_ray(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, *runs], capture_output=True, text=True, check=True, timeout=60)
     assert "10 queries corrected, 0 broken" in done.stdout
-    line = [sys.executable, "-m", "pairvpr.evaluation.compare", *runs]
+    line = [sys.executable, "-c", "import sys; from pairvpr.cli import main; sys.exit(main())", "compare", *runs]
     assert subprocess.run(line, capture_output=True, text=True, check=True, timeout=60).stdout == done.stdout

@@ -30,9 +30,9 @@ from pairvpr.distributed import parts, rerank, retrieve
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.evaluation.compare import first_answer_is_right, read_run
 from pairvpr.evaluation.confidence import Calibration, read_calibration
-from pairvpr.index import store
+from pairvpr.index import descriptor_shards
+from pairvpr.index.generations import read_images, read_manifest
 from pairvpr.index.make import LocalRunner, first_generation, next_generation
-from pairvpr.index.manifest import read_images, read_manifest
 from pairvpr.index.reader import search_index
 from pairvpr.retrieval.dense_store import DenseStore
 from pairvpr.retrieval.rerank import Reranked, WorkUnit
@@ -77,10 +77,10 @@ def _build_again(folder: Path) -> Any:
 
 
 def _described(folder: Path) -> Any:
-    ids, rows = store.read_descriptors(str(folder))
+    ids, rows = descriptor_shards.read_descriptors(str(folder))
     return (
-        store.read_description(str(folder)),
-        store.read_rejected(str(folder)).to_pylist(),
+        descriptor_shards.read_description(str(folder)),
+        descriptor_shards.read_rejected(str(folder)).to_pylist(),
         ids.tolist(),
         rows.tolist(),
     )

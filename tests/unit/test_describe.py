@@ -22,7 +22,7 @@ from pairvpr.distributed.describe import Description, describe
 from pairvpr.distributed.progress import Progress
 from pairvpr.distributed.runtime import ActorPlan, ModelSource
 from pairvpr.errors import IncompleteRunError, UserError
-from pairvpr.index import store
+from pairvpr.index import descriptor_shards
 from pairvpr.retrieval.describe import Describer
 from tests.support.small import small_model, small_model_config
 
@@ -55,7 +55,7 @@ def test_commits_reserve_what_index_builds_do(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(steps, "_commit_shard", commit)
     monkeypatch.setattr(steps, "cpus_of_a_shard", lambda: 0.75)
     description = description_of(tmp_path, 9, 3)
-    commits = steps._Commits(description, store.shard_ranges(9, 3))
+    commits = steps._Commits(description, descriptor_shards.shard_ranges(9, 3))
     for part in sorted(commits.shards_of):
         commits.part_is_done(part)
     assert [reserved["num_cpus"] for reserved in commit.reserved] == [0.75] * 3
@@ -64,9 +64,9 @@ def test_commits_reserve_what_index_builds_do(tmp_path: Path, monkeypatch: pytes
 def test_the_first_photo_that_can_not_be_read_is_the_one_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where shards are more than photos, and the first ones have none."""
     description = description_of(tmp_path, 2, 4)
-    for shard in store.shard_ranges(2, 4):
+    for shard in descriptor_shards.shard_ranges(2, 4):
         rejected = {image_id: f"reason {image_id}" for image_id in range(shard.first_id, shard.stop_id)}
-        store.write_shard_description(
+        descriptor_shards.write_shard_description(
             str(tmp_path),
             shard.shard,
             np.empty(0, np.int64),
@@ -173,15 +173,15 @@ def test_what_was_described_of_changed_photos_is_forgotten(tmp_path: Path, capsy
     parts = description.parts
     for part in range(len(parts)):
         storage.write_bytes(parts.url(part), b"a part")
-    for shard in store.shard_ranges(9, 3)[:2]:
+    for shard in descriptor_shards.shard_ranges(9, 3)[:2]:
         ids = np.arange(shard.first_id, shard.stop_id)
-        store.write_shard_description(
+        descriptor_shards.write_shard_description(
             str(directory), shard.shard, ids, np.ones((3, 16), np.float32),
             first_id=shard.first_id, count=3, rejected={}, seconds=0.0,
         )  # fmt: skip
 
     def kept() -> tuple[list[str], list[bool]]:
-        finished = [store.read_shard_description(str(directory), shard) is not None for shard in range(3)]
+        finished = [descriptor_shards.read_shard_description(str(directory), shard) is not None for shard in range(3)]
         return sorted(storage.list_files(parts.directory)), finished
 
     steps._forget_changed(description, "database")
@@ -192,6 +192,6 @@ def test_what_was_described_of_changed_photos_is_forgotten(tmp_path: Path, capsy
     assert kept() == ([parts.name(part) for part in (0, 2, 4)], [False, True, False])
     said = "describe database: 2 photos have changed since (2.jpg first); they are described again"
     assert capsys.readouterr().err.splitlines() == [said]
-    pending = steps._Commits(description, store.shard_ranges(9, 3)).shards_of
+    pending = steps._Commits(description, descriptor_shards.shard_ranges(9, 3)).shards_of
     assert sorted(pending) == [0, 1, 3, 4]  # the parts of both shards that are to be committed
     stamps.check_unchanged(manifest, str(directory))

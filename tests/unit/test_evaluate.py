@@ -32,7 +32,7 @@ from pairvpr.data.manifest import folder_manifest
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.evaluation.confidence import Calibration, Judge
 from pairvpr.index import make
-from pairvpr.index.manifest import StoredFile, commit
+from pairvpr.index.generations import StoredFile, commit
 from pairvpr.models.weights import untrained_state
 from pairvpr.toy.benchmarks import write_sfxl_test
 from ray_jobs import evaluate as steps

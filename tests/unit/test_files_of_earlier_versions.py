@@ -14,8 +14,8 @@ from pairvpr.distributed.retrieve import read_candidates
 from pairvpr.errors import UserError
 from pairvpr.evaluation.compare import first_answer_is_right, read_run
 from pairvpr.evaluation.confidence import read_calibration
-from pairvpr.index import store
-from pairvpr.index.manifest import read_images, read_manifest
+from pairvpr.index import descriptor_shards
+from pairvpr.index.generations import read_images, read_manifest
 from pairvpr.index.reader import live_ids, search_index
 from pairvpr.retrieval.dense_store import DenseStore
 from pairvpr.training import checkpoint
@@ -38,7 +38,7 @@ def test_an_index_answers_as_it_did(before: Path, kind: str, folder: str) -> Non
     assert manifest.kind == kind
     assert len(read_images(index, manifest)) == 60
     assert len(live_ids(index, manifest)) == 60
-    _, queries = store.read_descriptors(str(before / "run" / "queries"))
+    _, queries = descriptor_shards.read_descriptors(str(before / "run" / "queries"))
     distances, ids = search_index(opened(index, manifest), queries, 10, num_threads=1)
     with np.load(BEFORE_SEALS / f"{kind}.npz") as found:
         assert (ids == found["ids"]).mean() > 0.98  # another CPU may swap what nearly ties

@@ -14,7 +14,7 @@ import pytest
 
 from pairvpr.data import storage
 from pairvpr.data.manifest import Manifest
-from pairvpr.index.manifest import read_manifest
+from pairvpr.index.generations import read_manifest
 from pairvpr.index.reader import search_index
 from tests.support.index import describe_rows, opened
 from tests.support.runs import ROOT

@@ -20,9 +20,8 @@ from pairvpr.data import storage
 from pairvpr.data.local_cache import LocalCache
 from pairvpr.data.manifest import Manifest
 from pairvpr.errors import UserError
-from pairvpr.index import store
-from pairvpr.index.make import LocalRunner, described_shards, image_table, next_generation
-from pairvpr.index.manifest import (
+from pairvpr.index import descriptor_shards
+from pairvpr.index.generations import (
     FORMAT_VERSION,
     IndexManifest,
     check_model,
@@ -31,6 +30,7 @@ from pairvpr.index.manifest import (
     read_images,
     read_manifest,
 )
+from pairvpr.index.make import LocalRunner, described_shards, image_table, next_generation
 from pairvpr.index.reader import OpenIndex, search_index
 from tests.support.index import MODEL, PLENTY_BYTES, describe_rows, write_index
 
@@ -61,11 +61,11 @@ def open_index(directory: str, manifest: IndexManifest, tmp_path: Path) -> OpenI
 def test_round_trip(directory: str, tmp_path: Path) -> None:
     manifest = small_index(directory)
     assert read_manifest(directory) == manifest
-    about = store.Description(num_images=11, num_shards=3, num_rejected=3, seconds=1.5)
-    assert store.read_description(directory) == about
+    about = descriptor_shards.Description(num_images=11, num_shards=3, num_rejected=3, seconds=1.5)
+    assert descriptor_shards.read_description(directory) == about
     assert (manifest.num_images, manifest.num_rejected, manifest.num_live) == (11, 3, 8)
     assert read_images(directory, manifest).paths == PATHS
-    ids, descriptors = store.read_descriptors(directory)
+    ids, descriptors = descriptor_shards.read_descriptors(directory)
     assert ids.tolist() == KEPT
     np.testing.assert_array_equal(descriptors, descriptors_of(KEPT))
     queries = descriptors_of([2, 7])
@@ -82,7 +82,7 @@ def test_the_files_are_those_of_the_format(tmp_path: Path) -> None:
         names |= {f"shards/{shard:05d}/{name}" for name in (*FILES, "described.json", "index.faiss.json")}
     assert set(storage.list_files(str(tmp_path))) == names
     rejected = pq.read_table(tmp_path / "rejected.parquet")
-    assert rejected.schema == store.REJECTED_SCHEMA
+    assert rejected.schema == descriptor_shards.REJECTED_SCHEMA
     assert rejected.to_pylist() == [
         {"path": PATHS[image_id], "error": error} for image_id, error in sorted(REJECTED.items())
     ]
@@ -134,7 +134,7 @@ def test_a_shard_of_rejected_photos_alone(tmp_path: Path) -> None:
 
 @given(st.integers(0, 200), st.integers(1, 30))
 def test_shards_cover_every_id_once_and_evenly(num_images: int, num_shards: int) -> None:
-    ranges = store.shard_ranges(num_images, num_shards)
+    ranges = descriptor_shards.shard_ranges(num_images, num_shards)
     assert [shard.shard for shard in ranges] == list(range(num_shards))
     covered = [image_id for shard in ranges for image_id in range(shard.first_id, shard.stop_id)]
     assert covered == list(range(num_images))
@@ -343,7 +343,7 @@ def test_another_kind_from_the_same_descriptors(tmp_path: Path) -> None:
 def test_a_description_continues_ids(tmp_path: Path) -> None:
     images = Manifest.of("/photos", ["x.jpg", "y.jpg", "z.jpg"])
     describe_rows(str(tmp_path), images, descriptors_of([1, 2, 3]), [1], {1: "broken"}, first_id=100)
-    ids, _ = store.read_descriptors(str(tmp_path))
+    ids, _ = descriptor_shards.read_descriptors(str(tmp_path))
     assert ids.tolist() == [100, 102]
     assert pq.read_table(tmp_path / "images.parquet").column("image_id").to_pylist() == [100, 101, 102]
     assert pq.read_table(tmp_path / "rejected.parquet").to_pylist() == [{"path": "y.jpg", "error": "broken"}]

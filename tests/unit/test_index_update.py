@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from pairvpr.config.schema import BuildConfig, IndexKind
 from pairvpr.data import storage
 from pairvpr.data.manifest import Manifest
+from pairvpr.index.generations import ImageTable, IndexManifest, StoredFile, commit, read_images, read_manifest
 from pairvpr.index.make import LocalRunner
-from pairvpr.index.manifest import ImageTable, IndexManifest, StoredFile, commit, read_images, read_manifest
 from pairvpr.index.merge import Found
 from pairvpr.index.reader import removed_ids, search_index
 from pairvpr.index.update import compacted, remove_leftovers, with_added, without

@@ -22,8 +22,8 @@ from pairvpr import DescribeConfig, Localizer, PhotoError, RerankConfig, SearchC
 from pairvpr.config.schema import BuildConfig, IndexKind
 from pairvpr.data import utm
 from pairvpr.data.utm import UtmZone
+from pairvpr.index.generations import commit, read_manifest
 from pairvpr.index.make import LocalRunner, next_generation
-from pairvpr.index.manifest import commit, read_manifest
 from pairvpr.index.update import without
 from pairvpr.toy import city as toy_city
 from tests.support.small import small_model_config

@@ -19,7 +19,7 @@ from pairvpr.data.manifest import Manifest
 from pairvpr.data.photo_batches import PhotoBatch
 from pairvpr.distributed.parts import MAX_BATCHES_PER_PART, Parts, commit_shard, decode, write
 from pairvpr.errors import IncompleteRunError, UserError
-from pairvpr.index import store
+from pairvpr.index import descriptor_shards
 
 
 @given(
@@ -37,7 +37,7 @@ def test_parts_hold_every_photo_once_in_whole_batches(
     assert parts.photos_per_part <= MAX_BATCHES_PER_PART * batch_size
     names = [parts.name(part) for part in range(len(parts))]
     assert names == sorted(set(names))
-    for shard in store.shard_ranges(num_images, num_shards):
+    for shard in descriptor_shards.shard_ranges(num_images, num_shards):
         touching = [
             part for part in range(len(parts)) if set(parts.ids(part)) & set(range(shard.first_id, shard.stop_id))
         ]
@@ -58,10 +58,10 @@ def test_shards_gather_their_rows_from_parts_on_both_borders(tmp_path: Path, num
         pixels = np.zeros((len(ids), 2, 2, 3), np.uint8)
         errors = {i - ids.start: text for i, text in broken.items() if i in ids}
         write(parts.url(part), PhotoBatch(ids.start, pixels, errors), descriptors[ids.start : ids.stop], 1.0)
-    shards = store.shard_ranges(num_images, num_shards)
+    shards = descriptor_shards.shard_ranges(num_images, num_shards)
     for shard in shards:
         commit_shard(str(tmp_path), shard, [parts.url(part) for part in parts.of_shard(shard)], 4)
-    about = [store.read_shard_description(str(tmp_path), shard.shard) for shard in shards]
+    about = [descriptor_shards.read_shard_description(str(tmp_path), shard.shard) for shard in shards]
     rejected = {i: text for shard in about if shard is not None for i, text in shard.rejected.items()}
     assert rejected == broken
     assert sum(shard.seconds for shard in about if shard is not None) == len(parts)  # a part on a border counts once
@@ -76,7 +76,7 @@ def test_a_missing_part_is_noticed(tmp_path: Path) -> None:
     parts = Parts(str(tmp_path / "parts"), 10, 5)
     write(parts.url(0), PhotoBatch(0, np.zeros((5, 2, 2, 3), np.uint8), {}), np.ones((5, 4), np.float32), 1.0)
     with pytest.raises(AssertionError, match="missing or double"):
-        commit_shard(str(tmp_path), store.shard_ranges(10, 1)[0], [parts.url(0)], 4)
+        commit_shard(str(tmp_path), descriptor_shards.shard_ranges(10, 1)[0], [parts.url(0)], 4)
 
 
 def test_a_folder_that_this_node_does_not_see_rejects_no_photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,5 +128,5 @@ def test_a_damaged_part_is_deleted_and_named(tmp_path: Path, damage: str) -> Non
     content = {"truncated": data[: len(data) // 2], "empty": b"", "foreign": b"not an archive", "flipped": data}
     file.write_bytes(content[damage])
     with pytest.raises(IncompleteRunError, match=rf"^{file} was damaged .* was deleted; run the same command again"):
-        commit_shard(str(tmp_path), store.shard_ranges(5, 1)[0], [parts.url(0)], 4)
+        commit_shard(str(tmp_path), descriptor_shards.shard_ranges(5, 1)[0], [parts.url(0)], 4)
     assert not file.exists()

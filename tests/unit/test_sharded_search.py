@@ -20,8 +20,8 @@ from pairvpr.config.schema import BuildConfig, IndexKind
 from pairvpr.errors import UserError
 from pairvpr.index import build, choose
 from pairvpr.index.filters import Filters, Places, allowed, search_filtered
+from pairvpr.index.generations import IndexManifest
 from pairvpr.index.make import LocalRunner, next_generation
-from pairvpr.index.manifest import IndexManifest
 from pairvpr.index.merge import Found, merge_top_k
 from pairvpr.index.reader import OpenIndex, cut_into_groups, groups_of_shards, removed_ids, search_index
 from pairvpr.index.search import NO_ID, SPARE_ROWS, TF32_STEP, Effort, Shard, flat_index, search

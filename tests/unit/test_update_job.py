@@ -17,7 +17,7 @@ from pairvpr.data import storage
 from pairvpr.data.manifest import Manifest, folder_manifest
 from pairvpr.errors import UserError
 from pairvpr.index.choose import kinds_to_try
-from pairvpr.index.manifest import read_manifest
+from pairvpr.index.generations import read_manifest
 from ray_jobs import build_index as building
 from ray_jobs import query as querying
 from ray_jobs import update_index as updating

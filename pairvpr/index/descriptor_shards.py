@@ -6,7 +6,7 @@
     shards/00000/      ids.npy (n,) int64, descriptors.npy (n, G) float32, described.json
 
 `described.json` is the last file of a shard's description, at the root the last of all of them. The queries of a run
-are such a directory; an index has faiss files and a manifest beside it (`manifest.py`). The full description of the
+are such a directory; an index has faiss files and a manifest beside it (`generations.py`). The full description of the
 format is in `docs/formats.md`.
 """
 
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from pairvpr.data import sealed, storage
 from pairvpr.data.manifest import Manifest
 from pairvpr.errors import UserError
-from pairvpr.index.manifest import REMEDY, StoredFile, read_checked
+from pairvpr.index.generations import REMEDY, StoredFile, read_checked
 
 T = TypeVar("T", bound=np.generic)
 
