@@ -123,7 +123,7 @@ def describe(
             f"{rejected[min(rejected)]}; delete {description.directory} to try again"
         )
     descriptor_shards.finish_description(description.directory, manifest, finished, description.first_id)
-    for line in descriptor_shards.about_remarks(description.directory):
+    for line in descriptor_shards.about_photos(description.directory):
         say(f"describe {label}: {line}")
     storage.remove_tree(parts.directory)
 

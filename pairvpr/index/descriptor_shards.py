@@ -33,6 +33,7 @@ T = TypeVar("T", bound=np.generic)
 
 REJECTED_SCHEMA = pa.schema([("path", pa.string()), ("error", pa.string())])
 REMARKS = "remarks.parquet"
+REJECTED = "rejected.parquet"
 REMARKS_SCHEMA = pa.schema([("path", pa.string()), ("remark", pa.string())])
 READ_AT_ONCE = 16
 ARRAYS = ("ids.npy", "descriptors.npy")
@@ -212,20 +213,27 @@ def read_remarks(directory: str) -> list[tuple[str, str]]:
     return [] if table is None else [(row["path"], row["remark"]) for row in table.to_pylist()]
 
 
-def about_remarks(directory: str) -> list[str]:
-    """A line for each kind of remark (what stands before its colon): how many photos, and the first of them."""
+def about_photos(directory: str) -> list[str]:
+    """What is to be said of the photos of a finished description: how many can't be read, and which are odd.
+
+    A line for the rejected ones and for each kind of remark (what stands before its colon), with the first photo.
+    """
+    lines, rejected = list[str](), read_rejected(directory)
+    if len(rejected):
+        first, url = rejected.slice(0, 1).to_pylist()[0], storage.join(directory, REJECTED)
+        lines.append(f"{len(rejected):,} photos can't be read: {first['error']} ({first['path']}; all in {url})")
     kinds: dict[str, list[tuple[str, str]]] = {}
     for path, remark in read_remarks(directory):
         kinds.setdefault(remark.split(":")[0], []).append((path, remark))
     url = storage.join(directory, REMARKS)
-    return [f"{len(rows):,} photos: {rows[0][1]} ({rows[0][0]}; all in {url})" for rows in kinds.values()]
+    return lines + [f"{len(rows):,} photos: {rows[0][1]} ({rows[0][0]}; all in {url})" for rows in kinds.values()]
 
 
 def finish_description(directory: str, images: Manifest, shards: list[ShardDescription], first_id: int = 0) -> None:
     """Publish rejected.parquet and, last, the root's described.json; `first_id` is that of the first photo."""
     rejected = {image_id: error for shard in shards for image_id, error in shard.rejected.items()}
     rows = [{"path": images.path(image_id - first_id), "error": rejected[image_id]} for image_id in sorted(rejected)]
-    sealed.write_parquet(storage.join(directory, "rejected.parquet"), pa.Table.from_pylist(rows, REJECTED_SCHEMA))
+    sealed.write_parquet(storage.join(directory, REJECTED), pa.Table.from_pylist(rows, REJECTED_SCHEMA))
     _write_remarks(directory, images, len(shards), first_id)
     summary = Description(
         num_images=len(images),
@@ -245,7 +253,7 @@ def read_description(directory: str) -> Description | None:
 
 def read_rejected(directory: str) -> pa.Table:
     """The columns of `REJECTED_SCHEMA` of a finished description. Raises `UserError` for a damaged file."""
-    url, remedy = storage.join(directory, "rejected.parquet"), f"delete {directory}/described.json; {SAME_LINE}"
+    url, remedy = storage.join(directory, REJECTED), f"delete {directory}/described.json; {SAME_LINE}"
     table = sealed.read_parquet(url, REJECTED_SCHEMA, remedy)
     if table is None:
         raise sealed.DamagedFileError(url, "it is missing", remedy)

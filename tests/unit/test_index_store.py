@@ -10,13 +10,14 @@ from uuid import uuid4
 
 import faiss
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pairvpr.config.schema import BuildConfig, IndexKind
-from pairvpr.data import storage
+from pairvpr.data import sealed, storage
 from pairvpr.data.local_cache import LocalCache
 from pairvpr.data.manifest import Manifest
 from pairvpr.errors import UserError
@@ -351,3 +352,22 @@ def test_a_description_continues_ids(tmp_path: Path) -> None:
     assert [(entry.first_id, entry.count) for entry in entries] == [(100, 1), (101, 2)]
     with pytest.raises(UserError, match="its shards hold 1 photos from id 100; expected 3 from id 100; delete it"):
         described_shards(str(tmp_path), "", 1, 100, 3)
+
+
+def test_what_is_to_be_said_of_photos(tmp_path: Path) -> None:
+    """How many can't be read, and each kind of oddity, with the first photo and where the others are."""
+    images = Manifest.of("/photos", [f"{number}.jpg" for number in range(5)])
+    rejected = {1: "broken: cut short", 3: "broken, too"}
+    describe_rows(str(tmp_path), images, np.eye(5, 16, dtype=np.float32), [2], rejected)
+    said = descriptor_shards.about_photos(str(tmp_path))
+    assert said == [f"2 photos can't be read: broken: cut short (1.jpg; all in {tmp_path}/rejected.parquet)"]
+    rows = [{"path": "0.jpg", "remark": "narrow: 1"}, {"path": "2.jpg", "remark": "odd"}]
+    rows.append({"path": "4.jpg", "remark": "narrow: 2"})
+    sealed.write_parquet(
+        f"{tmp_path}/{descriptor_shards.REMARKS}", pa.Table.from_pylist(rows, descriptor_shards.REMARKS_SCHEMA)
+    )
+    assert descriptor_shards.about_photos(str(tmp_path)) == [
+        *said,
+        f"2 photos: narrow: 1 (0.jpg; all in {tmp_path}/remarks.parquet)",
+        f"1 photos: odd (2.jpg; all in {tmp_path}/remarks.parquet)",
+    ]
