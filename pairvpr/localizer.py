@@ -24,7 +24,6 @@ from pairvpr.config.benchmark_schema import PositionSource
 from pairvpr.config.networks import named_network, network_names, network_of_settings
 from pairvpr.config.schema import (
     BuildConfig,
-    DecisionRule,
     DenseFeatures,
     DescribeConfig,
     IndexKind,
@@ -40,7 +39,8 @@ from pairvpr.data.local_cache import LocalCache, cache_directory
 from pairvpr.data.manifest import Manifest, check_photos_are_seen
 from pairvpr.data.photo_batches import PhotoBatch
 from pairvpr.errors import PhotoError, UserError
-from pairvpr.evaluation.confidence import Calibration, Judge, read_calibration
+from pairvpr.evaluation.confidence import Calibration, Judge, calibrated, check_positions_of_votes, decision_of
+from pairvpr.evaluation.predictions import final_order, top_scores
 from pairvpr.index.described import CHANGED, DescribedPhotos
 from pairvpr.index.generations import IndexManifest, check_model, read_generation, read_images, read_manifest
 from pairvpr.index.merge import Found
@@ -48,9 +48,10 @@ from pairvpr.index.reader import WarmIndex, search_index
 from pairvpr.index.search import NO_ID, Effort
 from pairvpr.models.weights import build_model, find_weights, load_weights
 from pairvpr.photo import Asked, Photo, asked, is_many
+from pairvpr.retrieval.decision import Decider
 from pairvpr.retrieval.describe import Describer
 from pairvpr.retrieval.features import FeatureCache, PhotoFeatures
-from pairvpr.retrieval.pipeline import feature_cache, load_pixels, no_pixels
+from pairvpr.retrieval.pipeline import Answer, answers, decided, feature_cache, load_pixels, no_pixels, with_prior
 from pairvpr.retrieval.rerank import Features, Reranked, Reranker, WorkUnit, work_units
 from pairvpr.retrieval.small_index import build_small_index
 from pairvpr.retrieval.unreadable import Unreadable
@@ -81,9 +82,9 @@ class Match:
     Minus infinity for a photo of the index that can't be read any more or has changed since it was described.
     """
     confidence: float | None
-    """Probability that the best match shows the place, which its pair score has after calibration; None without one.
+    """Probability that the best match shows the place; None without a calibration.
 
-    For the matches behind it: what they would have as the best one.
+    For the matches behind it: what they would have as the best one. None for them where `rerank.decision` is not pair.
     """
 
 
@@ -130,7 +131,11 @@ class Localizer:
         self._directory = directory
         self._describer, self._pair_describer = describers
         self._describe, self._search, self._rerank = sections
-        self._calibration = calibration
+        self._decision = None if calibration is None else decision_of(self._rerank, calibration)
+        fitted = self._decision or calibration
+        self._weights = None if self._decision is None else self._decision.weights
+        self._judge = None if fitted is None else Judge(fitted.temperature, fitted.midpoint)
+        self._stop_margin = fitted.stop_margin if fitted is not None and self._rerank.adaptive else None
         self._budget_bytes = budget_bytes
         self._utm_epsg = utm_epsg
         self._local_files = LocalCache(cache_directory(self._search.cache_dir), int(self._search.cache_gib * 2**30))
@@ -170,7 +175,7 @@ class Localizer:
             raise UserError(f"memory_gib={memory_gib}: expected 0 or more, and finite")
         directory, on = storage.absolute(os.fspath(index)), _device(device)
         manifest = _manifest(directory, generation)
-        judged_by = _calibration(sections[2])
+        judged_by = calibrated(sections[2])
         network = replace(_network(directory, manifest, model), precision=_precision(precision))
         if weights is not None:
             network = replace(network, weights=os.fspath(weights))
@@ -356,6 +361,7 @@ class Localizer:
 
     def _opened(self, manifest: IndexManifest, before: WarmIndex | None = None) -> _Generation:
         photos = read_images(self._directory, manifest)
+        check_positions_of_votes(self._decision, photos.utm_m)
         index = WarmIndex(
             self._directory,
             manifest,
@@ -370,25 +376,32 @@ class Localizer:
 
     def _located(self, photos: Sequence[Asked], k: int, where: Where) -> list[list[Match] | PhotoError]:
         """The steps of the job `query`, with the same photos in each forward pass."""
-        now, num_candidates = self._now, self._rerank.num_candidates
-        described = self._described(photos)
-        places = described.places.tolist()
-        num_kept = self._search.num_kept(num_candidates)
+        now, described = self._now, self._described(photos)
+        num_kept = self._search.num_kept(self._rerank.num_candidates)
         rows = self._nearest(now, described.descriptors, described.places, num_kept, where, len(photos))
-        nearest = {place: _found(*row) for place, *row in zip(places, *rows, strict=True)}
-        candidates = {place: ids[:num_candidates].tolist() for place, (_, ids) in nearest.items()}
-        scored, broken = self._scored(now, photos, described.embedded, candidates)
+        found = {place: _found(*row) for place, *row in zip(described.places.tolist(), *rows, strict=True)}
+        scored, broken = self._scored(now, photos, described.embedded, found)
         broken |= described.broken
-        answers: list[list[Match] | PhotoError] = []
-        for place in range(len(photos)):
-            if place in broken:
-                answers.append(broken[place])
-                continue
-            distances, ids = nearest[place]
-            best, scores = scored[place].ids[:k], scored[place].pair_scores[:k]
-            rank_of = {image_id: rank for rank, image_id in enumerate(ids.tolist())}
-            answers.append(self._matches(now, distances[[rank_of[one] for one in best.tolist()]], best, scores))
-        return answers
+        final = answers(len(photos), found, scored)
+        if self._decision is not None:
+            final = decided(final, Decider(self._decision, now.map.places.utm_m))
+        return [broken.get(answer.query_id) or self._best(now, answer, k) for answer in final]
+
+    def _best(self, now: _Generation, answer: Answer, k: int) -> list[Match]:
+        """The k best matches of one photo."""
+        best = final_order(answer)[:k]
+        distance_of = dict(zip(answer.candidates.tolist(), answer.squared_distances, strict=True))
+        score_of = dict(zip(answer.reranked.tolist(), answer.pair_scores, strict=True))
+        distances, scores = (
+            np.array([of[image_id] for image_id in best.tolist()], np.float32) for of in (distance_of, score_of)
+        )
+        confidence = None
+        if self._judge is not None and answer.decided is None:
+            confidence = self._judge.confidence(scores)
+        elif self._judge is not None:
+            confidence = np.full(len(best), np.nan, np.float32)
+            confidence[:1] = self._judge.confidence(top_scores([answer]))
+        return self._matches(now, best, distances, scores, confidence)
 
     def _described(self, photos: Sequence[Asked]) -> _Described:
         """In batches, as a folder of these photos is described. A photo alone takes one pass for all that is needed."""
@@ -447,7 +460,7 @@ class Localizer:
         now: _Generation,
         photos: Sequence[Asked],
         embedded: Tensor | None,
-        candidates: Mapping[int, Sequence[int]],
+        found: Mapping[int, tuple[NDArray[np.int64], NDArray[np.float32]]],
     ) -> tuple[dict[int, Reranked], dict[int, PhotoError]]:
         """Every photo's candidates by its place, and the photos that can't be read any more.
 
@@ -486,7 +499,8 @@ class Localizer:
             queries.reasons,
             database.reasons,
         )
-        units = work_units(candidates, self._rerank.queries_per_unit)
+        candidates = {place: ids[: self._rerank.num_candidates].tolist() for place, (ids, _) in found.items()}
+        units = with_prior(work_units(candidates, self._rerank.queries_per_unit), found, self._weights)
         scored = {answer.query_id: answer for unit in units for answer in reranker.rerank(unit)}
         if database.reasons:
             check_photos_are_seen(now.photos)
@@ -499,14 +513,14 @@ class Localizer:
         lost_queries: Mapping[int, str] | None = None,
         lost_candidates: Mapping[int, str] | None = None,
     ) -> Reranker:
-        stops = self._calibration is not None and self._rerank.adaptive
         return Reranker(
             self._pair_describer.model,
             batch_size=self._rerank.batch_size,
             query_features=queries,
             database_features=database,
             second_direction=self._rerank.second_direction,
-            stop_margin=self._calibration.stop_margin if self._calibration is not None and stops else None,
+            stop_margin=self._stop_margin,
+            weights=self._weights,
             lost_queries=lost_queries,
             lost_candidates=lost_candidates,
         )
@@ -514,14 +528,12 @@ class Localizer:
     def _matches(
         self,
         now: _Generation,
-        squared_distances: NDArray[np.float32],
         ids: NDArray[np.int64],
+        squared_distances: NDArray[np.float32],
         scores: NDArray[np.float32] | None = None,
+        confidence: NDArray[np.float32] | None = None,
     ) -> list[Match]:
         degrees, places = now.map.degrees(ids), now.map.places
-        confidence = None
-        if scores is not None and self._calibration is not None:
-            confidence = Judge(self._calibration.temperature, self._calibration.midpoint).confidence(scores)
         return [
             Match(
                 path=now.photos.path(image_id),
@@ -533,7 +545,7 @@ class Localizer:
                 heading_deg=_known(places.heading_deg[image_id]),
                 squared_distance=float(squared_distances[row]),
                 pair_score=None if scores is None else float(scores[row]),
-                confidence=None if confidence is None else float(confidence[row]),
+                confidence=None if confidence is None else _known(confidence[row]),
             )
             for row, image_id in enumerate(ids.tolist())
         ]
@@ -554,10 +566,12 @@ def _given(embedded: Tensor) -> Features:
     return lambda _: iter([embedded])
 
 
-def _found(squared_distances: NDArray[np.float32], ids: NDArray[np.int64]) -> Found:
-    """A row of an answer without its empty places."""
+def _found(
+    squared_distances: NDArray[np.float32], ids: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Ids and squared distances of a row of an answer, without its empty places."""
     is_there = ids != NO_ID
-    return squared_distances[is_there], ids[is_there]
+    return ids[is_there], squared_distances[is_there]
 
 
 def _known(value: Any) -> float | None:
@@ -574,18 +588,7 @@ def _settled(rerank: RerankConfig | None, calibration: str | os.PathLike[str] | 
         raise UserError("rerank.dense_features=store: a Localizer can't use a store; expected cache or recompute")
     if settings.candidates is not None:
         raise UserError(f"rerank.candidates={settings.candidates}: a Localizer finds candidates itself; expected null")
-    if settings.decision is not DecisionRule.pair:
-        raise UserError(f"rerank.decision={settings.decision}: a Localizer orders by the pair score; expected pair")
     return settings if calibration is None else replace(settings, calibration=os.fspath(calibration))
-
-
-def _calibration(settings: RerankConfig) -> Calibration | None:
-    if settings.calibration is None:
-        return None
-    found = read_calibration(settings.calibration)
-    if settings.adaptive:
-        found.check_rounds(settings.calibration, settings.batch_size)
-    return found
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -19,6 +19,7 @@ from pairvpr.data.manifest import Benchmark
 from pairvpr.distributed.dense import check_sharing
 from pairvpr.distributed.runtime import ModelSource, ray_session
 from pairvpr.errors import IncompleteRunError, UserError
+from pairvpr.evaluation.confidence import calibrated
 from pairvpr.index import choose
 from pairvpr.index.generations import read_manifest
 from pairvpr.models.weights import announce, find_weights, load_weights
@@ -26,7 +27,6 @@ from pairvpr.status import published
 from pairvpr.terminal import say
 from ray_jobs.run import (
     Run,
-    calibrated,
     check_calibration,
     check_claims,
     check_dense_store,

@@ -25,13 +25,13 @@ from pairvpr.data.positions import zone_of_names
 from pairvpr.data.utm import UtmZone
 from pairvpr.distributed.runtime import ModelSource, ray_session
 from pairvpr.errors import UserError
+from pairvpr.evaluation.confidence import calibrated
 from pairvpr.index.filters import Filters, Places
 from pairvpr.index.generations import IndexManifest, check_model, read_images
 from pairvpr.models.weights import announce, find_weights, load_weights
 from pairvpr.status import published
 from ray_jobs.run import (
     Run,
-    calibrated,
     check_calibration,
     check_dense_store,
     given_candidates,

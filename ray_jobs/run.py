@@ -23,7 +23,7 @@ from pairvpr.data.pairs import candidates_of, read_pairs
 from pairvpr.distributed.dense import KEY as STORE_KEY
 from pairvpr.distributed.dense import WantedStore, check_store
 from pairvpr.errors import UserError
-from pairvpr.evaluation.confidence import Calibration, Judge, read_calibration
+from pairvpr.evaluation.confidence import Calibration, Judge, check_positions_of_votes, decision_of
 from pairvpr.index.generations import IndexManifest, check_model, read_images, read_manifest
 from pairvpr.index.settings import index_settings
 from pairvpr.models.weights import WeightsSource
@@ -207,33 +207,12 @@ def given_candidates(config: RerankConfig, benchmark: Benchmark) -> GivenCandida
     return GivenCandidates(candidates_of(pairs, *about, benchmark.queries, benchmark.database), pairs.sha256)
 
 
-def calibrated(config: RerankConfig) -> Calibration | None:
-    """The calibration for re-ranking. Raises `UserError` if it does not fit the settings."""
-    if config.calibration is None:
-        return None
-    found = read_calibration(config.calibration)
-    decision = decision_of(config, found)
-    if config.adaptive:
-        found.check_rounds(config.calibration, config.batch_size, decision)
-    return found
-
-
-def decision_of(config: RerankConfig, calibration: Calibration) -> Decision | None:
-    """The decision for re-ranking. Raises `UserError` if the calibration has no such decision."""
-    return calibration.decision(str(config.calibration), config.decision, config.num_candidates)
-
-
 def check_calibration(run: Run) -> None:
     """Raise `UserError` unless the run's network is the calibrated one and votes have positions."""
     if run.calibration is None:
         return
     run.calibration.check(str(run.config.rerank.calibration), run.index_settings()["model"])
-    if run.decision is not None and run.decision.votes is not None and np.isnan(run.benchmark.database.utm_m).all():
-        raise UserError(
-            f"rerank.decision={run.config.rerank.decision}: no database photo has a known position, and votes are "
-            "between "
-            "photos near each other; expected positions, or rerank.decision=fused"
-        )
+    check_positions_of_votes(run.decision, run.benchmark.database.utm_m)
 
 
 def open_manifest(index: str, given: str) -> IndexManifest:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pairvpr.config.schema import DecisionRule
+from pairvpr.config.schema import DecisionRule, RerankConfig
 from pairvpr.data import sealed
 from pairvpr.data.claim import differences
 from pairvpr.data.sealed import DamagedFileError
@@ -156,6 +156,31 @@ def read_calibration(url: str) -> Calibration:
         return _parsed(content)
     except (KeyError, TypeError, ValueError, DamagedFileError) as error:
         raise UserError(f"rerank.calibration={url}: damaged; expected a file from ray_jobs.calibrate") from error
+
+
+def calibrated(config: RerankConfig) -> Calibration | None:
+    """The calibration for re-ranking. Raises `UserError` if it does not fit the settings."""
+    if config.calibration is None:
+        return None
+    found = read_calibration(config.calibration)
+    decision = decision_of(config, found)
+    if config.adaptive:
+        found.check_rounds(config.calibration, config.batch_size, decision)
+    return found
+
+
+def decision_of(config: RerankConfig, calibration: Calibration) -> Decision | None:
+    """The decision for re-ranking. Raises `UserError` if the calibration has no such decision."""
+    return calibration.decision(str(config.calibration), config.decision, config.num_candidates)
+
+
+def check_positions_of_votes(decision: Decision | None, utm_m: NDArray[np.float64]) -> None:
+    """Raise `UserError` for a decision with votes in a database (n, 2) of which no position is known (NaN)."""
+    if decision is not None and decision.votes is not None and np.isnan(utm_m).all():
+        raise UserError(
+            f"rerank.decision={DecisionRule.consensus}: no database photo has a known position, and votes are between "
+            "photos near each other; expected positions, or rerank.decision=fused"
+        )
 
 
 def _parsed(content: Mapping[str, Any]) -> Calibration:
