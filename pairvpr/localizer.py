@@ -170,7 +170,7 @@ class Localizer:
 
         Raises `UserError` for what is no index, one of other weights, and for settings that can't be.
         """
-        sections = describe or DescribeConfig(), search or SearchConfig(), _settled(rerank, calibration)
+        sections = _own_network(describe), search or SearchConfig(), _settled(rerank, calibration)
         if memory_gib is not None and not 0 <= memory_gib < math.inf:
             raise UserError(f"memory_gib={memory_gib}: expected 0 or more, and finite")
         directory, on = storage.absolute(os.fspath(index)), _device(device)
@@ -216,7 +216,7 @@ class Localizer:
 
         Raises `UserError` as that job does.
         """
-        section, directory = describe or DescribeConfig(), storage.absolute(os.fspath(index))
+        section, directory = _own_network(describe), storage.absolute(os.fspath(index))
         network = model if isinstance(model, ModelConfig) else named_network(model)
         network = replace(network, precision=_precision(precision))
         if weights is not None:
@@ -589,6 +589,12 @@ def _settled(rerank: RerankConfig | None, calibration: str | os.PathLike[str] | 
     if settings.candidates is not None:
         raise UserError(f"rerank.candidates={settings.candidates}: a Localizer finds candidates itself; expected null")
     return settings if calibration is None else replace(settings, calibration=os.fspath(calibration))
+
+
+def _own_network(describe: DescribeConfig | None) -> DescribeConfig:
+    if describe is not None and describe.descriptors is not None:
+        raise UserError(f"describe.descriptors={describe.descriptors}: a Localizer describes photos itself")
+    return describe or DescribeConfig()
 
 
 def _device(device: str | torch.device | None) -> torch.device:

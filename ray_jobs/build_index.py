@@ -12,6 +12,7 @@ from pairvpr.config.compose import load
 from pairvpr.config.schema import BuildIndexConfig
 from pairvpr.data import storage
 from pairvpr.data.claim import check_claim, check_writable, claim
+from pairvpr.data.descriptor_file import check_photos_of_file
 from pairvpr.data.located import located
 from pairvpr.data.manifest import folder_manifest
 from pairvpr.distributed.runtime import ModelSource, ray_session
@@ -21,6 +22,7 @@ from pairvpr.models.weights import announce, find_weights, load_weights
 from pairvpr.secrets import without_secrets
 from pairvpr.status import published
 from pairvpr.terminal import say
+from ray_jobs.run import first_stage
 from ray_jobs.steps import about_generation, ensure_index
 
 
@@ -35,17 +37,24 @@ def build_index(config: BuildIndexConfig) -> str:
     directory = storage.absolute(config.output)
     check_writable(directory, "output")
     num_shards = config.index.num_shards or choose.default_num_shards(len(database))
-    source = find_weights(config.model)
-    settings = index_settings(database, num_shards, config.model, source.sha256, config.describe)
+    source = None if config.describe.descriptors is not None else find_weights(config.model)
+    first = first_stage(config.model, source, config.describe)
+    if first.file is not None:
+        check_photos_of_file(first.file, {"database": database}, "describe.descriptors")
+    settings = index_settings(database, num_shards, first.settings)
     if config.positions is not None:
         settings |= position_settings(database)
     check_claim(directory, settings, "output")
-    weights = load_weights(config.model, source)
-    announce(config.model, weights)
+    weights = source and load_weights(config.model, source)
+    if weights is not None:
+        announce(config.model, weights)
     claim(directory, settings, "output")
     with published(directory, "build_index"), ray_session(config.cluster):
-        model = ModelSource(config.model, ray.put(weights))
-        manifest = ensure_index(database, directory, num_shards, model, config.describe, config.index, settings)
+        rows = first.file if weights is None else ModelSource(config.model, ray.put(weights))
+        assert rows is not None
+        manifest = ensure_index(
+            database, directory, num_shards, first, rows, config.model, config.describe, config.index
+        )
     say(about_generation(manifest))
     return directory
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import ray
 
@@ -15,6 +15,7 @@ from pairvpr.config.schema import EvaluateConfig
 from pairvpr.data import storage
 from pairvpr.data.benchmarks import load_benchmark, prepare_benchmark
 from pairvpr.data.claim import check_writable, claim
+from pairvpr.data.descriptor_file import DescriptorFile
 from pairvpr.data.manifest import Benchmark
 from pairvpr.distributed.dense import check_sharing
 from pairvpr.distributed.runtime import ModelSource, ray_session
@@ -22,7 +23,7 @@ from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.evaluation.confidence import calibrated
 from pairvpr.index import choose
 from pairvpr.index.generations import read_manifest
-from pairvpr.models.weights import announce, find_weights, load_weights
+from pairvpr.models.weights import announce, load_weights
 from pairvpr.status import published
 from pairvpr.terminal import say
 from ray_jobs.run import (
@@ -30,9 +31,13 @@ from ray_jobs.run import (
     check_calibration,
     check_claims,
     check_dense_store,
+    check_descriptors,
     check_index_model,
     check_photos,
+    first_stage,
     given_candidates,
+    needed_weights,
+    queries_of_file,
 )
 from ray_jobs.steps import answer, ensure_index
 
@@ -48,8 +53,9 @@ def evaluate(configs: Sequence[EvaluateConfig]) -> list[dict[str, Any]]:
     Raises `IncompleteRunError`, after all others are done, for benchmarks in which work failed for good.
     """
     runs = prepare(configs)
-    weights = load_weights(configs[0].model, runs[0].weights)
-    announce(configs[0].model, runs[0].weights)
+    weights = runs[0].weights and load_weights(configs[0].model, runs[0].weights)
+    if runs[0].weights is not None:
+        announce(configs[0].model, runs[0].weights)
     for run in runs:
         claim(run.output, run.settings(), "output")
         if run.given is None and read_manifest(run.index) is None:
@@ -59,15 +65,21 @@ def evaluate(configs: Sequence[EvaluateConfig]) -> list[dict[str, Any]]:
     with ray_session(configs[0].cluster):
         for config, run in zip(configs, runs, strict=True):
             prepare_benchmark(config.benchmark, run.output)
-        source = ModelSource(configs[0].model, ray.put(weights))
+        source = weights and ModelSource(configs[0].model, ray.put(weights))
         for config, run in zip(configs, runs, strict=True):
-            database, settings = run.benchmark.database, run.index_settings()
             try:
                 with published(run.output, "evaluate"):
                     manifest = None
                     if run.given is None:
                         manifest = ensure_index(
-                            database, run.index, run.num_shards, source, config.describe, config.index, settings
+                            run.benchmark.database,
+                            run.index,
+                            run.num_shards,
+                            run.first,
+                            cast(ModelSource | DescriptorFile, run.first.file or source),
+                            config.model,
+                            config.describe,
+                            config.index,
                         )
                     reports.append(answer(run, source, manifest))
             except IncompleteRunError as error:
@@ -97,13 +109,20 @@ def prepare(configs: Sequence[EvaluateConfig]) -> list[Run]:
         raise UserError("rerank.candidates: the file is for one benchmark; expected benchmark=..., not several")
     calibration = calibrated(configs[0].rerank)
     benchmarks = _load(configs, outputs)
-    weights = find_weights(configs[0].model)
+    weights = needed_weights(configs[0])
+    first = first_stage(configs[0].model, weights, configs[0].describe)
+    query_file = queries_of_file(configs[0].describe, first)
+    if first.file is not None and query_file is not None:
+        for benchmark in benchmarks:
+            check_descriptors(first.file, query_file, benchmark)
     runs: list[Run] = []
     for config, benchmark, output, index in zip(configs, benchmarks, outputs, indices, strict=True):
         run = Run(
             config=config,
             benchmark=benchmark,
             weights=weights,
+            first=first,
+            query_file=query_file,
             index=index,
             num_shards=config.index.num_shards or choose.default_num_shards(len(benchmark.database)),
             output=output,

@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import ray
@@ -21,6 +21,7 @@ from pairvpr.config.schema import PlanConfig
 from pairvpr.data import storage
 from pairvpr.data.benchmarks import load_benchmark
 from pairvpr.data.claim import check_writable_file
+from pairvpr.data.descriptor_file import open_descriptors
 from pairvpr.data.manifest import Manifest
 from pairvpr.distributed.capacity import room
 from pairvpr.distributed.describe import Description, describe
@@ -75,15 +76,21 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     if config.output is not None:
         check_writable_file(config.output, "output", "the plan")
     (num_images, num_queries), images_per_s = _numbers(config), config.plan.images_per_s
-    needs_ray = images_per_s is None or config.index.memory_budget_gib is None
+    model, is_described = config.model, config.describe.descriptors is None
+    if config.describe.descriptors is not None:
+        model = replace(
+            model, descriptor_dim=open_descriptors(config.describe.descriptors, "describe.descriptors").width
+        )
+    is_measured = images_per_s is None and is_described
+    needs_ray = is_measured or config.index.memory_budget_gib is None
     calibration = None
     with ray_session(config.cluster) if needs_ray else nullcontext():
         there = room() if needs_ray else Room()
         budget_bytes = memory_budget_bytes(config.index)
-        if images_per_s is None:
+        if is_measured:
             calibration = measured_throughput(config)
             images_per_s = calibration.images_per_s
-    made = plan_index(num_images, config.model, config.index, budget_bytes=budget_bytes, images_per_s=images_per_s)
+    made = plan_index(num_images, model, config.index, budget_bytes=budget_bytes, images_per_s=images_per_s)
     problems, dense = made.problems(there), None
     if num_queries is not None:
         dense = plan_dense(num_images, num_queries, config.plan.num_candidates, config.model, images_per_s)

@@ -19,6 +19,7 @@ from pairvpr.config.schema import FilterConfig, PositionsConfig, QueryConfig
 from pairvpr.data import sealed, storage
 from pairvpr.data.claim import FILE as SETTINGS_FILE
 from pairvpr.data.claim import check_claim, check_writable, claim
+from pairvpr.data.descriptor_file import check_photos_of_file
 from pairvpr.data.located import located
 from pairvpr.data.manifest import Benchmark, Manifest, folder_manifest
 from pairvpr.data.positions import zone_of_names
@@ -27,14 +28,17 @@ from pairvpr.distributed.runtime import ModelSource, ray_session
 from pairvpr.errors import UserError
 from pairvpr.evaluation.confidence import calibrated
 from pairvpr.index.filters import Filters, Places
-from pairvpr.index.generations import IndexManifest, check_model, read_images
-from pairvpr.models.weights import announce, find_weights, load_weights
+from pairvpr.index.generations import IndexManifest, read_images
+from pairvpr.models.weights import announce, load_weights
 from pairvpr.status import published
 from ray_jobs.run import (
     Run,
     check_calibration,
     check_dense_store,
+    check_first_stage,
+    first_stage,
     given_candidates,
+    needed_weights,
     open_manifest,
 )
 from ray_jobs.steps import answer
@@ -67,12 +71,13 @@ def query(config: QueryConfig) -> dict[str, Any]:
     check_claim(run.output, settings, "output")
     check_dense_store(run)
     if run.given is None:
-        check_model(index, manifest, name=config.model.name, weights_sha256=run.weights.sha256, model=settings["model"])
-    weights = load_weights(config.model, run.weights)
-    announce(config.model, run.weights)
+        check_first_stage(index, manifest, run.first)
+    weights = run.weights and load_weights(config.model, run.weights)
+    if run.weights is not None:
+        announce(config.model, run.weights)
     claim(run.output, settings, "output")
     with published(run.output, "query"), ray_session(config.cluster):
-        return answer(run, ModelSource(config.model, ray.put(weights)), manifest, filters)
+        return answer(run, weights and ModelSource(config.model, ray.put(weights)), manifest, filters)
 
 
 def _filter_settings(config: FilterConfig, filters: tuple[Filters, Places] | None) -> dict[str, Any]:
@@ -92,10 +97,16 @@ def _run(config: QueryConfig, index: str, manifest: IndexManifest) -> Run:
         positives=None,
         protocol={"positives": "none", "radius_m": None},
     )
+    weights = needed_weights(config)
+    first = first_stage(config.model, weights, config.describe)
+    if first.file is not None:
+        check_photos_of_file(first.file, {"query": benchmark.queries}, "describe.descriptors")
     return Run(
         config=config,
         benchmark=benchmark,
-        weights=find_weights(config.model),
+        weights=weights,
+        first=first,
+        query_file=first.file,
         index=index,
         num_shards=len(manifest.shards),
         output=storage.absolute(config.output),

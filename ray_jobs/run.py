@@ -11,13 +11,17 @@ from numpy.typing import NDArray
 
 from pairvpr.config.schema import (
     DenseFeatures,
+    DescribeBothConfig,
+    DescribeConfig,
     EvaluateConfig,
+    ModelConfig,
     QueryConfig,
     RerankConfig,
 )
 from pairvpr.data import storage
 from pairvpr.data.claim import FILE as SETTINGS_FILE
 from pairvpr.data.claim import check_claim, differences
+from pairvpr.data.descriptor_file import DescriptorFile, check_photos_of_file, open_descriptors
 from pairvpr.data.manifest import Benchmark
 from pairvpr.data.pairs import candidates_of, read_pairs
 from pairvpr.distributed.dense import KEY as STORE_KEY
@@ -26,9 +30,10 @@ from pairvpr.errors import UserError
 from pairvpr.evaluation.confidence import Calibration, Judge, check_positions_of_votes, decision_of
 from pairvpr.index.generations import IndexManifest, check_model, read_images, read_manifest
 from pairvpr.index.settings import index_settings
-from pairvpr.models.weights import WeightsSource
+from pairvpr.models.weights import WeightsSource, find_weights
 from pairvpr.retrieval.decision import Decision
 from pairvpr.retrieval.dense_store import Layout
+from pairvpr.retrieval.first_stage import FirstStage
 from pairvpr.retrieval.rerank import SCORING
 
 
@@ -46,7 +51,11 @@ class Run:
 
     config: EvaluateConfig | QueryConfig
     benchmark: Benchmark
-    weights: WeightsSource
+    weights: WeightsSource | None
+    """Those of the network; None where nothing runs it."""
+    first: FirstStage
+    query_file: DescriptorFile | None = None
+    """Where the queries' descriptors are, if they are in a file."""
     index: str
     num_shards: int
     output: str
@@ -83,7 +92,7 @@ class Run:
             return None
         return WantedStore(
             url=storage.absolute(settings.store_path or storage.join(self.output, "dense")),
-            model=self.index_settings()["model"],
+            model=self.model_settings(),
             layout=Layout.of_model(self.config.model, settings.stored_as),
             database=self.benchmark.database,
             config=settings,
@@ -91,13 +100,20 @@ class Run:
 
     def index_settings(self) -> dict[str, Any]:
         """The settings that decide the bytes of the index."""
-        return index_settings(
-            self.benchmark.database, self.num_shards, self.config.model, self.weights.sha256, self.config.describe
-        )
+        return index_settings(self.benchmark.database, self.num_shards, self.first.settings)
+
+    def model_settings(self) -> dict[str, Any]:
+        """The settings of the network that scores pairs."""
+        assert self.weights is not None, "nothing asks a run without pairs"
+        return self.config.model.settings() | {"weights_sha256": self.weights.sha256}
 
     def settings(self) -> dict[str, Any]:
         """The settings that decide the bytes of the predictions."""
+        others = {} if self.weights is None else {"model": self.model_settings()}
+        if self.query_file is not None:
+            others["query_descriptors"] = self.query_file.settings()
         return self.index_settings() | {
+            **others,
             "benchmark": {"name": self.benchmark.name} | self.benchmark.stamp(),
             "queries": {"root": self.benchmark.queries.root},
             "index": {"path": self.index, **self.config.index.settings()},
@@ -161,7 +177,7 @@ def check_photos(run: Run) -> None:
         "images_root": database.root,
         "num_images": len(database),
         "num_shards": run.num_shards,
-        "descriptor_dim": run.config.model.descriptor_dim,
+        "descriptor_dim": run.first.width,
     }
     found = differences(there, here)
     if not found and not storage.exists(storage.join(run.index, SETTINGS_FILE)):
@@ -179,13 +195,18 @@ def check_index_model(run: Run) -> None:
     manifest = read_manifest(run.index)
     if manifest is None:
         return
-    check_model(
-        run.index,
-        manifest,
-        name=run.config.model.name,
-        weights_sha256=run.weights.sha256,
-        model=run.index_settings()["model"],
-    )
+    check_first_stage(run.index, manifest, run.first)
+
+
+def check_first_stage(index: str, manifest: IndexManifest, first: FirstStage) -> None:
+    """Raise `UserError` unless this first stage made a finished index, as far as that can be known."""
+    model = first.settings.get("model")
+    check_model(index, manifest, name=first.name, weights_sha256=first.weights_sha256, model=model)
+    if manifest.descriptor_dim != first.width:
+        raise UserError(
+            f"index {index} has descriptors of {manifest.descriptor_dim} values, {first.name} of {first.width}; "
+            "expected those of the network that described its photos"
+        )
 
 
 def check_dense_store(run: Run) -> None:
@@ -207,11 +228,49 @@ def given_candidates(config: RerankConfig, benchmark: Benchmark) -> GivenCandida
     return GivenCandidates(candidates_of(pairs, *about, benchmark.queries, benchmark.database), pairs.sha256)
 
 
+def needed_weights(config: EvaluateConfig | QueryConfig) -> WeightsSource | None:
+    """The weights of the network; None where descriptors are in a file and no pair is scored."""
+    is_needed = config.describe.descriptors is None or config.rerank.num_candidates > 0
+    return find_weights(config.model) if is_needed else None
+
+
+def first_stage(model: ModelConfig, weights: WeightsSource | None, config: DescribeConfig) -> FirstStage:
+    """What makes descriptors: a file if one is given, or the network with these weights."""
+    if config.descriptors is not None:
+        return FirstStage.of_file(open_descriptors(config.descriptors, "describe.descriptors"))
+    assert weights is not None
+    return FirstStage.own(model, weights.sha256, config)
+
+
+def queries_of_file(config: DescribeBothConfig, first: FirstStage) -> DescriptorFile | None:
+    """Where the queries' descriptors are, if those of the first stage are in a file. Raises `UserError`."""
+    if first.file is None or config.query_descriptors is None:
+        return first.file
+    found = open_descriptors(config.query_descriptors, "describe.query_descriptors")
+    if found.width != first.width:
+        raise UserError(
+            f"describe.query_descriptors={config.query_descriptors}: rows of {found.width} values, those of "
+            f"describe.descriptors have {first.width}; expected the same network's"
+        )
+    return found
+
+
+def check_descriptors(database: DescriptorFile, queries: DescriptorFile, benchmark: Benchmark) -> None:
+    """Name the rows and photos of a benchmark that don't meet; raises `UserError` where the files can't be its."""
+    if queries is database:
+        check_photos_of_file(
+            database, {"database": benchmark.database, "query": benchmark.queries}, "describe.descriptors"
+        )
+        return
+    check_photos_of_file(database, {"database": benchmark.database}, "describe.descriptors")
+    check_photos_of_file(queries, {"query": benchmark.queries}, "describe.query_descriptors")
+
+
 def check_calibration(run: Run) -> None:
     """Raise `UserError` unless the run's network is the calibrated one and votes have positions."""
     if run.calibration is None:
         return
-    run.calibration.check(str(run.config.rerank.calibration), run.index_settings()["model"])
+    run.calibration.check(str(run.config.rerank.calibration), run.model_settings())
     check_positions_of_votes(run.decision, run.benchmark.database.utm_m)
 
 

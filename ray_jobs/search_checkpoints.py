@@ -20,7 +20,7 @@ import ray
 
 from pairvpr.cli import run_job
 from pairvpr.config.compose import load
-from pairvpr.config.schema import DescribeConfig, EvaluateConfig, IndexConfig
+from pairvpr.config.schema import DescribeBothConfig, EvaluateConfig, IndexConfig
 from pairvpr.config.train_schema import SearchCheckpointsConfig
 from pairvpr.data import sealed, storage
 from pairvpr.data.benchmarks import load_benchmark, prepare_benchmark
@@ -126,7 +126,7 @@ def _evaluate(search: Search) -> dict[str, str]:
         output=search.output,
         benchmark=config.benchmark,
         model=config.model,
-        describe=DescribeConfig(**asdict(config.describe)),
+        describe=DescribeBothConfig(**asdict(config.describe)),
         index=IndexConfig(num_retrieved=max(SEARCHED_N), num_threads_per_actor=config.describe.num_threads_per_actor),
         rerank=config.rerank,
     )

@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pairvpr.config.schema import BuildConfig, DescribeConfig
+from pairvpr.config.schema import BuildConfig, DescribeConfig, ModelConfig
 from pairvpr.data import sealed, stamps, storage
+from pairvpr.data.descriptor_file import DescriptorFile
 from pairvpr.data.manifest import Manifest
 from pairvpr.distributed.capacity import node_rooms, room
 from pairvpr.distributed.dense import about_store, make_store
 from pairvpr.distributed.describe import Description, describe
 from pairvpr.distributed.index import RayRunner
-from pairvpr.distributed.rerank import RerankResult, rerank, unfinished
+from pairvpr.distributed.rerank import Lost, RerankResult, rerank, unfinished
 from pairvpr.distributed.retrieve import retrieve
 from pairvpr.distributed.runtime import ModelSource, cluster_memory_bytes
 from pairvpr.errors import UserError
@@ -30,6 +31,7 @@ from pairvpr.index.generations import IndexManifest, commit, read_manifest
 from pairvpr.index.plan import check_fits, plan_index
 from pairvpr.index.reader import live_ids
 from pairvpr.retrieval.decision import Decider
+from pairvpr.retrieval.first_stage import FirstStage
 from pairvpr.retrieval.pipeline import answers, decided, with_prior
 from pairvpr.retrieval.rerank import WorkUnit, work_units
 from pairvpr.secrets import without_secrets
@@ -44,12 +46,16 @@ def ensure_index(
     database: Manifest,
     directory: str,
     num_shards: int,
-    source: ModelSource,
+    first: FirstStage,
+    source: ModelSource | DescriptorFile,
+    model: ModelConfig,
     config: DescribeConfig,
     index: BuildConfig,
-    settings: dict[str, Any],
 ) -> IndexManifest:
-    """Describe the database and build its index in a directory claimed with `settings`, or resume doing so."""
+    """Describe the database and build its index in a claimed directory, or resume doing so.
+
+    `source` is where the rows of the first stage come from, `model` the network that will score pairs.
+    """
     finished = read_manifest(directory)
     if finished is not None and make.is_wanted(finished, index):
         stamps.check_unchanged(database, directory)
@@ -61,12 +67,17 @@ def ensure_index(
             "two writers apart; expected python -m ray_jobs.update_index index.kind=... single_writer=true"
         )
     budget_bytes = memory_budget_bytes(index)
-    plan = plan_index(len(database), source.config, replace(index, num_shards=num_shards), budget_bytes=budget_bytes)
+    plan = plan_index(
+        len(database),
+        replace(model, descriptor_dim=first.width),
+        replace(index, num_shards=num_shards),
+        budget_bytes=budget_bytes,
+    )
     check_fits(plan, room(directory), index)
     describe(Description(database, directory, num_shards, source, config), "database", needs_a_readable_photo=True)
     if finished is None:
-        model = {"name": settings["model"]["name"], "weights_sha256": settings["model"]["weights_sha256"]}
-        draft = make.first_generation(directory, database, num_shards, model, source.config.descriptor_dim)
+        made_by = {"name": first.name, "weights_sha256": first.weights_sha256}
+        draft = make.first_generation(directory, database, num_shards, made_by, first.width)
     else:
         draft = replace(finished, generation=finished.generation + 1)
     manifest = make.next_generation(directory, draft, index, budget_bytes, RayRunner())
@@ -111,12 +122,12 @@ class _Found:
 
 
 def answer(
-    run: Run, source: ModelSource, manifest: IndexManifest | None, filters: tuple[Filters, Places] | None = None
+    run: Run, source: ModelSource | None, manifest: IndexManifest | None, filters: tuple[Filters, Places] | None = None
 ) -> dict[str, Any]:
     """Find each query's candidates, re-rank, and write the predictions, a challenge's submission, metrics.json.
 
-    `manifest` is the index generation to search; `filters` limits what each query may find. Where
-    candidates are given instead, it is the one that the database photos are from, if any.
+    `manifest` is the index generation to search; `filters` limits what each query may find. Where candidates are given
+    instead, it is the one that the database photos are from, if any. `source` is the network, where the run needs one.
     """
     config, benchmark = run.config, run.benchmark
     found = _retrieved(run, source, manifest, filters) if run.given is None else _given(run, run.given)
@@ -135,12 +146,14 @@ def answer(
 
 
 def _retrieved(
-    run: Run, source: ModelSource, manifest: IndexManifest | None, filters: tuple[Filters, Places] | None
+    run: Run, source: ModelSource | None, manifest: IndexManifest | None, filters: tuple[Filters, Places] | None
 ) -> _Found:
     """Describe the queries, and find their candidates in the index."""
     assert manifest is not None, "candidates that are not given come from an index"
     config, directory = run.config, storage.join(run.output, "queries")
-    queries = Description(run.benchmark.queries, directory, 1, source, config.describe)
+    rows = run.query_file or source
+    assert rows is not None
+    queries = Description(run.benchmark.queries, directory, 1, rows, config.describe)
     describe(queries, "queries", needs_a_readable_photo=False)
     num_kept = config.index.num_kept(config.rerank.num_candidates)
     url = storage.join(run.output, "candidates.parquet")
@@ -179,8 +192,11 @@ def _given(run: Run, given: GivenCandidates) -> _Found:
     return _Found({query_id: (ids, unknown[query_id]) for query_id, ids in given.by_query.items()}, min(asked, most))
 
 
-def _scored(run: Run, source: ModelSource, manifest: IndexManifest | None, found: _Found) -> RerankResult:
+def _scored(run: Run, source: ModelSource | None, manifest: IndexManifest | None, found: _Found) -> RerankResult:
     """Re-rank the first of each query's candidates."""
+    if not found.num_reranked:
+        return RerankResult({}, 0.0, Lost())
+    assert source is not None
     first = {query_id: ids[: found.num_reranked].tolist() for query_id, (ids, _) in found.candidates.items()}
     units = work_units(first, run.config.rerank.queries_per_unit)
     changed = {} if manifest is None else _changed_candidates(run, units, manifest)
@@ -203,8 +219,9 @@ def _facts(run: Run, manifest: IndexManifest | None, found: _Found, scored: Rera
     """The report's facts about a run, besides its answers."""
     database, settings = run.benchmark.database, run.config.rerank
     return RunFacts(
-        weights_sha256=run.weights.sha256,
-        untrained=run.weights.untrained,
+        weights_sha256=None if run.weights is None else run.weights.sha256,
+        untrained=run.weights is not None and run.weights.untrained,
+        first_stage=None if run.first.file is None else {"name": run.first.name, "descriptor_dim": run.first.width},
         num_candidates=found.num_reranked,
         seconds_describe=found.seconds_describe,
         seconds_retrieve=found.seconds_retrieve,

@@ -25,6 +25,7 @@ from pairvpr.config.compose import load
 from pairvpr.config.schema import UpdateIndexConfig
 from pairvpr.data import stamps, storage
 from pairvpr.data.claim import check_writable
+from pairvpr.data.descriptor_file import check_photos_of_file
 from pairvpr.data.located import located
 from pairvpr.data.manifest import Manifest, folder_manifest
 from pairvpr.data.photo_listing import IMAGE_SUFFIXES, photos_among
@@ -40,7 +41,6 @@ from pairvpr.index import choose, descriptor_shards
 from pairvpr.index.generations import (
     IndexManifest,
     changed_meanwhile,
-    check_model,
     commit,
     read_images,
     read_manifest,
@@ -53,7 +53,7 @@ from pairvpr.index.versions import are_there, photo_versions, write_versions
 from pairvpr.models.weights import announce, find_weights, load_weights
 from pairvpr.status import published
 from pairvpr.terminal import say
-from ray_jobs.run import open_manifest
+from ray_jobs.run import check_first_stage, first_stage, open_manifest
 from ray_jobs.steps import about_generation, memory_budget_bytes
 
 pc: Any = compute  # its functions are generated at run time, so their types are unknown
@@ -84,11 +84,14 @@ def update_index(config: UpdateIndexConfig) -> IndexManifest:
     if named is not None:
         added, versions = _less_those_there(directory, manifest, removed, named)
         gone = _gone(config, images, removed, added)
-    weights = find_weights(config.model)
-    database = images if added is None else added
-    settings = index_settings(database, 1, config.model, weights.sha256, config.describe)
-    check_model(directory, manifest, name=config.model.name, weights_sha256=weights.sha256, model=settings["model"])
-    announce(config.model, weights)
+    weights = None if config.describe.descriptors is not None else find_weights(config.model)
+    first = first_stage(config.model, weights, config.describe)
+    settings = index_settings(images if added is None else added, 1, first.settings)
+    check_first_stage(directory, manifest, first)
+    if weights is not None:
+        announce(config.model, weights)
+    if first.file is not None and added is not None:
+        check_photos_of_file(first.file, {"added": added}, "describe.descriptors")
     remove_leftovers(directory, manifest)
     if added is None and not len(gone) and not config.compact and config.index.kind is None:
         say("update: finished earlier, nothing to change")
@@ -100,7 +103,10 @@ def update_index(config: UpdateIndexConfig) -> IndexManifest:
             threads, runner = config.index.num_build_threads, RayRunner()
             if added is not None:
                 num_shards = config.index.num_shards or choose.default_num_shards(len(added))
-                source = ModelSource(config.model, ray.put(load_weights(config.model, weights)))
+                source = first.file
+                if weights is not None:
+                    source = ModelSource(config.model, ray.put(load_weights(config.model, weights)))
+                assert source is not None
                 below = storage.join(directory, prefix.rstrip("/"))
                 write_versions(below, added, versions)
                 what = Description(added, below, num_shards, source, config.describe, draft.num_images)

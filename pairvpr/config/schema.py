@@ -219,11 +219,30 @@ class DescribeConfig(DescribePassConfig):
     """GPUs per actor; 0 = run on the CPU; null = 1 if the cluster has GPUs. GPUs and CPUs round differently."""
     memory_gib: float = 1.0
     """Scheduling: limit on object-store memory for decoded photos waiting for the network."""
+    descriptors: str | None = None
+    """File (path or URL) of your own descriptors, .npy with a list of paths or Parquet: no network describes photos."""
 
     def __post_init__(self) -> None:
         DescribePassConfig.__post_init__(self)
+        require_text(self, "describe.", "descriptors")
         require_positive(self, "describe", "num_actors", "memory_gib")
         require_gpus(self, "describe")
+
+
+@dataclass(kw_only=True)
+class DescribeBothConfig(DescribeConfig):
+    """Database and queries -> global descriptors, with Ray Data."""
+
+    query_descriptors: str | None = None
+    """With describe.descriptors: the file of the queries' descriptors; null = describe.descriptors has them, too."""
+
+    def __post_init__(self) -> None:
+        DescribeConfig.__post_init__(self)
+        require_text(self, "describe.", "query_descriptors")
+        require(
+            self.query_descriptors is None or self.descriptors is not None,
+            f"describe.query_descriptors={self.query_descriptors}: expected describe.descriptors, too",
+        )
 
 
 @dataclass(kw_only=True)
@@ -351,7 +370,7 @@ class RerankConfig:
     """Candidates -> pair scores, in a pool of Ray actors."""
 
     num_candidates: int = NUM_CANDIDATES
-    """Number K of candidates to re-rank per query (at most the number of database photos)."""
+    """Number K of candidates to re-rank per query (at most the number of database photos); 0 = retrieval alone."""
     candidates: str | None = None
     """File (path or URL) of pairs (query database [score] a line as in hloc, or Parquet): they replace retrieval."""
     batch_size: int = 16
@@ -395,7 +414,6 @@ class RerankConfig:
         require_positive(
             self,
             "rerank",
-            "num_candidates",
             "batch_size",
             "queries_per_unit",
             "num_threads_per_actor",
@@ -404,6 +422,20 @@ class RerankConfig:
             "num_loading_threads",
         )
         require_text(self, "rerank.", "candidates", "store_path", "calibration")
+        require(
+            self.num_candidates >= 0,
+            f"rerank.num_candidates={self.num_candidates}: expected 0 (retrieval alone) or more",
+        )
+        for name, is_set in (
+            ("candidates", self.candidates is not None),
+            ("calibration", self.calibration is not None),
+            ("dense_features", self.dense_features is DenseFeatures.store),
+            ("report_candidates", self.report_candidates is not None),
+        ):
+            require(
+                not is_set or self.num_candidates > 0,
+                f"rerank.{name}={getattr(self, name)}: rerank.num_candidates=0 scores no pair; expected 1 or more",
+            )
         require(
             self.candidates is None or self.decision is DecisionRule.pair,
             f"rerank.decision={self.decision}, rerank.candidates={self.candidates}: nobody knows the distances of "
@@ -480,7 +512,7 @@ class EvaluateConfig(BenchmarkJobConfig):
     """Names of one or more benchmarks to run; each gets its own folder in the output."""
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    describe: DescribeConfig = field(default_factory=DescribeConfig)
+    describe: DescribeBothConfig = field(default_factory=DescribeBothConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
     rerank: RerankConfig = field(default_factory=RerankConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

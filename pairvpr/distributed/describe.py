@@ -21,9 +21,11 @@ from ray.exceptions import RayActorError
 
 from pairvpr.config.schema import DescribeConfig
 from pairvpr.data import stamps, storage
+from pairvpr.data.descriptor_file import DescriptorFile
 from pairvpr.data.manifest import Manifest
 from pairvpr.data.photo_batches import PhotoBatch
 from pairvpr.distributed import parts as part_files
+from pairvpr.distributed.index import RayRunner
 from pairvpr.distributed.parts import Parts, Rows
 from pairvpr.distributed.progress import Progress
 from pairvpr.distributed.runtime import ActorPlan, ModelSource, cpus_of_a_shard, most_gpus_of_a_node, plan_actors
@@ -53,15 +55,21 @@ class Description:
     manifest: Manifest
     directory: str
     num_shards: int
-    source: ModelSource
+    source: ModelSource | DescriptorFile
     config: DescribeConfig
     first_id: int = 0
+
+    @property
+    def network(self) -> ModelSource:
+        """The source, where it is no file."""
+        assert not isinstance(self.source, DescriptorFile)
+        return self.source
 
     @property
     def parts(self) -> Parts:
         """How the photos are cut."""
         directory = storage.join(self.directory, "parts")
-        return Parts.of(directory, len(self.manifest), self.config.batch_size, self.source.config.image_size_px)
+        return Parts.of(directory, len(self.manifest), self.config.batch_size, self.network.config.image_size_px)
 
 
 def describe(
@@ -73,12 +81,14 @@ def describe(
 ) -> None:
     """Describe every photo, skipping finished shards and parts (or everything, if it is finished).
 
+    Rows of a file take the place of those of a network, shard by shard; all else is the same.
+
     `on_finished` is called with the number of photos on storage, whenever it grows.
 
     Raises `IncompleteRunError` if Ray gives up on a part. Raises `UserError` if a task raised one, if no photo can be
     read but one is needed, and if photos have changed since the description was finished.
     """
-    manifest, parts = description.manifest, description.parts
+    manifest, parts_directory = description.manifest, storage.join(description.directory, "parts")
     about = descriptor_shards.read_description(description.directory)
     if about is not None:
         if (about.num_images, about.num_shards) != (len(manifest), description.num_shards):
@@ -88,10 +98,53 @@ def describe(
             )
         stamps.check_unchanged(manifest, description.directory)
         say(f"describe {label}: finished earlier, skipped")
-        storage.remove_tree(parts.directory)
+        storage.remove_tree(parts_directory)
         return
     manifest.write(storage.join(description.directory, "images.parquet"), description.first_id)
     shards = descriptor_shards.shard_ranges(len(manifest), description.num_shards)
+    if isinstance(description.source, DescriptorFile):
+        _copy_rows(description, description.source, shards, label)
+    else:
+        _describe_photos(description, shards, label, on_finished)
+    described = [descriptor_shards.read_shard_description(description.directory, shard.shard) for shard in shards]
+    finished = [about for about in described if about is not None]
+    assert len(finished) == len(shards), "a shard was never completed"
+    if needs_a_readable_photo and sum(about.num_rows for about in finished) == 0:
+        rejected = {image_id: error for about in finished for image_id, error in about.rejected.items()}
+        raise UserError(
+            f"{manifest.root}: none of the {len(manifest)} photos can be read, the first because of "
+            f"{rejected[min(rejected)]}; delete {description.directory} to try again"
+        )
+    descriptor_shards.finish_description(description.directory, manifest, finished, description.first_id)
+    for line in descriptor_shards.about_photos(description.directory):
+        say(f"describe {label}: {line}")
+    storage.remove_tree(parts_directory)
+
+
+def _copy_rows(
+    description: Description, file: DescriptorFile, shards: Sequence[descriptor_shards.ShardRange], label: str
+) -> None:
+    """The rows of a file as shards that are not there yet, a task each; photos without a row are rejected."""
+    manifest, directory = description.manifest, description.directory
+    if stamps.read(directory) is None:
+        stamps.write(directory, stamps.stamps(manifest))
+    rows = file.rows_of(manifest)
+    arguments = [
+        (directory, shard, file.url, file.width, rows[shard.first_id : shard.stop_id], description.first_id)
+        for shard in shards
+        if descriptor_shards.read_shard_description(directory, shard.shard) is None
+    ]
+    RayRunner().run(f"describe {label}", part_files.copy_shard, arguments)
+
+
+def _describe_photos(
+    description: Description,
+    shards: Sequence[descriptor_shards.ShardRange],
+    label: str,
+    on_finished: Callable[[int], object],
+) -> None:
+    """The photos of shards that are not there yet, through the network."""
+    manifest, parts = description.manifest, description.parts
     commits = _Commits(description, shards)
     _forget_changed(description, label)
     existing = set(storage.list_files(parts.directory))
@@ -113,19 +166,6 @@ def describe(
             ray.get(commits.refs)
         except Exception as error:
             raise _as_error_for_people(error, f"describe {label}", progress) from error
-    described = [descriptor_shards.read_shard_description(description.directory, shard.shard) for shard in shards]
-    finished = [about for about in described if about is not None]
-    assert len(finished) == len(shards), "a shard was never completed"
-    if needs_a_readable_photo and sum(about.num_rows for about in finished) == 0:
-        rejected = {image_id: error for about in finished for image_id, error in about.rejected.items()}
-        raise UserError(
-            f"{manifest.root}: none of the {len(manifest)} photos can be read, the first because of "
-            f"{rejected[min(rejected)]}; delete {description.directory} to try again"
-        )
-    descriptor_shards.finish_description(description.directory, manifest, finished, description.first_id)
-    for line in descriptor_shards.about_photos(description.directory):
-        say(f"describe {label}: {line}")
-    storage.remove_tree(parts.directory)
 
 
 def _forget_changed(description: Description, label: str) -> None:
@@ -199,7 +239,7 @@ class _Commits:
         description, parts = self.description, self.description.parts
         commit = _commit_shard.options(num_cpus=cpus_of_a_shard(), max_retries=MAX_TRIES, retry_exceptions=[OSError])
         urls = [parts.url(part) for part in parts.of_shard(shard)]
-        width = description.source.config.descriptor_dim
+        width = description.network.config.descriptor_dim
         self.refs.append(commit.remote(description.directory, shard, urls, width, description.first_id))
 
 
@@ -241,7 +281,7 @@ def _complain(plan: ActorPlan) -> None:
 
 def _described(description: Description, pending: Sequence[int], plan: ActorPlan) -> ray.data.Dataset:
     """The lazy dataset of finished parts."""
-    config, source, parts = description.config, description.source, description.parts
+    config, source, parts = description.config, description.network, description.parts
     decode = partial(
         part_files.decode,
         manifest=ray.put(description.manifest),

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from pairvpr.config.schema import ModelConfig
 from pairvpr.data import sealed, storage
+from pairvpr.data.descriptor_file import read_rows
 from pairvpr.data.manifest import Manifest, check_photos_are_seen
 from pairvpr.data.photo_batches import PhotoBatch, load_batch, num_batches
 from pairvpr.errors import IncompleteRunError
@@ -161,6 +162,32 @@ def commit_shard(
         count=shard.count,
         rejected={image_id + first_id: error for image_id, error in rejected.items()},
         seconds=seconds,
+    )
+
+
+def copy_shard(
+    directory: str,
+    shard: descriptor_shards.ShardRange,
+    url: str,
+    descriptor_dim: int,
+    rows: NDArray[np.int64],
+    first_id: int,
+) -> None:
+    """Publish a shard whose descriptors are in a file (`read_rows`): `rows` (count,) says which row each photo has.
+
+    Ids count from `first_id`. A photo of row -1 has none, and is rejected.
+    """
+    ids = np.arange(shard.first_id, shard.stop_id) + first_id
+    has_row = rows >= 0
+    descriptor_shards.write_shard_rows(
+        directory,
+        shard.shard,
+        ids[has_row],
+        descriptor_dim,
+        read_rows(url, descriptor_dim, rows[has_row]),
+        first_id=shard.first_id + first_id,
+        count=shard.count,
+        rejected=dict.fromkeys(ids[~has_row].tolist(), f"{url} has no row of it"),
     )
 
 

@@ -29,7 +29,8 @@ PACKAGES = ("pairvpr", "torch", "ray", "faiss-cpu", "faiss-gpu", "xformers", "nu
 class RunFacts:
     """Facts about a run besides its answers. Seconds are the summed work of all actors, not wall-clock time."""
 
-    weights_sha256: str
+    weights_sha256: str | None
+    """None where no network ran."""
     untrained: bool
     num_candidates: int
     seconds_describe: float
@@ -50,6 +51,8 @@ class RunFacts:
     """Path and reason of each candidate that could not be scored."""
     decision: DecisionRule = DecisionRule.pair
     """The rule that orders its answers."""
+    first_stage: dict[str, Any] | None = None
+    """`name` and `descriptor_dim` of the first stage, where it is not the network's own."""
     dense_store: dict[str, Any] | None = None
     """The store of dense features that it re-ranked from, with its `kib_per_image`."""
 
@@ -60,13 +63,8 @@ def metrics(benchmark: Benchmark, answers: Sequence[Answer], model: ModelConfig,
     return {
         "benchmark": benchmark.name,
         "protocol": benchmark.stamp(),
-        "model": {
-            "name": model.name,
-            "weights_sha256": facts.weights_sha256,
-            "untrained": facts.untrained,
-            "precision": str(model.precision),
-            **({"scaled_decoding": True} if model.scaled_decoding else {}),
-        },
+        "model": _model_entry(model, facts),
+        **({} if facts.first_stage is None else {"first_stage": facts.first_stage}),
         "index": facts.index,
         **_recalls(benchmark, answers, facts.num_candidates),
         **({} if facts.decision is DecisionRule.pair else {"decision": decision_entry(benchmark, answers, facts)}),
@@ -74,14 +72,16 @@ def metrics(benchmark: Benchmark, answers: Sequence[Answer], model: ModelConfig,
         "scored_per_query": _scored_per_query(answers),
         "confidence": None if facts.judge is None else _confidence(benchmark, answers, facts.judge),
         "second_direction": facts.second_direction,
-        "audit": audit(benchmark, answers, _audited(facts)),
+        "audit": audit(benchmark, answers, _audited(facts)) if facts.num_candidates else None,
         "seconds_per_query": {
             "describe": facts.seconds_describe / num_queries,
             "retrieve": facts.seconds_retrieve / num_queries,
             "rerank": facts.seconds_rerank / num_queries,
         },
         "kib_per_image": {
-            "descriptor": model.descriptor_dim * BYTES_PER_FLOAT / 1024,
+            "descriptor": (facts.first_stage or {}).get("descriptor_dim", model.descriptor_dim)
+            * BYTES_PER_FLOAT
+            / 1024,
             "dense": model.num_patches * model.decoder.embed_dim * BYTES_PER_FLOAT / 1024
             if facts.dense_store is None
             else facts.dense_store["kib_per_image"],
@@ -91,6 +91,20 @@ def metrics(benchmark: Benchmark, answers: Sequence[Answer], model: ModelConfig,
         "remarked_images": facts.num_remarked,
         "unscored_candidates": facts.unscored,
         "versions": _versions(),
+    }
+
+
+def _model_entry(model: ModelConfig, facts: RunFacts) -> dict[str, Any]:
+    """The network; where none ran, the first stage, which has no weights."""
+    if facts.weights_sha256 is None:
+        assert facts.first_stage is not None
+        return {"name": facts.first_stage["name"], "weights_sha256": "", "untrained": False, "precision": None}
+    return {
+        "name": model.name,
+        "weights_sha256": facts.weights_sha256,
+        "untrained": facts.untrained,
+        "precision": str(model.precision),
+        **({"scaled_decoding": True} if model.scaled_decoding else {}),
     }
 
 
@@ -123,7 +137,9 @@ def _recalls(benchmark: Benchmark, answers: Sequence[Answer], num_candidates: in
     return {
         "recall": both(only_with_positives=False),
         "recall_of_queries_with_positives": both(only_with_positives=True) if with_positives else None,
-        "candidate_ceiling": recall_at(retrieved, positives, [num_candidates])[num_candidates],
+        "candidate_ceiling": recall_at(retrieved, positives, [num_candidates])[num_candidates]
+        if num_candidates
+        else None,
     }
 
 
@@ -237,10 +253,16 @@ def _versions() -> dict[str, str]:
 def summary(content: dict[str, Any]) -> str:
     """The recall table and what a run cost, from the content of `metrics.json`."""
     protocol, model = content["protocol"], content["model"]
+    network = "no network"
+    if model["weights_sha256"]:
+        network = f"model {model['name']} ({model['precision']}, weights {model['weights_sha256'][:12]})"
     lines = [
         f"{content['benchmark']}: {protocol['num_queries']:,} queries, {protocol['num_database']:,} database photos, "
-        f"model {model['name']} ({model['precision']}, weights {model['weights_sha256'][:12]})"
+        f"{network}"
     ]
+    if content.get("first_stage"):
+        about = content["first_stage"]
+        lines.append(f"first stage: {about['name']}, {about['descriptor_dim']:,} values a photo")
     if model["untrained"]:
         lines.append(
             "The network is UNTRAINED (seeded random weights): these numbers show the machinery, nothing else."
@@ -335,17 +357,19 @@ def _recall_row(label: str, cells: Sequence[float | None]) -> str:
 def _recall_table(content: dict[str, Any]) -> list[str]:
     recall, num_candidates = content["recall"], content["num_candidates"]
     lines = [f"{'recall@N (%)':<20}" + "".join(f"{n:>8}" for n in recall["global"])]
-    for step, label in (("global", "global descriptor"), ("reranked", f"re-ranked, K = {num_candidates}")):
+    steps = [("global", "global descriptor"), ("reranked", f"re-ranked, K = {num_candidates}")]
+    for step, label in steps if num_candidates else steps[:1]:
         cells = [recall[step].get(n) for n in recall["global"]]
         lines.append(_recall_row(label, cells))
     if content.get("decision"):
         decided = content["decision"]
         cells = [decided["recall"].get(n) for n in recall["global"]]
         lines.append(_recall_row(f"decided, {decided['rule']}", cells))
-    lines.append(
-        f"candidate ceiling: {content['candidate_ceiling']:.1f} % of the queries have a positive among their "
-        f"{num_candidates} candidates"
-    )
+    if num_candidates:
+        lines.append(
+            f"candidate ceiling: {content['candidate_ceiling']:.1f} % of the queries have a positive among their "
+            f"{num_candidates} candidates"
+        )
     without = content["protocol"]["num_queries_without_positives"]
     if without:
         lines.append(f"{without} queries without a positive count as misses")

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -155,8 +156,67 @@ def write_shard_description(
             f"{storage.join(directory, shard_path(shard))}: the descriptor of image {ids[~is_finite][0]} is not finite "
             f"({(~is_finite).sum():,} of {len(ids):,} are not); expected sound weights and model.precision=fp32 or bf16"
         )
-    arrays = dict(zip(ARRAYS, (ids, descriptors), strict=True))
-    files = {name: write_array(directory, f"{shard_path(shard)}/{name}", array) for name, array in arrays.items()}
+    return _finish_shard(
+        directory,
+        shard,
+        ids,
+        write_array(directory, f"{shard_path(shard)}/descriptors.npy", descriptors),
+        first_id=first_id,
+        count=count,
+        rejected=rejected,
+        seconds=seconds,
+    )
+
+
+def write_shard_rows(
+    directory: str,
+    shard: int,
+    ids: NDArray[np.int64],
+    descriptor_dim: int,
+    pieces: Iterable[tuple[NDArray[np.int64], NDArray[np.float32]]],
+    *,
+    first_id: int,
+    count: int,
+    rejected: dict[int, str],
+) -> ShardDescription:
+    """`write_shard_description` of rows that come in pieces and are never all in memory.
+
+    A piece is places (k,) among the ids and finite rows (k, G); together they have each place once.
+    """
+    started_s = time.perf_counter()
+    path = f"{shard_path(shard)}/descriptors.npy"
+    with storage.written_locally(storage.join(directory, path)) as local:
+        with local.open("wb") as file:
+            head = {"descr": "<f4", "fortran_order": False, "shape": (len(ids), descriptor_dim)}
+            np.lib.format.write_array_header_1_0(file, head)
+            offset, row_bytes = file.tell(), 4 * descriptor_dim
+            for places, rows in pieces:
+                order = np.argsort(places)
+                runs = np.split(order, np.flatnonzero(np.diff(places[order]) != 1) + 1)
+                for run in runs:
+                    file.seek(offset + int(places[run[0]]) * row_bytes)
+                    file.write(np.ascontiguousarray(rows[run], "<f4").data)
+            file.truncate(offset + len(ids) * row_bytes)
+        written = StoredFile(path=path, bytes=local.stat().st_size, sha256=storage.sha256(str(local)))
+    seconds = time.perf_counter() - started_s
+    return _finish_shard(
+        directory, shard, ids, written, first_id=first_id, count=count, rejected=rejected, seconds=seconds
+    )
+
+
+def _finish_shard(
+    directory: str,
+    shard: int,
+    ids: NDArray[np.int64],
+    descriptors: StoredFile,
+    *,
+    first_id: int,
+    count: int,
+    rejected: dict[int, str],
+    seconds: float,
+) -> ShardDescription:
+    """Publish the ids and, last, the description of a shard whose descriptors are on storage."""
+    files = {"ids.npy": write_array(directory, f"{shard_path(shard)}/ids.npy", ids), "descriptors.npy": descriptors}
     about = ShardDescription(first_id, count, len(ids), rejected, seconds, files)
     sealed.write_json(_described_url(directory, shard), asdict(about))
     return about

@@ -227,13 +227,17 @@ def check_model(
     """Raise `UserError` unless the index was made by these weights.
 
     With `model` (section `model` of the settings of a run) also unless its `settings.json`, where there is one, has
-    the same network and image size; names and number formats may differ.
+    the same network and image size; names and number formats may differ. Rows of files have no weights.
     """
     made_by = manifest.model
     if made_by["weights_sha256"] != weights_sha256:
+        there, here = (
+            f"{its_name} and weights {sha256[:12]}" if sha256 else f"{its_name} of a file"
+            for its_name, sha256 in ((made_by["name"], made_by["weights_sha256"]), (name, weights_sha256))
+        )
         raise UserError(
-            f"index {directory} was made with model {made_by['name']} and weights {made_by['weights_sha256'][:12]}, "
-            f"not with {name} and weights {weights_sha256[:12]}; expected the same weights"
+            f"index {directory} was made with {'model ' if made_by['weights_sha256'] else ''}{there}, not with {here}; "
+            "expected the same weights"
         )
     if model is None:
         return

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
-from pairvpr.config.schema import DescribeConfig, ModelConfig
 from pairvpr.data.manifest import Manifest
 
 
-def index_settings(
-    database: Manifest, num_shards: int, model: ModelConfig, weights_sha256: str, config: DescribeConfig
-) -> dict[str, Any]:
-    """What decides the descriptors of an index, in plain values; kinds of index can be built from them at any time."""
+def index_settings(database: Manifest, num_shards: int, first_stage: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the descriptors of an index, in plain values; kinds of index can be built from them at any time.
+
+    `first_stage` are the sections that say what makes them.
+    """
     return {
-        "model": model.settings() | {"weights_sha256": weights_sha256},
-        "describe": {"batch_size": config.batch_size, "num_threads_per_actor": config.num_threads_per_actor},
+        **first_stage,
         "database": {
             "root": database.root,
             "num_images": len(database),

@@ -20,6 +20,7 @@ from pairvpr.index import choose, descriptor_shards, make
 from pairvpr.index.generations import IndexManifest, commit, read_manifest
 from pairvpr.index.settings import index_settings, position_settings
 from pairvpr.retrieval.describe import Describer
+from pairvpr.retrieval.first_stage import FirstStage
 from pairvpr.retrieval.pipeline import describe
 
 SHARE_OF_MEMORY = 0.5
@@ -42,7 +43,8 @@ def build_small_index(
     database = located(folder_manifest(photos, "photos"), positions, "photos")
     check_writable(directory, "index")
     num_shards = index.num_shards or choose.default_num_shards(len(database))
-    settings = index_settings(database, num_shards, describer.model.config, weights_sha256, config)
+    first = FirstStage.own(describer.model.config, weights_sha256, config)
+    settings = index_settings(database, num_shards, first.settings)
     if positions.positions is not None:
         settings |= position_settings(database)
     check_claim(directory, settings, "index")
@@ -56,8 +58,8 @@ def build_small_index(
         return finished
     claim(directory, settings, "index")
     _describe(database, directory, num_shards, describer, config)
-    model = {"name": describer.model.config.name, "weights_sha256": weights_sha256}
-    draft = make.first_generation(directory, database, num_shards, model, describer.model.config.descriptor_dim)
+    model = {"name": first.name, "weights_sha256": first.weights_sha256}
+    draft = make.first_generation(directory, database, num_shards, model, first.width)
     budget_bytes = SHARE_OF_MEMORY * psutil.virtual_memory().total
     if index.memory_budget_gib is not None:
         budget_bytes = index.memory_budget_gib * choose.GIB

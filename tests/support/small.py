@@ -7,7 +7,7 @@ import torch
 from pairvpr.config.benchmark_schema import ToyCityConfig
 from pairvpr.config.schema import (
     DecoderConfig,
-    DescribeConfig,
+    DescribeBothConfig,
     EncoderConfig,
     EvaluateConfig,
     IndexConfig,
@@ -62,7 +62,7 @@ def small_evaluate_config(output: str, *, num_candidates: int = 5, num_retrieved
         output=output,
         benchmark=SMALL_CITY,
         model=small_model_config(),
-        describe=DescribeConfig(batch_size=4, num_threads_per_actor=1),
+        describe=DescribeBothConfig(batch_size=4, num_threads_per_actor=1),
         index=IndexConfig(num_retrieved=num_retrieved, num_threads_per_actor=1),
         rerank=RerankConfig(num_candidates=num_candidates, batch_size=3, queries_per_unit=2, num_threads_per_actor=1),
     )

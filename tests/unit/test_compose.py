@@ -75,7 +75,7 @@ def test_defaults_are_those_of_the_schema_and_the_tiny_model() -> None:
     assert config.output == "/out"
     assert config.benchmark == ToyCityConfig(name="toy_city")
     assert (config.describe, config.index, config.rerank, config.cluster) == (
-        schema.DescribeConfig(),
+        schema.DescribeBothConfig(),
         schema.IndexConfig(),
         schema.RerankConfig(),
         schema.ClusterConfig(),
