@@ -151,8 +151,9 @@ JOBS = {
 LOOKS = {
     "compare": ("pairvpr.evaluation.compare", "put finished evaluations side by side: pairvpr compare OUT OUT2 ..."),
     "status": ("pairvpr.status", "say how far a job is, or how it ended: pairvpr status OUT ..."),
+    "completion": ("pairvpr.completion", 'complete jobs, keys and choices: eval "$(pairvpr completion bash)"'),
 }
-"""Commands that only read what jobs wrote: `main(arguments)` of a module, and what it does."""
+"""Commands that run no job: `main(arguments)` of a module, and what it does."""
 
 
 def main() -> int:

@@ -14,8 +14,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, Field, fields, is_dataclass
+from enum import Enum
 from functools import cache
-from typing import Any, TypeVar, cast, get_type_hints
+from types import NoneType
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -141,6 +143,32 @@ def documented_keys(job: type) -> dict[str, str]:
         for group, directory in _groups(job).items():
             found[group] = f"One of {', '.join(_choices(directory))}."
     return found
+
+
+def choices_by_key(job: type) -> dict[str, list[str]]:
+    """The values that each key of a job takes, where they are a few words, and else nothing."""
+    found = {key: _values(hint) for key, hint in _typed_keys(job, "")}
+    for section in (group for group, directory in _groups(job).items() if directory == "benchmark"):
+        for layout in LAYOUTS.values():
+            found |= {key: _values(hint) for key, hint in _typed_keys(layout, f"{section}.")}
+    return found | {group: _choices(directory) for group, directory in _groups(job).items()}
+
+
+def _typed_keys(config: type, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, hint in get_type_hints(config).items():
+        if not is_dataclass(hint):
+            yield f"{prefix}{name}", hint
+        elif hint is not benchmark_schema.BenchmarkConfig:
+            yield from _typed_keys(cast(type, hint), f"{prefix}{name}.")
+
+
+def _values(hint: Any) -> list[str]:
+    """What a setting of this type may be, in words."""
+    kinds = get_args(hint) or (hint,)
+    words = [str(member) for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum) for member in kind]
+    if bool in kinds:
+        words = ["true", "false"]
+    return [*words, "null"] if words and NoneType in kinds else words
 
 
 def help_text(job: type) -> str:
