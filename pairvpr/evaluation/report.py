@@ -22,7 +22,7 @@ from pairvpr.retrieval.pipeline import Answer
 
 BYTES_PER_FLOAT = 4
 ERROR_RADII_M = (5, 25, 100)
-PACKAGES = ("pairvpr", "torch", "ray", "faiss-cpu", "faiss-gpu", "xformers", "numpy", "pyarrow", "pillow")
+PACKAGES = ("pairvpr", "torch", "ray", "faiss-cpu", "faiss-gpu", "numpy", "pyarrow", "pillow")
 
 
 @dataclass(frozen=True, kw_only=True)

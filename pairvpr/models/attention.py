@@ -6,11 +6,11 @@ B batch, L query tokens, M key tokens, H heads, E head width.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 MANY_WEIGHTS = 100_000
 """`_by_products` is faster from this L x M x H on. Measured on two cores: 1.0 to 1.3 times here, 1.4 to 1.6 above."""
@@ -19,21 +19,34 @@ MANY_WEIGHTS = 100_000
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(query key^T / sqrt(E)) value, for every head.
 
-    query (B, L, H, E), key and value (B, M, H, E), one floating dtype -> (B, L, H, E). Uses xformers' memory-efficient
-    operator where it supports this device, dtype and head width, `_by_products` for large bf16 images on some CPUs, and
-    torch's own attention otherwise.
+    query (B, L, H, E), key and value (B, M, H, E), one floating dtype -> (B, L, H, E). Uses `_by_products` for large
+    bf16 images on some CPUs, and torch's own attention otherwise. Keys and values may be one image's, expanded.
     """
     if query.device.type == "cpu":
-        num_weights = query.shape[1] * query.shape[2] * key.shape[1]
-        is_large = query.dtype is torch.bfloat16 and num_weights >= MANY_WEIGHTS
-        if is_large and not torch.is_grad_enabled() and _products_are_faster():
+        if _is_by_products(query, key):
             return _by_products(query, key, value)
-    else:
-        operator = _xformers_operator(query.device.type, query.dtype, query.shape[-1])
-        if operator is not None:
-            return operator(query, key, value)
+    elif len(query) > 1 and key.stride(0) == value.stride(0) == 0:
+        # One memory for all rows of the batch is one longer query: no engine sees tensors whose rows overlap.
+        return attention(query.flatten(0, 1).unsqueeze(0), key[:1], value[:1]).view(query.shape)
     attended = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     return attended.transpose(1, 2)
+
+
+def engine(query: Tensor, key: Tensor, value: Tensor) -> str:
+    """The name of what runs `attention` of these; torch chooses by device, dtype, shape and the process's flags."""
+    if query.device.type == "cpu" and _is_by_products(query, key):
+        return "oneDNN's products"
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    choice = torch._fused_sdp_choice(query, key, value)  # pyright: ignore[reportPrivateImportUsage]
+    return f"torch's {SDPBackend(choice).name.lower()}"
+
+
+def _is_by_products(query: Tensor, key: Tensor) -> bool:
+    num_weights = query.shape[1] * query.shape[2] * key.shape[1]
+    is_large = query.dtype is torch.bfloat16 and num_weights >= MANY_WEIGHTS
+    if not is_large or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return _products_are_faster()
 
 
 def _by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -66,20 +79,3 @@ def _products_are_faster() -> bool:
         and torch.cpu._is_avx512_bf16_supported()
         and not torch.cpu._is_amx_tile_supported()
     )
-
-
-@cache
-def _xformers_operator(device: str, dtype: torch.dtype, head_width: int) -> Any:
-    """xformers' operator, or None. xformers also installs without a GPU and then has no kernel, so it is tried once.
-
-    The trial runs forward and backward, even if the first call comes from inference mode.
-    """
-    try:
-        from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]
-
-        with torch.inference_mode(False), torch.enable_grad():
-            probe = torch.zeros(1, 16, 1, head_width, device=device, dtype=dtype, requires_grad=True)
-            memory_efficient_attention(probe, probe, probe).sum().backward()
-    except (ImportError, NotImplementedError, ValueError, RuntimeError):
-        return None
-    return memory_efficient_attention

@@ -30,9 +30,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, *, with_gelu: bool = False) 
 
     On a CPU, and without gradients, oneDNN computes it: torch uses MKL for fp32, which is a fifth slower on an AMD
     processor, and applies GELU in another pass over memory. Under autocast the product is 16-bit, as torch's is.
-    Packed weights (`to_sixteen_bits`) do not support autograd.
+    Packed weights (`to_sixteen_bits`) do not support autograd. A compiler gets torch's own product.
     """
-    if x.device.type == "cpu" and (weight.is_mkldnn or not torch.is_grad_enabled()):
+    is_ours = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if is_ours and (weight.is_mkldnn or not torch.is_grad_enabled()):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         operator = _onednn_operator(dtype)
         if operator is not None:
@@ -40,6 +41,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, *, with_gelu: bool = False) 
             return operator(x.to(dtype), weight, bias.to(dtype), "gelu" if with_gelu else "none", [], "none")
     product = F.linear(x, weight, bias)
     return F.gelu(product) if with_gelu else product
+
+
+def rounded(x: Tensor) -> Tensor:
+    """x as matrix products read it under autocast: what several of them read is then cast once.
+
+    With gradients x stays as it is, so that those of the products are added up in fp32.
+    """
+    device = x.device.type
+    if torch.is_grad_enabled() or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 def to_sixteen_bits(model: nn.Module, dtype: torch.dtype) -> None:

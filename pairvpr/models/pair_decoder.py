@@ -10,7 +10,7 @@ from typing import TypeAlias
 from torch import Tensor, nn
 
 from pairvpr.models.attention import attention
-from pairvpr.models.linear import Linear
+from pairvpr.models.linear import Linear, rounded
 from pairvpr.models.vit import LAYER_NORM_EPS, Mlp, SelfAttention
 
 KeysValues: TypeAlias = tuple[Tensor, Tensor]
@@ -33,6 +33,7 @@ class CrossAttention(nn.Module):
 
     def keys_values(self, memory: Tensor) -> KeysValues:
         """Memory (B, M, D) -> its keys and values, (B, M, H, E) each."""
+        memory = rounded(memory)
         key, value = (projection(memory).unflatten(-1, (self.num_heads, -1)) for projection in (self.projk, self.projv))
         return key, value
 

@@ -62,8 +62,11 @@ class PairScorer:
                 return Memory(tokens)
             return Memory(tokens, [block.keys_values(tokens) for block in self._blocks])
 
-    def logits(self, first: Tensor, first_of: Tensor, memory: Memory, memory_of: Tensor) -> Tensor:
-        """Logits (B,) float32 of the pairs (first[first_of], memory[memory_of]); both (B,) int64."""
+    def logits(self, first: Tensor, first_of: Tensor | None, memory: Memory, memory_of: Tensor | None) -> Tensor:
+        """Logits (B,) float32 of the pairs (first[first_of], memory[memory_of]); both (B,) int64.
+
+        None stands for rows 0 to B - 1, whatever their tensor has: nothing is copied.
+        """
         with self.model.autocast(first.device):
             x = _taken(first, first_of)
             for number, block in enumerate(self._blocks):
@@ -78,7 +81,7 @@ class PairScorer:
         """Not worth it with a single block, which needs only the class token's row."""
         return self.reuse.first_attention and not (self.reuse.last_row and len(self._blocks) == 1)
 
-    def _keys_values(self, number: int, memory: Memory, memory_of: Tensor) -> KeysValues:
+    def _keys_values(self, number: int, memory: Memory, memory_of: Tensor | None) -> KeysValues:
         """(B, L, H, E) each."""
         if memory.keys_values is not None:
             key, value = memory.keys_values[number]
@@ -89,8 +92,10 @@ class PairScorer:
         return _taken(key, memory_of), _taken(value, memory_of)
 
 
-def _taken(images: Tensor, chosen: Tensor) -> Tensor:
-    """images[chosen], without a copy where all rows are one image, or each is in its place."""
+def _taken(images: Tensor, chosen: Tensor | None) -> Tensor:
+    """images[chosen], without a copy where all rows are one image, or (None) each is in its place."""
+    if chosen is None:
+        return images
     if len(images) == 1:
         return images.expand(len(chosen), *images.shape[1:])
     return images[chosen]

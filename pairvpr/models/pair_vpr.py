@@ -23,13 +23,20 @@ CLASSIFIER_WIDTH = 512
 AUTOCAST_DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device; the host does not wait until it is there, so it may not be changed any more."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 def normalise(pixels: Tensor) -> Tensor:
     """(B, S, S, 3) uint8 RGB -> (B, 3, S, S) float32, scaled to [0, 1], ImageNet mean and standard deviation."""
     images = pixels.permute(0, 3, 1, 2).to(torch.float32) / 255
-    mean, std = (
-        torch.tensor(values, device=pixels.device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
-    )
-    return (images - mean) / std
+    return (images - _channels(IMAGENET_MEAN, pixels.device)) / _channels(IMAGENET_STD, pixels.device)
+
+
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(1, C, 1, 1), filled on the device: it would have to wait for a copy from the host."""
+    return torch.cat([torch.full((1, 1, 1, 1), value, device=device) for value in values], dim=1)
 
 
 class Encoder(nn.Module):

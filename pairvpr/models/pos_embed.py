@@ -31,14 +31,24 @@ def resize_encoder_table(table: Tensor, grid_size: int, *, antialias: bool, offs
     stored_size = int((table.shape[1] - 1) ** 0.5)
     if stored_size == grid_size:
         return table
-    patches = table[:, 1:].float().unflatten(1, (stored_size, stored_size)).permute(0, 3, 1, 2)
-    if offset:
-        factor = (grid_size + offset) / stored_size
-        patches = F.interpolate(patches, scale_factor=(factor, factor), mode="bicubic", antialias=antialias)
+
+    def resize(patches: Tensor) -> Tensor:
+        """(1, N^2, any) -> (1, grid_size^2, any)."""
+        image = patches.unflatten(1, (stored_size, stored_size)).permute(0, 3, 1, 2)
+        if offset:
+            factor = (grid_size + offset) / stored_size
+            image = F.interpolate(image, scale_factor=(factor, factor), mode="bicubic", antialias=antialias)
+        else:
+            image = F.interpolate(image, size=(grid_size, grid_size), mode="bicubic", antialias=antialias)
+        return image.permute(0, 2, 3, 1).flatten(1, 2)
+
+    patches = table[:, 1:].float()
+    if table.requires_grad and table.is_cuda:
+        # torch adds up the gradient of an interpolation in no fixed order on a GPU; that of a product has one.
+        resized = resize(torch.eye(stored_size**2, device=table.device).unsqueeze(0)) @ patches
     else:
-        patches = F.interpolate(patches, size=(grid_size, grid_size), mode="bicubic", antialias=antialias)
-    resized = patches.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
-    return torch.cat([table[:, :1], resized], dim=1)
+        resized = resize(patches)
+    return torch.cat([table[:, :1], resized.to(table.dtype)], dim=1)
 
 
 def resize_decoder_table(table: Tensor, grid_size: int) -> Tensor:

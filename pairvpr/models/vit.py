@@ -118,10 +118,12 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, L, C), patches in row-major order.
 
-        A matrix product, not `conv2d`, whose fp32 is rounded to TF32 on a GPU by default.
+        A matrix product, not `conv2d`, whose fp32 is rounded to TF32 on a GPU by default. The patches are `F.unfold`'s,
+        which launches a kernel for each image there.
         """
-        patches = F.unfold(images, self.proj.kernel_size, stride=self.proj.kernel_size).transpose(1, 2)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        rows_px, columns_px = self.proj.kernel_size
+        patches = images.unflatten(3, (-1, columns_px)).unflatten(2, (-1, rows_px)).permute(0, 1, 3, 5, 2, 4)
+        return F.linear(patches.flatten(4).flatten(1, 3).transpose(1, 2), self.proj.weight.flatten(1), self.proj.bias)
 
 
 class VisionTransformer(nn.Module):
@@ -155,6 +157,19 @@ class VisionTransformer(nn.Module):
             owner = ".".join(name.split(".")[:2]) if name.startswith("blocks.") else name.split(".")[0]
             parameter.requires_grad_(owner in trainable)
 
+    def resize_positions(self, grid_size: int) -> None:
+        """Keep the learned positions at this grid alone: for inference, which else resizes them at each pass."""
+        self.pos_embed = nn.Parameter(self._positions(grid_size).detach(), requires_grad=False)
+
+    def _positions(self, grid_size: int) -> Tensor:
+        """(1, 1 + L, C)."""
+        return resize_encoder_table(
+            self.pos_embed,
+            grid_size,
+            antialias=self.config.pos_embed_antialias,
+            offset=self.config.pos_embed_offset,
+        )
+
     def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, 3, S, S) normalised images -> class token (B, C) and patches (B, L, C), both normalised.
 
@@ -163,13 +178,7 @@ class VisionTransformer(nn.Module):
         tokens = self.patch_embed(images)
         if mask is not None:
             tokens = torch.where(mask.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
-        grid_size = int(tokens.shape[1] ** 0.5)
-        positions = resize_encoder_table(
-            self.pos_embed,
-            grid_size,
-            antialias=self.config.pos_embed_antialias,
-            offset=self.config.pos_embed_offset,
-        )
+        positions = self._positions(int(tokens.shape[1] ** 0.5))
         class_token = self.cls_token + positions[:, :1]
         prefix = [class_token.expand(len(tokens), -1, -1)]
         if self.config.num_registers:

@@ -95,6 +95,7 @@ def build_model(config: ModelConfig, weights: Weights, device: torch.device) -> 
     # The arrays may be read-only views of shared memory; they are copied here, never written.
     state = {name: torch.from_numpy(np.array(array)) for name, array in weights.arrays.items()}
     model.load_state_dict(state, strict=True)
+    model.encoder.model.resize_positions(config.image_size_px // config.patch_size_px)
     if config.precision is not Precision.fp32:
         to_sixteen_bits(model, AUTOCAST_DTYPES[config.precision])
     return model.eval().requires_grad_(False)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pairvpr.errors import UserError
-from pairvpr.models.pair_vpr import PairVPR, normalise
+from pairvpr.models.pair_vpr import PairVPR, normalise, sent
 
 
 class Describer:
@@ -36,13 +36,14 @@ class Describer:
     def _described(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], Tensor]:
         """(B, S, S, 3) uint8 -> descriptors (B, G), dense features (B, L, C) on the device."""
         self._set_threads()
-        descriptors, dense = self.model.describe(normalise(torch.from_numpy(pixels).to(self.device)))
-        if not descriptors.isfinite().all():
+        on_device, dense = self.model.describe(normalise(sent(torch.from_numpy(pixels), self.device)))
+        descriptors = on_device.cpu().numpy()
+        if not np.isfinite(descriptors).all():
             raise UserError(
                 f"the descriptors of model {self.model.config.name} are not finite at "
                 f"model.precision={self.model.config.precision}; expected sound weights (fp32 and bf16 can't overflow)"
             )
-        return descriptors.cpu().numpy(), dense
+        return descriptors, dense
 
     @torch.inference_mode()
     def embedded(self, pixels: NDArray[np.uint8]) -> Tensor:
@@ -51,7 +52,7 @@ class Describer:
         One photo per forward pass, so that its features never depend on other photos in a batch.
         """
         self._set_threads()
-        _, dense = self.model.describe(normalise(torch.from_numpy(pixels).to(self.device).unsqueeze(0)))
+        _, dense = self.model.describe(normalise(sent(torch.from_numpy(pixels), self.device).unsqueeze(0)))
         return self.model.embed(dense)[0]
 
     def _set_threads(self) -> None:

@@ -52,19 +52,24 @@ class FeatureCache:
         with self._lock:
             if key in self._features:
                 return
-            if features.nbytes > self.capacity_bytes:
+            if held_bytes(features) > self.capacity_bytes:
                 self._hand_on(key, features)
                 return
             self._features[key] = features
-            self.used_bytes += features.nbytes
+            self.used_bytes += held_bytes(features)
             while self.used_bytes > self.capacity_bytes:
                 dropped_key, dropped = self._features.popitem(last=False)
-                self.used_bytes -= dropped.nbytes
+                self.used_bytes -= held_bytes(dropped)
                 self._hand_on(dropped_key, dropped)
 
     def _hand_on(self, key: Hashable, features: Tensor) -> None:
         if self.behind is not None and key not in self.behind and features.nbytes <= self.behind.capacity_bytes:
             self.behind.put(key, in_memory(features))
+
+
+def held_bytes(features: Tensor) -> int:
+    """The memory that features take: torch rounds pinned memory up to a power of two."""
+    return 1 << (features.nbytes - 1).bit_length() if features.is_pinned() else features.nbytes
 
 
 def in_memory(features: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from pairvpr.data import images
 from pairvpr.data.manifest import Benchmark, Manifest
 from pairvpr.data.photo_batches import load_batch, load_photo, num_batches
 from pairvpr.index.search import Shard, flat_index, search
-from pairvpr.models.pair_vpr import PairVPR
+from pairvpr.models.pair_vpr import PairVPR, sent
 from pairvpr.retrieval.decision import Decided, Decider, Decision, Weights
 from pairvpr.retrieval.dense_store import DTYPES, Layout, as_stored
 from pairvpr.retrieval.describe import Describer
@@ -138,8 +138,10 @@ def photo_reranker(
         layout = Layout.of_model(network, settings.stored_as)
         return torch.zeros(layout.num_patches, layout.width, dtype=DTYPES[layout.features])
 
-    def to_device(features: Tensor) -> Tensor:
-        return features.to(device, non_blocking=True)
+    def pinned(read: Callable[[int], Tensor], image_id: int) -> Tensor:
+        """In a loading thread, so that `sent` finds it pinned."""
+        features = read(image_id)
+        return features if device.type == "cpu" else features.pin_memory()
 
     return Reranker(
         describer.model,
@@ -147,7 +149,12 @@ def photo_reranker(
         query_features=described(benchmark.queries, queries),
         database_features=described(benchmark.database, database, feature_cache(settings, device))
         if stored is None
-        else PhotoFeatures(database.guarded(stored, no_features), to_device, device=device, num_threads=num_threads),
+        else PhotoFeatures(
+            partial(pinned, database.guarded(stored, no_features)),
+            partial(sent, device=device),
+            device=device,
+            num_threads=num_threads,
+        ),
         second_direction=settings.second_direction,
         stop_margin=stop_margin,
         weights=weights,

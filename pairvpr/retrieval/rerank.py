@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pairvpr.errors import UserError
 from pairvpr.models.pair_scorer import ALL_REUSE, Memory, PairScorer, Reuse
-from pairvpr.models.pair_vpr import PairVPR
+from pairvpr.models.pair_vpr import PairVPR, sent
 from pairvpr.retrieval.decision import Weights
 from pairvpr.retrieval.early_stop import margin
 
@@ -225,7 +225,9 @@ class Reranker:
         """Logits (B, directions) of one forward pass; `embedded` (n, L, D) are its candidates, in order."""
         image_ids = list(dict.fromkeys(pair.image_id for pair in batch))
         places = [[image_ids.index(pair.image_id) for pair in batch], [pair.row for pair in batch]]
-        candidate_of, query_of = _sent(torch.tensor(places), embedded.device)
+        candidate_of, query_of = sent(torch.tensor(places), embedded.device)
+        if places[0] == list(range(len(image_ids))):
+            candidate_of = None
         scorer, found = self._scorer, []
         if QUERY_FIRST in directions:
             memory = scorer.as_memory(embedded, keep=False)
@@ -266,11 +268,6 @@ def _batches(pairs: Sequence[_Pair], batch_size: int) -> list[list[_Pair]]:
             else:
                 batches.append(piece)
     return batches
-
-
-def _sent(numbers: Tensor, device: torch.device) -> Tensor:
-    """Copied to the device without a wait."""
-    return numbers if device.type == "cpu" else numbers.pin_memory().to(device, non_blocking=True)
 
 
 def _checked(found: Sequence[Tensor], model: PairVPR) -> NDArray[np.float32]:

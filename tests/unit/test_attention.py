@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,9 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from pairvpr.models import attention as attention_module
-from pairvpr.models.attention import _by_products, _xformers_operator, attention
+from pairvpr.models.attention import _by_products, attention, engine
 from pairvpr.models.pair_vpr import PairVPR
 from pairvpr.models.pos_embed import resize_encoder_table, sine_cosine_2d
 from tests.support.small import small_model_config
@@ -100,37 +99,13 @@ def test_large_photos_in_bf16_go_by_products_where_these_are_fast(
     assert by_products == (is_large and has_fast_products)
 
 
-def _without_gradient(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    raise NotImplementedError("no operator found")
-
-
-@pytest.mark.parametrize("operator", [attention, _without_gradient])
-@pytest.mark.parametrize("inference", [True, False])
-def test_the_operator_is_tried_with_gradients_wherever_the_first_call_comes_from(
-    monkeypatch: pytest.MonkeyPatch, operator: Callable[..., Tensor], inference: bool
-) -> None:
-    probes: list[Tensor] = []
-
-    def record(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        probes.append(query)
-        return operator(query, key, value)
-
-    ops = ModuleType("xformers.ops")
-    monkeypatch.setattr(ops, "memory_efficient_attention", record, raising=False)
-    monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))
-    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
-    with torch.inference_mode(inference):
-        found = _xformers_operator.__wrapped__("cpu", torch.float32, 8)
-    assert found is (record if operator is attention else None)
-    (probe,) = probes
-    assert probe.requires_grad
-    assert not probe.is_inference()
-    assert (probe.grad is not None) == (operator is attention)
-
-
-def test_without_xformers_there_is_no_operator(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "xformers.ops", None)
-    assert _xformers_operator.__wrapped__("cpu", torch.float32, 8) is None
+def test_the_engine_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    query = torch.zeros(1, 50, 2, 16, dtype=torch.bfloat16)
+    monkeypatch.setattr(attention_module, "MANY_WEIGHTS", 50 * 50 * 2)
+    monkeypatch.setattr(attention_module, "_products_are_faster", lambda: True)
+    with torch.no_grad():
+        assert engine(query, query, query) == "oneDNN's products"
+    assert engine(*[query.float()] * 3) in {f"torch's {name.lower()}" for name in SDPBackend.__members__}
 
 
 @pytest.mark.parametrize(("embed_dim", "grid_size"), [(4, 1), (8, 3), (32, 7), (768, 23)])
