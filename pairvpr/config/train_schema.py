@@ -89,8 +89,10 @@ class TrainConfig:
         for name in ("seed", "loader_processes", "max_failures"):
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)}: expected 0 or more")
         require(
-            self.num_gpus_per_worker is None or self.num_gpus_per_worker >= 0,
-            f"train.num_gpus_per_worker={self.num_gpus_per_worker}: expected 0 or more",
+            self.num_gpus_per_worker is None
+            or (self.num_gpus_per_worker >= 0 and float(self.num_gpus_per_worker).is_integer()),
+            f"train.num_gpus_per_worker={self.num_gpus_per_worker}: expected 0, 1 or another whole number (NCCL wants "
+            "a GPU for each worker)",
         )
         require(
             self.num_workers is None or self.num_workers <= self.global_batch_size,

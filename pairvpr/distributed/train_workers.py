@@ -7,6 +7,7 @@ the run's last checkpoint below `output`. Ray's own snapshots are not used and g
 
 from __future__ import annotations
 
+import os
 import tempfile
 import threading
 import time
@@ -204,8 +205,15 @@ def _cause(error: Exception) -> Exception:
 
 
 def _scaling(train: TrainConfig) -> ScalingConfig:
-    """Workers and their resources. Raises `UserError` for more than a local Ray instance has."""
+    """Workers and their resources. Raises `UserError` for more than a local Ray instance has.
+
+    A cluster that scales up from zero has neither CPUs nor GPUs yet, so the settings must say what to reserve.
+    """
     resources = ray.cluster_resources()
+    if not resources.get("CPU") and (train.num_workers is None or train.num_gpus_per_worker is None):
+        raise UserError(
+            "the cluster has no CPUs until it scales up; expected train.num_workers and train.num_gpus_per_worker"
+        )
     cpus, gpus = resources.get("CPU", 1.0), resources.get("GPU", 0.0)
     gpus_per_worker = train.num_gpus_per_worker
     if gpus_per_worker is None:
@@ -295,6 +303,8 @@ _WORKERS_OWN = (UserError, _WorkerError)
 
 def _work(settings: Mapping[str, Any]) -> None:
     """One worker. Raises `UserError` for errors that a retry would not fix."""
+    # Two process groups share a GPU. NCCL then runs their collectives in the order in which this process starts them.
+    os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
     try:
         _run(ray.get(settings["job"]), settings["lines"])
     except torch.OutOfMemoryError as error:

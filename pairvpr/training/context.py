@@ -32,10 +32,12 @@ class TrainContext:
     group: dist.ProcessGroup | None = None
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over all ranks, on every rank."""
-        if self.world_size > 1:
-            dist.all_reduce(values, group=self.group)
-        return values
+        """Sum over all ranks of a tensor on the CPU, on every rank's CPU."""
+        if self.world_size == 1:
+            return values
+        on_device = values.to(self.device)  # where the process group works
+        dist.all_reduce(on_device, group=self.group)
+        return on_device.cpu()
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in the order of ranks, on every rank."""

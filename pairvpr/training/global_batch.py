@@ -2,7 +2,8 @@
 
 The global batch is the ranks' rows, one rank after another. Every loss to backpropagate is scaled so that the mean of
 the gradients over ranks, which is what DistributedDataParallel takes, is the gradient of the global loss. Collectives
-run on a process group of their own: those of DistributedDataParallel may then come in any order between them.
+run on a process group of their own. All ranks build the same graph, so autograd starts these and those of
+DistributedDataParallel in one order everywhere; NCCL keeps to the order of starting (`train_workers`).
 
 B photos of this rank, G descriptor width, L patches, D decoder width, S image side, N rows, W ranks.
 """
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pairvpr.models.pair_vpr import PairVPR
+from pairvpr.models.pair_vpr import PairVPR, sent
 from pairvpr.training.losses import (
     MinedPairs,
     batch_accuracy,
@@ -126,7 +127,7 @@ class StageTwoStep(nn.Module):
             # DistributedDataParallel waits for a gradient of every parameter, the other ranks for the way back of
             # their rows: a pair that nobody reads gives zeros.
             first = second = torch.zeros(1, dtype=torch.int64)
-        x_first, x_second = table[first.to(table.device)], table[second.to(table.device)]
+        x_first, x_second = table[sent(first, table.device)], table[sent(second, table.device)]
         logits = self.model.pair_logits_of_embedded(x_first, x_second)
         return logits[:num_pairs], logits[num_pairs : 2 * num_pairs]
 
@@ -195,14 +196,18 @@ def sum_over_ranks(value: Tensor, layout: BatchLayout) -> Tensor:
 
 
 def mine_on_first_rank(descriptors: Tensor, labels: Tensor, layout: BatchLayout) -> MinedPairs:
-    """The global batch's pairs, mined by the first rank: unlike devices round, and so might mine, differently."""
+    """The global batch's pairs, mined by the first rank: unlike devices round, and so might mine, differently.
+
+    On its CPU, and so are the pairs: a GPU would wait some twenty times for numbers of pairs.
+    """
     if layout.rank == 0:
-        kinds = pack_pairs(mine_pairs(descriptors, labels), layout.num_rows)
+        kinds = pack_pairs(mine_pairs(descriptors.cpu(), labels.cpu()), layout.num_rows)
     else:
-        kinds = torch.empty(layout.num_rows, layout.num_rows, dtype=torch.uint8, device=descriptors.device)
+        kinds = torch.empty(layout.num_rows, layout.num_rows, dtype=torch.uint8)
     if layout.group is not None:
+        kinds = sent(kinds, descriptors.device)
         dist.broadcast(kinds, group=layout.group, group_src=0)
-    return unpack_pairs(kinds)
+    return unpack_pairs(kinds.cpu())
 
 
 def pack_pairs(pairs: MinedPairs, num_rows: int) -> Tensor:
@@ -272,8 +277,8 @@ def fetch_rows(own: Tensor, exchange: Exchange, layout: BatchLayout) -> Tensor:
     """The own rows (B, L, D), then the received ones; gradients travel back the same way."""
     if layout.group is None:
         return own
-    sent = own[exchange.sent.to(own.device)]
-    return torch.cat([own, exchange_rows(sent, exchange.num_sent, exchange.num_received, layout.group)])
+    given = own[sent(exchange.sent, own.device)]
+    return torch.cat([own, exchange_rows(given, exchange.num_sent, exchange.num_received, layout.group)])
 
 
 class _ExchangeRows(torch.autograd.Function):

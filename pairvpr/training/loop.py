@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from pairvpr.training import checkpoint as checkpoints
 from pairvpr.training.checkpoint import Checkpoint, Position
 from pairvpr.training.context import TrainContext
 from pairvpr.training.metrics_log import MetricsLog
+from pairvpr.training.optimizer import fused_alike
 
 NUM_PHOTOS_NAMED = 5
 Sample = TypeVar("Sample", covariant=True)
@@ -72,10 +74,11 @@ class Stage(ABC, Generic[Sample]):
         """Put the learning rate and weight decay of a step (from 0) into the optimizer; returns them for the log."""
 
     @abstractmethod
-    def backward(self, batch: Any, scaler: torch.amp.GradScaler) -> StepResult:
+    def backward(self, batch: Any, scaler: torch.amp.GradScaler) -> Callable[[], StepResult]:
         """Forward and backward pass; gradients are those of the global batch afterwards.
 
-        Raises `NotFiniteError`, on all ranks alike, that names the photos behind a loss that is no number.
+        What it gives says what the step found, and waits for that: it is asked once the optimizer's work is queued.
+        It raises `NotFiniteError`, on all ranks alike, that names the photos behind a loss that is no number.
         """
 
 
@@ -144,13 +147,15 @@ def run(stage: Stage[Any], config: TrainConfig, context: TrainContext) -> None:
 def deterministic_sums() -> Iterator[None]:
     """Gradients of rows that are used twice are added up in a fixed order.
 
-    By default the threads of a CPU race for it, so equal runs drift apart. Where torch has no other way than an
-    unordered sum (some operators on a GPU) it warns.
+    By default a CPU's threads race for it, so equal runs drift apart. On a GPU, attention's backward pass is ordered
+    only where unordered sums are errors, not warnings. cuBLAS needs a workspace for it, and reads the variable at its
+    first product.
     """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     details: Any = torch.utils.deterministic
     fills_memory = details.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     details.fill_uninitialized_memory = False
     try:
         yield
@@ -215,24 +220,27 @@ def _loader(
 def _step(
     stage: Stage[Any], batch: Any, scaler: torch.amp.GradScaler, config: TrainConfig, row: Mapping[str, Any]
 ) -> StepResult:
-    """One step of the optimizer."""
+    """One step of the optimizer. If its loss is no number, neither are the weights afterwards: the run ends."""
     stage.optimizer.zero_grad(set_to_none=True)
+    found = stage.backward(batch, scaler)
+    norm = None
+    if config.clip_grad is not None:
+        scaler.unscale_(stage.optimizer)
+        trained = [parameter for parameter in stage.model.parameters() if parameter.grad is not None]
+        norm = nn.utils.clip_grad_norm_(trained, config.clip_grad)
+    scaler.step(stage.optimizer)
+    scaler.update()
     try:
-        result = stage.backward(batch, scaler)
+        result = found()
     except NotFiniteError as error:
         raise NotFiniteError(
             f"the loss of step {row['step']} is not finite (lr {row['lr']:.3g}); photos: {error}; the last "
             "checkpoint is kept. Expected a lower learning rate, train.clip_grad, or model.precision=bf16 or fp32, in "
             "another output"
         ) from error
-    if config.clip_grad is not None:
-        scaler.unscale_(stage.optimizer)
-        trained = [parameter for parameter in stage.model.parameters() if parameter.grad is not None]
-        norm = nn.utils.clip_grad_norm_(trained, config.clip_grad)
-        result = replace(result, metrics={**result.metrics, "gradient_norm": float(norm)})
-    scaler.step(stage.optimizer)
-    scaler.update()
-    return result
+    if norm is None:
+        return result
+    return replace(result, metrics={**result.metrics, "gradient_norm": float(norm)})
 
 
 def _after_step(
@@ -296,7 +304,7 @@ def _restore(
     if found is None:
         return Position(), {}
     stage.model.load_state_dict(found.model, strict=True)
-    stage.optimizer.load_state_dict(dict(found.optimizer))
+    stage.optimizer.load_state_dict(fused_alike(found.optimizer, stage.optimizer))
     if found.scaler:
         scaler.load_state_dict(dict(found.scaler))
     return found.position, found.counts

@@ -14,6 +14,8 @@ from pytorch_metric_learning.losses import MultiSimilarityLoss
 from pytorch_metric_learning.miners import BatchHardMiner, MultiSimilarityMiner
 from torch import Tensor
 
+from pairvpr.models.pair_vpr import sent
+
 TARGET_VARIANCE_EPS = 1e-6
 
 _multi_similarity_miner = MultiSimilarityMiner(epsilon=0.1, distance=CosineSimilarity())
@@ -68,7 +70,8 @@ def mine_pairs(descriptors: Tensor, labels: Tensor) -> MinedPairs:
 
 def multi_similarity_loss(descriptors: Tensor, labels: Tensor, pairs: MinedPairs) -> Tensor:
     """() float32 of descriptors (B, G) and labels (B,): alpha 1, beta 50, base 0, dot product, over the mined pairs."""
-    indices = (pairs.anchor_positive, pairs.positive, pairs.anchor_negative, pairs.negative)
+    rows = (pairs.anchor_positive, pairs.positive, pairs.anchor_negative, pairs.negative)
+    indices = tuple(sent(its, descriptors.device) for its in rows)
     return _multi_similarity_loss(descriptors, labels, indices)
 
 

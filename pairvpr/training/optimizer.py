@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -110,7 +110,14 @@ def _adamw(model: PairVPR, multipliers: Mapping[str, Multipliers]) -> AdamW:
         {"params": parameters, "lr_multiplier": factors.lr, "weight_decay_multiplier": factors.weight_decay}
         for factors, parameters in members.items()
     ]
-    return AdamW(groups, lr=0.0, betas=BETAS, weight_decay=0.0)
+    is_fused = any(parameter.is_cuda for parameter in model.parameters()) or None
+    return AdamW(groups, lr=0.0, betas=BETAS, weight_decay=0.0, fused=is_fused)
+
+
+def fused_alike(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """A checkpoint's state for an optimizer that may run on another kind of device than the one that was saved."""
+    (fused,) = {group["fused"] for group in optimizer.param_groups}
+    return {**state, "param_groups": [{**group, "fused": fused} for group in state["param_groups"]]}
 
 
 def set_rates(optimizer: Optimizer, *, lr: float, weight_decay: float) -> None:

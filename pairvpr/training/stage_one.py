@@ -5,9 +5,10 @@ B samples of this rank, L patches, S image side in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -104,7 +105,7 @@ class StageOne(Stage[PairSample]):
         set_rates(self.optimizer, lr=lr, weight_decay=decay)
         return {"lr": lr, "weight_decay": decay}
 
-    def backward(self, batch: PairBatch, scaler: torch.amp.GradScaler) -> StepResult:
+    def backward(self, batch: PairBatch, scaler: torch.amp.GradScaler) -> Callable[[], StepResult]:
         """As in `Stage`; in `accumulation_steps` parts, of which the last one exchanges gradients."""
         train, device = self.config.train, self.context.device
         size = -(-len(batch.first) // train.accumulation_steps)
@@ -123,16 +124,17 @@ class StageOne(Stage[PairSample]):
                 )
                 scaler.scale(local).backward()
             losses.append(found.detach())
-        return self._result(batch, torch.cat(losses))
+        return partial(self._result, batch, torch.cat(losses))
 
-    def _result(self, batch: PairBatch, losses: Tensor) -> StepResult:
+    def _result(self, batch: PairBatch, on_device: Tensor) -> StepResult:
         """The losses of all ranks, in all and by training set."""
-        finite = losses.isfinite().cpu()
+        losses = on_device.cpu()
+        finite = losses.isfinite()
         sums = torch.zeros(2 * len(self.names) + 3, dtype=torch.float64)
-        sums.index_add_(0, batch.sets, losses.cpu().double())
+        sums.index_add_(0, batch.sets, losses.double())
         sums.index_add_(0, len(self.names) + batch.sets, torch.ones(len(losses), dtype=torch.float64))
         sums[-3:] = torch.tensor([batch.num_redrawn, batch.num_places_skipped, float((~finite).sum())])
-        sums = self.context.sum(sums.to(self.context.device)).cpu()
+        sums = self.context.sum(sums)
         if sums[-1] > 0:
             own = [url for url, is_finite in zip(batch.urls, finite.tolist(), strict=True) if not is_finite]
             raise NotFiniteError(name_photos([url for urls in self.context.gather(own) for url in urls]))

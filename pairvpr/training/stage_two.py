@@ -5,8 +5,10 @@ P places of this rank, N photos of a place, S image side in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -37,7 +39,7 @@ class PlaceBatch:
 
     def pin_memory(self) -> PlaceBatch:
         """As torch's DataLoader asks for it."""
-        return PlaceBatch(**{**vars(self), "photos": self.photos.pin_memory()})
+        return PlaceBatch(**{**vars(self), "photos": self.photos.pin_memory(), "labels": self.labels.pin_memory()})
 
 
 class StageTwo(Stage[PlaceSample]):
@@ -80,22 +82,24 @@ class StageTwo(Stage[PlaceSample]):
         set_rates(self.optimizer, lr=lr, weight_decay=train.weight_decay)
         return {"lr": lr, "weight_decay": train.weight_decay}
 
-    def backward(self, batch: PlaceBatch, scaler: torch.amp.GradScaler) -> StepResult:
+    def backward(self, batch: PlaceBatch, scaler: torch.amp.GradScaler) -> Callable[[], StepResult]:
         """As in `Stage`."""
         device = self.context.device
         result: StageTwoResult = self.step(
             normalise(to_device(batch.photos, device)), to_device(batch.labels, device), self.rows_per_rank
         )
-        if not result.loss.isfinite():  # the same number on every rank
-            raise NotFiniteError(name_photos([url for urls in self.context.gather(batch.urls) for url in urls]))
         scaler.scale(result.local_loss).backward()
-        counts = self.context.sum(
-            torch.tensor([batch.num_redrawn, batch.num_places_skipped, result.rows_sent], device=device)
-        )
+        return partial(self._found, batch, result)
+
+    def _found(self, batch: PlaceBatch, result: StageTwoResult) -> StepResult:
+        loss, loss_global, loss_pair = torch.stack([result.loss, result.loss_global, result.loss_pair]).tolist()
+        if not math.isfinite(loss):  # the same number on every rank
+            raise NotFiniteError(name_photos([url for urls in self.context.gather(batch.urls) for url in urls]))
+        counts = self.context.sum(torch.tensor([batch.num_redrawn, batch.num_places_skipped, result.rows_sent]))
         metrics = {
-            "loss": float(result.loss),
-            "loss_global": float(result.loss_global),
-            "loss_pair": float(result.loss_pair),
+            "loss": loss,
+            "loss_global": loss_global,
+            "loss_pair": loss_pair,
             "batch_accuracy": result.batch_accuracy,
             "rows_sent": int(counts[2]),
         }

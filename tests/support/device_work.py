@@ -86,6 +86,7 @@ class Recipe:
     clip_grad: float | None = None
     activation_checkpointing: bool = False
     accumulation_steps: int = 1
+    train_everything: bool = False
 
 
 RECIPES = (
@@ -111,6 +112,8 @@ class Training:
     def __init__(self, number: int, recipe: Recipe, device: torch.device) -> None:
         self.device = device
         self.stage, self.config = self._stage_one(recipe) if number == 1 else self._stage_two(recipe)
+        for group in self.stage.optimizer.param_groups:
+            group["fused"] = True  # as on a GPU: a CPU's optimizer of its own rounds otherwise
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision is Precision.fp16)
         self._random = np.random.default_rng(1)
         self._num_steps = 0
@@ -121,6 +124,7 @@ class Training:
             global_batch_size=4,
             clip_grad=recipe.clip_grad,
             activation_checkpointing=recipe.activation_checkpointing,
+            train_everything=recipe.train_everything,
             accumulation_steps=recipe.accumulation_steps,
         )
         config = TrainStageOneConfig(output="unused", model=network_config(recipe.precision), train=train)
@@ -134,6 +138,7 @@ class Training:
             global_batch_size=3,
             clip_grad=recipe.clip_grad,
             activation_checkpointing=recipe.activation_checkpointing,
+            train_everything=recipe.train_everything,
         )
         config = TrainStageTwoConfig(output="unused", model=network_config(recipe.precision), train=train)
         places: Any = _NamedSet()

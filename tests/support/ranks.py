@@ -5,25 +5,31 @@ B photos, L patches, S image side, N rows, W ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from pairvpr.config.schema import ModelConfig
 from pairvpr.models.pair_vpr import PairVPR
+from pairvpr.training import global_batch
 from pairvpr.training.global_batch import StageOneStep, StageTwoResult, StageTwoStep, local_loss_of_samples
 from pairvpr.training.optimizer import freeze_for_stage_one, freeze_for_stage_two
 
 TIMEOUT = timedelta(seconds=120)
+BUCKET_MB = 0.02
+"""A few parameters of a small network in each bucket."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +68,8 @@ class Outcome:
 
     result: Any
     gradients: dict[str, Tensor]
+    collectives: list[str] = field(default_factory=list)
+    """What the second backward pass started: exchanges of rows, and the buckets of DistributedDataParallel."""
 
 
 def on_one_process(case: Case) -> Outcome:
@@ -109,14 +117,29 @@ def _run(case: Case, rank: int, group: dist.ProcessGroup | None, ddp_group: dist
     else:
         freeze_for_stage_one(model)
         step = StageOneStep(model, norm_pix_loss=True)
+    started: list[str] = []
     if ddp_group is not None:
-        step = DistributedDataParallel(step, process_group=ddp_group)
+        step = DistributedDataParallel(step, process_group=ddp_group, bucket_cap_mb=BUCKET_MB)
+        step.register_comm_hook(ddp_group, lambda group, bucket: _bucket(started, group, bucket))
     result = None
-    for _ in range(2):
-        model.zero_grad()
-        result = _pass(case, rank, step)
+    with mock.patch.object(global_batch, "_all_to_all", partial(_exchange, started, global_batch._all_to_all)):
+        for _ in range(2):
+            started.clear()
+            model.zero_grad()
+            result = _pass(case, rank, step)
     gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
-    return Outcome(result, gradients)
+    return Outcome(result, gradients, started)
+
+
+def _bucket(started: list[str], group: dist.ProcessGroup, bucket: Any) -> torch.futures.Future[Tensor]:
+    """As DistributedDataParallel averages a bucket, noted."""
+    started.append(f"bucket {bucket.index()}")
+    return allreduce_hook(group, bucket)
+
+
+def _exchange(started: list[str], exchange: Callable[..., Tensor], *args: Any) -> Tensor:
+    started.append("exchange")
+    return exchange(*args)
 
 
 def _pass(case: Case, rank: int, step: nn.Module) -> Any:

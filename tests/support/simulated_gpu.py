@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -128,7 +129,7 @@ class _Dispatch(TorchDispatchMode):
 
     @classmethod
     def is_pinned(cls, tensor: Tensor) -> bool:
-        return tensor.untyped_storage().data_ptr() in cls.pinned
+        return not isinstance(tensor, OnGpu) and tensor.untyped_storage().data_ptr() in cls.pinned
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -233,12 +234,28 @@ class _Autocast(torch.autocast):
         super().__init__("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
 
 
+def _grouped(tensor_lists: Any, with_indices: bool = False) -> Any:
+    """Optimizers ask C++, which believes in a CPU, where their tensors lie."""
+    groups = _foreach_utils._group_tensors_by_device_and_dtype(tensor_lists, with_indices)
+    is_on_gpu = any(isinstance(tensor, OnGpu) for tensor in tensor_lists[0])
+    return {(CUDA if is_on_gpu else device, dtype): group for (device, dtype), group in groups.items()}
+
+
+def _of_the_cpu(ask: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda device_type: ask("cpu" if device_type == "cuda" else device_type)
+
+
 @contextmanager
 def simulated_gpu() -> Iterator[Record]:
     """`torch.device("cuda")` works inside; what it was asked for is in the record."""
     with ExitStack() as stack:
         for name, replacement in (
             ("torch.autocast", _Autocast),
+            ("torch.amp.autocast", _Autocast),
+            ("torch.is_autocast_enabled", _of_the_cpu(torch.is_autocast_enabled)),
+            ("torch.get_autocast_dtype", _of_the_cpu(torch.get_autocast_dtype)),
+            ("torch.optim.optimizer._group_tensors_by_device_and_dtype", _grouped),
+            ("torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype", _grouped),
             ("torch.cuda._lazy_init", lambda: None),
             ("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
             ("torch.utils.weakref.getweakrefs", lambda _: []),  # else `Module.to` can't swap parameters

@@ -112,6 +112,16 @@ def test_gradients_are_those_of_one_process(name: str, outcomes: dict[str, list[
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, case in FP32_CASES.items() if len(case.rows_per_rank) > 1])
+def test_every_rank_starts_its_collectives_in_the_same_order(name: str, outcomes: dict[str, list[Outcome]]) -> None:
+    """Those of two process groups: NCCL would wait for ever otherwise."""
+    first, *others = (outcome.collectives for outcome in outcomes[name])
+    assert all(its == first for its in others)
+    assert len([its for its in first if its != "exchange"]) > 3
+    assert first.count("exchange") == (2 if isinstance(FP32_CASES[name], StageTwoCase) else 0)  # there and back
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, case in FP32_CASES.items() if isinstance(case, StageTwoCase)])
 def test_numbers_are_those_of_one_process(name: str, outcomes: dict[str, list[Outcome]]) -> None:
     expected = _on_one_process(name).result

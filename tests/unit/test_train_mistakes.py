@@ -9,7 +9,8 @@ import ray
 import torch
 
 from pairvpr.config.compose import load
-from pairvpr.config.train_schema import TrainStageOneConfig, TrainStageTwoConfig
+from pairvpr.config.train_schema import StageOneConfig, TrainStageOneConfig, TrainStageTwoConfig
+from pairvpr.distributed import train_workers
 from pairvpr.errors import UserError
 from pairvpr.models.weights import untrained_state
 from pairvpr.training.checkpoint import steps_done
@@ -48,6 +49,8 @@ def _refusal(stage: int, root: Path, output: Path, *more: str) -> str:
         (1, "train.datasets=[]", "expected one or more of sfxl, gsv_cities, gldv2"),
         (2, "train.global_batch_size=64", "only 20 places"),
         (2, "train.num_workers=5", "at least one sample for each worker"),
+        (1, "train.num_gpus_per_worker=0.5", "train.num_gpus_per_worker=0.5: expected 0, 1 or another whole number"),
+        (2, "train.num_gpus_per_worker=-1", "train.num_gpus_per_worker=-1.0: expected 0, 1 or another whole number"),
         (1, "train.start=/nowhere.pth", "train.start=/nowhere.pth: no such file"),
         (2, "train.start=/nowhere.pth", "train.start=/nowhere.pth: no such file"),
         (2, "train.wandb=true", "package wandb is missing"),
@@ -61,6 +64,15 @@ def _refusal(stage: int, root: Path, output: Path, *more: str) -> str:
 )
 def test_mistakes(root: Path, tmp_path: Path, stage: int, change: str, message: str) -> None:
     assert message in _refusal(stage, root, tmp_path / "out", change)
+
+
+@pytest.mark.parametrize("given", [{}, {"num_workers": 2}, {"num_gpus_per_worker": 1.0}])
+def test_a_cluster_that_shows_nothing_yet_is_not_taken_for_one_without_gpus(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, float]
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    with pytest.raises(UserError, match=r"no CPUs until it scales up; expected train\.num_workers and train\.num_gpus"):
+        train_workers._scaling(StageOneConfig(root="unused", **given))  # pyright: ignore[reportArgumentType]
 
 
 def test_weights_of_another_network_are_refused(root: Path, tmp_path: Path) -> None:
