@@ -18,13 +18,13 @@ from pairvpr.data import sealed, storage
 from pairvpr.data.local_cache import LocalCache, cache_directory
 from pairvpr.distributed.pool import PoolActor, SupervisedPool
 from pairvpr.distributed.progress import Progress
-from pairvpr.distributed.runtime import cpus_of_a_shard, own_device
+from pairvpr.distributed.runtime import ALONE, cpus_of_a_shard, own_device
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.index import choose, descriptor_shards
 from pairvpr.index.filters import Filters, Places, search_filtered
 from pairvpr.index.generations import IndexManifest
 from pairvpr.index.merge import Found, merge_top_k
-from pairvpr.index.reader import OpenIndex, groups_of_shards, short_list_length
+from pairvpr.index.reader import OpenIndex, check_faiss_has_gpus, groups_of_shards, short_list_length
 from pairvpr.index.search import NO_ID, Effort, rescore, search
 from pairvpr.terminal import say
 
@@ -117,7 +117,8 @@ def search_shards(request: SearchRequest, config: SearchConfig) -> tuple[Found, 
     effort = Effort(**manifest.effort)
     if config.num_probes is not None:
         effort = Effort(config.num_probes, effort.num_rescored)
-    make_actor = _ShardActor.options(num_cpus=cpus_of_a_shard(), num_gpus=config.num_gpus_per_actor).remote
+    num_gpus = _gpus_per_actor(IndexKind(manifest.kind), config)
+    make_actor = _ShardActor.options(num_cpus=cpus_of_a_shard(), num_gpus=num_gpus).remote
     reference = ray.put(request)
     # A second try would read a whole shard again, from the storage that most likely made the first one late.
     with SupervisedPool[_Unit](
@@ -137,6 +138,18 @@ def search_shards(request: SearchRequest, config: SearchConfig) -> tuple[Found, 
             work.on_shards("rescore", alone, ray.put(ids), lambda found: np.minimum(distances, found, out=distances))
             best = [merge_top_k([(distances, ids)], request.k)]
     return best[0], work.seconds
+
+
+def _gpus_per_actor(kind: IndexKind, config: SearchConfig) -> float:
+    """What an actor reserves: kinds other than flat have no use for a GPU. Raises `UserError` where faiss has none."""
+    if not config.num_gpus_per_actor:
+        return 0.0
+    if kind is not IndexKind.flat:
+        say(f"index.num_gpus_per_actor: an index of kind {kind} is searched on CPUs; no GPU is reserved for it")
+        return 0.0
+    if ray.get_runtime_context().namespace == ALONE:  # elsewhere the nodes' faiss is not this one
+        check_faiss_has_gpus()
+    return config.num_gpus_per_actor
 
 
 @dataclass(frozen=True)

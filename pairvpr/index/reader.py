@@ -25,6 +25,14 @@ from pairvpr.index.search import Effort, Shard, rescore, search
 LEAST_RESCORED_PER_RESULT = 2
 
 
+def check_faiss_has_gpus() -> None:
+    """Raise `UserError` where faiss was built for CPUs alone."""
+    if not hasattr(faiss, "StandardGpuResources"):
+        raise UserError(
+            "index.num_gpus_per_actor: this faiss has no GPU part (faiss-cpu); expected faiss-gpu in its place, or 0"
+        )
+
+
 class OpenIndex:
     """One generation of an index. `cache` keeps local copies of files that lie elsewhere.
 
@@ -47,6 +55,7 @@ class OpenIndex:
         self._cache = cache
         self._gpu: Any = None
         if has_gpu and self.spec.kind is IndexKind.flat:
+            check_faiss_has_gpus()
             self._gpu = faiss.StandardGpuResources()  # pyright: ignore[reportAttributeAccessIssue]
         self._flags = faiss.IO_FLAG_MMAP_IFC if memory_map else 0
         self._trained: Any = None

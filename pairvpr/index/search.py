@@ -5,7 +5,8 @@ Q queries, G descriptor width, k results, n rows of a shard, S rows of a short l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from typing import Any
 
 import faiss as faiss_module
@@ -21,9 +22,10 @@ QUERIES_PER_CALL = 1024
 SPARE_ROWS = 32
 """Extra length of a short list beyond k, for ties, rounding and removed rows."""
 NO_ID = -1
-FLOAT32_STEP, TF32_STEP = 2.0**-23, 2.0**-9
+FLOAT32_STEP = 2.0**-23
 MOST_ON_GPU = 2048
 """The longest list that faiss returns on a GPU."""
+GPU_ROUNDS_MORE = "a GPU's distances are off by more than float32 rounds; the CPU searches this shard instead"
 QUERY_BITS = 4
 """Bits that a query's values are rounded to before they are compared with one-bit codes."""
 
@@ -40,7 +42,8 @@ class Effort:
 class Shard:
     """A faiss index and the image ids of its rows, ascending; `is_removed` (n,) if any photo is removed.
 
-    `on_gpu` is a copy of a flat index that produces short lists; distances are still computed on the CPU.
+    `on_gpu` is a copy of a flat index that produces short lists; distances are still computed on the CPU. A GPU that
+    rounds more than float32 does is noticed by them, and not asked again for these queries.
     """
 
     index: Any
@@ -127,7 +130,7 @@ def _search_block(
     left = np.arange(len(queries))
     num_rows, num_asked = len(shard.ids), min(k + k // 8 + SPARE_ROWS, len(shard.ids))
     while len(left):
-        distances, rows, rounding = _short_lists(
+        theirs, rows, rounding = _short_lists(
             shard,
             queries[left],
             num_asked,
@@ -136,8 +139,14 @@ def _search_block(
             None if visits is None else _rows(visits, left),
         )
         is_all = (rows[:, -1] < 0) | (num_asked == num_rows)
-        horizon = np.where(is_all, np.inf, distances[:, -1] - rounding)
-        distances, ids = _settled(shard, queries[left], distances, rows, k)
+        horizon = np.where(is_all, np.inf, theirs[:, -1] - rounding)
+        is_live = rows >= 0 if shard.is_removed is None else (rows >= 0) & ~shard.is_removed[rows]
+        ours = _exact(shard, queries[left], theirs, rows, is_live)
+        if shard.on_gpu is not None and (np.abs(theirs - ours) > rounding[:, None])[is_live].any():
+            warnings.warn(GPU_ROUNDS_MORE, stacklevel=2)
+            shard = replace(shard, on_gpu=None)
+            continue
+        distances, ids = merge_top_k([(ours, np.where(is_live, shard.ids[rows], NO_ID))], k)
         is_enough = ids[:, wanted.at_least - 1] != NO_ID
         is_done = np.where(is_all, is_enough, (ids[:, -1] != NO_ID) & (distances[:, -1] < horizon))
         found[0][left[is_done]], found[1][left[is_done]] = distances[is_done], ids[is_done]
@@ -147,7 +156,8 @@ def _search_block(
             _check_lists_left(shard, num_probes)
             found[0][some], found[1][some] = _search_block(shard, queries[some], wanted, 4 * num_probes)
         left = left[~is_done & ~is_short_of_lists]
-        num_asked = min(4 * num_asked, num_rows)
+        is_last_on_gpu = shard.on_gpu is not None and num_asked < MOST_ON_GPU < 4 * num_asked
+        num_asked = min(MOST_ON_GPU if is_last_on_gpu else 4 * num_asked, num_rows)
     return found
 
 
@@ -172,31 +182,30 @@ def _short_lists(
     """faiss's distances and rows (Q, S), and (Q,) the largest difference that a distance may have from ours."""
     if shard.on_gpu is not None and selector is None and num_asked <= MOST_ON_GPU:
         distances, rows = shard.on_gpu.search(queries, num_asked)
-        return distances, rows, _rounding(queries, distances[:, -1], TF32_STEP)
+        return distances, rows, _rounding(queries, distances[:, -1])
     parameters = _parameters(shard, num_probes, selector)
     if visits is None:
         distances, rows = shard.index.search(queries, num_asked, params=parameters)
     else:
         distances, rows = _search_lists(shard.index, queries, num_asked, visits, parameters)
     if isinstance(shard.index, faiss.IndexFlat):
-        return distances, rows, _rounding(queries, distances[:, -1], (queries.shape[1] + 4) * FLOAT32_STEP)
+        return distances, rows, _rounding(queries, distances[:, -1])
     return distances, rows, np.zeros(len(queries), np.float32)
 
 
-def _settled(
-    shard: Shard, queries: NDArray[np.float32], distances: NDArray[np.float32], rows: NDArray[np.int64], k: int
-) -> Found:
-    """The k nearest rows of short lists (Q, S), padded, with distances independent of a row's position."""
-    is_there = rows >= 0
-    if shard.is_removed is not None:
-        is_there &= ~shard.is_removed[rows]
+def _exact(
+    shard: Shard,
+    queries: NDArray[np.float32],
+    distances: NDArray[np.float32],
+    rows: NDArray[np.int64],
+    is_live: NDArray[np.bool_],
+) -> NDArray[np.float32]:
+    """Distances (Q, S) of short lists, independent of a row's position; infinite where no live row stands."""
     if isinstance(shard.index, faiss.IndexFlat):
-        query_of, place = np.nonzero(is_there)
+        query_of, place = np.nonzero(is_live)
         distances = np.empty(rows.shape, np.float32)
-        distances[is_there] = _pair_distances(queries, query_of, shard.index.get_xb(), rows[query_of, place])
-    distances = np.where(is_there, distances, np.float32(np.inf))
-    ids: NDArray[np.int64] = np.where(is_there, shard.ids[rows], NO_ID)
-    return merge_top_k([(distances, ids)], k)
+        distances[is_live] = _pair_distances(queries, query_of, shard.index.get_xb(), rows[query_of, place])
+    return np.where(is_live, distances, np.float32(np.inf))
 
 
 def _pair_distances(
@@ -229,12 +238,12 @@ def _search_lists(index: Any, queries: NDArray[np.float32], num_asked: int, visi
     return found
 
 
-def _rounding(queries: NDArray[np.float32], distances: NDArray[np.float32], step: float) -> NDArray[np.float32]:
+def _rounding(queries: NDArray[np.float32], distances: NDArray[np.float32]) -> NDArray[np.float32]:
     """(Q,) rounding of |q|^2 + |x|^2 - 2qx, each a sum of G products, at rows x of these distances (Q,).
 
-    In float32 each sum errs by at most G rounding steps of the products' size; a GPU may first round each product to
-    TF32's 10 bits, which adds a little more than one such step. |x| is at most |q| + sqrt(distance).
+    Each sum errs by at most G rounding steps of the products' size. |x| is at most |q| + sqrt(distance).
     """
+    step = (queries.shape[1] + 4) * FLOAT32_STEP
     length = np.linalg.norm(queries, axis=1)
     largest = (2 * length + np.sqrt(np.maximum(distances, 0))) ** 2
     return (step * largest).astype(np.float32)

@@ -19,12 +19,20 @@ from numpy.typing import NDArray
 from pairvpr.config.schema import BuildConfig, IndexKind
 from pairvpr.errors import UserError
 from pairvpr.index import build, choose
+from pairvpr.index import search as search_module
 from pairvpr.index.filters import Filters, Places, allowed, search_filtered
 from pairvpr.index.generations import IndexManifest
 from pairvpr.index.make import LocalRunner, next_generation
 from pairvpr.index.merge import Found, merge_top_k
-from pairvpr.index.reader import OpenIndex, cut_into_groups, groups_of_shards, removed_ids, search_index
-from pairvpr.index.search import NO_ID, SPARE_ROWS, TF32_STEP, Effort, Shard, flat_index, search
+from pairvpr.index.reader import (
+    OpenIndex,
+    check_faiss_has_gpus,
+    cut_into_groups,
+    groups_of_shards,
+    removed_ids,
+    search_index,
+)
+from pairvpr.index.search import FLOAT32_STEP, GPU_ROUNDS_MORE, NO_ID, SPARE_ROWS, Effort, Shard, flat_index, search
 from pairvpr.index.update import without
 from tests.support.index import opened, write_index
 
@@ -422,7 +430,7 @@ class ContraryGpu:
     def search(self, queries: Rows, k: int) -> Found:
         distances = ((queries[:, None] - self.rows[None]) ** 2).sum(axis=2)
         nearest = np.argsort(distances, axis=1)[:, : self.num_pushed]
-        most = 0.9 * TF32_STEP * (2 * np.linalg.norm(queries, axis=1)) ** 2
+        most = 0.9 * (queries.shape[1] + 4) * FLOAT32_STEP * (2 * np.linalg.norm(queries, axis=1)) ** 2
         np.put_along_axis(distances, nearest, np.take_along_axis(distances, nearest, 1) + most[:, None], 1)
         order = np.argsort(distances, axis=1)[:, :k]
         return np.take_along_axis(distances, order, 1).astype(np.float32), order
@@ -431,10 +439,10 @@ class ContraryGpu:
 @pytest.mark.parametrize("k", [1, 10, 20])
 def test_short_lists_that_are_made_roughly_give_the_same_answer(k: int) -> None:
     """What a GPU may have rounded away is looked at again on the CPU, as far behind the k-th as it may have been."""
-    angles = np.linspace(0, 2 * np.pi, 4000, endpoint=False)
+    angles = np.linspace(0, 2 * np.pi, 200_000, endpoint=False)
     rows = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-    queries = rows[::371] * np.float32(0.999)
-    exact = Shard(flat_index(rows), np.arange(4000))
+    queries = rows[::37_100] * np.float32(0.999)
+    exact = Shard(flat_index(rows), np.arange(len(rows)))
     expected = search(exact, queries, k, num_threads=1)
     rough = ContraryGpu(rows, k)
     first_list = rough.search(queries, k + k // 8 + SPARE_ROWS)[1]
@@ -442,3 +450,54 @@ def test_short_lists_that_are_made_roughly_give_the_same_answer(k: int) -> None:
     found = search(replace(exact, on_gpu=rough), queries, k, num_threads=1)
     np.testing.assert_array_equal(found[1], expected[1])
     np.testing.assert_array_equal(found[0], expected[0])
+
+
+class RoundingGpu:
+    """A GPU's stand-in that rounds each value to some bits before it multiplies, as TF32 does to ten."""
+
+    def __init__(self, rows: Rows, num_bits: int) -> None:
+        self.num_bits = num_bits
+        self.rows = self._rounded(rows)
+
+    def _rounded(self, values: Rows) -> Rows:
+        fractions, exponents = np.frexp(values)
+        return np.ldexp(np.round(fractions * 2**self.num_bits) / 2**self.num_bits, exponents).astype(np.float32)
+
+    def search(self, queries: Rows, k: int) -> Found:
+        lengths = (self.rows**2).sum(axis=1) + (queries**2).sum(axis=1)[:, None]
+        distances = (lengths - 2 * self._rounded(queries) @ self.rows.T).astype(np.float32)
+        order = np.argsort(distances, axis=1)[:, :k]
+        return np.take_along_axis(distances, order, 1), order
+
+
+def _unit_rows(count: int) -> Rows:
+    rows = np.random.default_rng(0).standard_normal((count, 64)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("k", [100, 1000])
+def test_a_gpu_that_rounds_as_float32_does_answers_alone(monkeypatch: pytest.MonkeyPatch, k: int) -> None:
+    rows = _unit_rows(6000)
+    exact = Shard(flat_index(rows), np.arange(len(rows)))
+    expected = search(exact, rows[:20], k, num_threads=1)
+    monkeypatch.setattr(search_module, "_parameters", None)  # which only a search on the CPU asks for
+    found = search(replace(exact, on_gpu=RoundingGpu(rows, 24)), rows[:20], k, num_threads=1)
+    np.testing.assert_array_equal(found[1], expected[1])
+    np.testing.assert_array_equal(found[0], expected[0])
+
+
+def test_a_gpu_that_rounds_more_is_noticed_and_the_cpu_answers() -> None:
+    rows = _unit_rows(6000)
+    exact = Shard(flat_index(rows), np.arange(len(rows)))
+    expected = search(exact, rows[:20], 10, num_threads=1)
+    with pytest.warns(UserWarning, match=GPU_ROUNDS_MORE):
+        found = search(replace(exact, on_gpu=RoundingGpu(rows, 11)), rows[:20], 10, num_threads=1)
+    np.testing.assert_array_equal(found[1], expected[1])
+    np.testing.assert_array_equal(found[0], expected[0])
+
+
+def test_a_gpu_and_a_faiss_without_gpus_is_one_line() -> None:
+    if hasattr(search_module.faiss, "StandardGpuResources"):
+        pytest.skip("this faiss has GPUs")
+    with pytest.raises(UserError, match=r"index.num_gpus_per_actor: .*faiss-cpu.*expected faiss-gpu"):
+        check_faiss_has_gpus()
