@@ -6,21 +6,30 @@ B images, L patches, G descriptor width, P patch side in pixels, S image side in
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity
-from pytorch_metric_learning.losses import MultiSimilarityLoss
-from pytorch_metric_learning.miners import BatchHardMiner, MultiSimilarityMiner
 from torch import Tensor
 
 from pairvpr.models.pair_vpr import sent
 
 TARGET_VARIANCE_EPS = 1e-6
 
-_multi_similarity_miner = MultiSimilarityMiner(epsilon=0.1, distance=CosineSimilarity())
-_multi_similarity_loss = MultiSimilarityLoss(alpha=1, beta=50, base=0.0, distance=DotProductSimilarity())
-_batch_hard_miner = BatchHardMiner(distance=CosineSimilarity())
+
+@cache
+def _mining() -> tuple[Any, Any, Any]:
+    """The multi-similarity miner, the batch-hard miner and the multi-similarity loss: stage two alone needs them."""
+    from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity
+    from pytorch_metric_learning.losses import MultiSimilarityLoss
+    from pytorch_metric_learning.miners import BatchHardMiner, MultiSimilarityMiner
+
+    return (
+        MultiSimilarityMiner(epsilon=0.1, distance=CosineSimilarity()),
+        BatchHardMiner(distance=CosineSimilarity()),
+        MultiSimilarityLoss(alpha=1, beta=50, base=0.0, distance=DotProductSimilarity()),
+    )
 
 
 def patches_of(images: Tensor, patch_size_px: int) -> Tensor:
@@ -64,15 +73,16 @@ class MinedPairs:
 @torch.no_grad()
 def mine_pairs(descriptors: Tensor, labels: Tensor) -> MinedPairs:
     """Mine a batch by descriptor: (B, G) float32, labels (B,) int64 (equal = same place)."""
-    multi_similarity = _multi_similarity_miner(descriptors, labels)
-    return MinedPairs(*multi_similarity, *_batch_hard_miner(descriptors, labels))
+    multi_similarity_miner, batch_hard_miner, _ = _mining()
+    return MinedPairs(*multi_similarity_miner(descriptors, labels), *batch_hard_miner(descriptors, labels))
 
 
 def multi_similarity_loss(descriptors: Tensor, labels: Tensor, pairs: MinedPairs) -> Tensor:
     """() float32 of descriptors (B, G) and labels (B,): alpha 1, beta 50, base 0, dot product, over the mined pairs."""
     rows = (pairs.anchor_positive, pairs.positive, pairs.anchor_negative, pairs.negative)
     indices = tuple(sent(its, descriptors.device) for its in rows)
-    return _multi_similarity_loss(descriptors, labels, indices)
+    _, _, loss = _mining()
+    return loss(descriptors, labels, indices)
 
 
 def batch_accuracy(pairs: MinedPairs, num_photos: int) -> float:
