@@ -176,7 +176,7 @@ def _as_spelt_there(paths: Sequence[str], root: str) -> list[str]:
 
     Raises `UserError` where there are several. The folder is listed only if some file is not there.
     """
-    is_missing = pc.is_null(stamps.stamps(Manifest.of(root, paths))).to_numpy()
+    is_missing = pc.is_null(stamps.stamps_of(Manifest.of(root, paths), np.arange(len(paths)))).to_numpy()
     if not is_missing.any():
         return list(paths)
     there = photos_among(storage.list_files(root)).photos
@@ -246,8 +246,9 @@ def _found(remove: str, there: Manifest, images: Manifest) -> NDArray[np.int64]:
                 "expected "
                 f"paths relative to {there.root}"
             )
-        for i in np.flatnonzero(rows == SEVERAL)[:1]:
-            raise UserError(f"remove={remove}: {no_photo_text(paths[i].as_py(), SEVERAL, there.root)}")
+        several = np.flatnonzero(rows == SEVERAL)
+        if len(several):
+            raise UserError(f"remove={remove}: {no_photo_text(paths[int(several[0])].as_py(), SEVERAL, there.root)}")
         return np.unique(rows[rows >= 0])
     folder = _below_root(remove, "remove", there.root)
     if not _below(images, folder).any():
