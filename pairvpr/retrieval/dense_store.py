@@ -23,6 +23,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -223,20 +224,18 @@ def write_shard(
     features are placeholders. A file next to the records keeps these reasons.
 
     Records are first written to a local file (a temporary one for a remote store), so only one is in memory at a time.
-    The same ids and features give the same bytes. Raises `UserError` as `encode` does, with the id.
+    The same ids and features give the same bytes. Two kinds of GPU round differently: a shard that another attempt
+    finished meanwhile is left as it is. Raises `UserError` as `encode` does, with the id.
     """
     directory = storage.join(store, shard_path(shard))
-    crc32, head = np.empty(len(ids), np.uint32), layout.head(len(ids))
-    with storage.written_locally(storage.join(directory, RECORDS)) as local, local.open("wb") as file:
-        file.write(head)
-        for row, of_an_image in enumerate(features):
-            try:
-                record = encode(of_an_image, layout)
-            except UserError as error:
-                raise UserError(f"image {ids[row]}: {error}") from error
-            crc32[row] = zlib.crc32(record)
-            file.write(record)
-        assert file.tell() == len(head) + len(ids) * layout.record_bytes, "features of all ids are expected"
+    head = layout.head(len(ids))
+    try:
+        with storage.written_locally(storage.join(directory, RECORDS)) as local:
+            crc32 = _write_records(local, head, ids, layout, features)
+            if read_row(store, shard, ids, layout) is not None:
+                raise _FinishedMeanwhileError
+    except _FinishedMeanwhileError:
+        return
     named = {str(image_id): reason for image_id, reason in sorted(unreadable().items()) if image_id in ids}
     if named:
         sealed.write_json(storage.join(directory, UNREADABLE), named)
@@ -255,6 +254,28 @@ def write_shard(
         crc32_sha256=_sha256(tables[CRC32]),
     )
     storage.write_bytes(storage.join(directory, SHARD), _sealed(asdict(about)))
+
+
+class _FinishedMeanwhileError(Exception):
+    """Another attempt at the same shard was faster."""
+
+
+def _write_records(
+    path: Path, head: bytes, ids: NDArray[np.int64], layout: Layout, features: Iterable[Tensor]
+) -> NDArray[np.uint32]:
+    """Checksums (n,) of the records."""
+    crc32 = np.empty(len(ids), np.uint32)
+    with path.open("wb") as file:
+        file.write(head)
+        for row, of_an_image in enumerate(features):
+            try:
+                record = encode(of_an_image, layout)
+            except UserError as error:
+                raise UserError(f"image {ids[row]}: {error}") from error
+            crc32[row] = zlib.crc32(record)
+            file.write(record)
+        assert file.tell() == len(head) + len(ids) * layout.record_bytes, "features of all ids are expected"
+    return crc32
 
 
 def read_row(store: str, shard: int, ids: NDArray[np.int64], layout: Layout) -> ShardRow | None:

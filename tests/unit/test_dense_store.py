@@ -306,6 +306,22 @@ def test_a_shard_is_finished_only_for_its_own_images_and_layout(tmp_path: Path) 
             dense_store.read_row(url, 0, ids, of)
 
 
+def test_a_late_attempt_on_another_kind_of_gpu_leaves_the_finished_shard_as_it_is(tmp_path: Path) -> None:
+    url, late = str(tmp_path), iter(IDS.tolist())
+
+    def rounded_otherwise() -> Iterator[Tensor]:
+        yield features_of(next(late))
+        dense_store.write_shard(url, 0, IDS, layout(), map(features_of, IDS))  # the other attempt is faster
+        yield from (features_of(image_id) * 1.5 for image_id in late)
+
+    dense_store.write_shard(url, 0, IDS, layout(), rounded_otherwise())
+    dense_store.finish(url, [IDS], layout(), {"model": "made up"})
+    store = DenseStore.open(url)
+    for image_id in IDS.tolist():
+        assert torch.equal(store.read(image_id), features_of(image_id).half().float())
+    assert not [name for name in storage.list_files(url) if "tmp" in name]
+
+
 def test_features_that_can_not_be_stored_leave_no_shard_and_name_the_image(tmp_path: Path) -> None:
     def one_is_large(image_id: int) -> Tensor:
         return features_of(image_id) * (1e9 if image_id == 5 else 1)
