@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from threading import Lock
 from typing import Any, overload
 
@@ -171,7 +172,7 @@ class Localizer:
         Raises `UserError` for what is no index, one of other weights, and for settings that can't be.
         """
         sections = _own_network(describe), search or SearchConfig(), _settled(rerank, calibration)
-        if memory_gib is not None and not 0 <= memory_gib < math.inf:
+        if memory_gib is not None and not (isinstance(memory_gib, Real) and 0 <= memory_gib < math.inf):
             raise UserError(f"memory_gib={memory_gib}: expected 0 or more, and finite")
         directory, on = storage.absolute(os.fspath(index)), _device(device)
         manifest = _manifest(directory, generation)
@@ -303,7 +304,7 @@ class Localizer:
 
         Raises `PhotoError` for a photo that can't be read; in the answer to a sequence it stands in the photo's place.
         """
-        if not 0 < k <= self._rerank.num_candidates:
+        if not isinstance(k, Integral) or not 0 < k <= self._rerank.num_candidates:
             raise UserError(f"k={k}: expected 1 to rerank.num_candidates={self._rerank.num_candidates}")
         where = Where(near=near, radius_m=radius_m, box=box, heading_deg=heading_deg, within_deg=within_deg)
         with _torch_threads_kept():
@@ -334,10 +335,13 @@ class Localizer:
         within_deg: float | None = None,
     ) -> list[list[Match]]:
         """The k nearest photos of each descriptor (n, G), nearest first, not re-ranked; conditions as in `locate`."""
-        if k < 1:
+        if not isinstance(k, Integral) or k < 1:
             raise UserError(f"k={k}: expected 1 or more")
-        now, queries = self._now, np.asarray(descriptors, np.float32)
-        width = now.manifest.descriptor_dim
+        now, width = self._now, self._now.manifest.descriptor_dim
+        try:
+            queries = np.asarray(descriptors, np.float32)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"descriptors: expected numbers (n, {width}), not {type(descriptors).__name__}") from error
         if queries.ndim != 2 or queries.shape[1] != width or not np.isfinite(queries).all():
             raise UserError(f"descriptors of shape {queries.shape}: expected (n, {width}), all of them finite")
         where = Where(near=near, radius_m=radius_m, box=box, heading_deg=heading_deg, within_deg=within_deg)
@@ -584,7 +588,11 @@ def _utm(position: NDArray[np.float64]) -> Utm | None:
 
 def _settled(rerank: RerankConfig | None, calibration: str | os.PathLike[str] | None) -> RerankConfig:
     settings = rerank or RerankConfig()
-    if settings.dense_features is DenseFeatures.store:
+    if settings.num_candidates == 0:
+        raise UserError(
+            "rerank.num_candidates=0: a Localizer re-ranks; expected 1 or more, or retrieve(describe(photo))"
+        )
+    if settings.dense_features == DenseFeatures.store:
         raise UserError("rerank.dense_features=store: a Localizer can't use a store; expected cache or recompute")
     if settings.candidates is not None:
         raise UserError(f"rerank.candidates={settings.candidates}: a Localizer finds candidates itself; expected null")
@@ -632,7 +640,8 @@ def _manifest(directory: str, generation: int | None) -> IndexManifest:
     newest = read_manifest(directory)
     if newest is None:
         raise UserError(f"index {directory}: no finished index there; expected a directory with manifest.json")
-    manifest = newest if generation is None else read_generation(directory, generation)
+    is_number = isinstance(generation, int)
+    manifest = read_generation(directory, generation) if is_number else newest if generation is None else None
     if manifest is None:
         raise UserError(
             f"generation={generation}: index {directory} has no such generation; expected 1 to {newest.generation}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
@@ -15,6 +15,7 @@ from pyarrow import compute
 
 from pairvpr.data import utm
 from pairvpr.data.manifest import Manifest
+from pairvpr.data.positions import zone_of_names
 from pairvpr.data.utm import UtmZone
 from pairvpr.errors import UserError
 from pairvpr.index.filters import Filters, Places
@@ -22,9 +23,12 @@ from pairvpr.index.filters import Filters, Places
 pc: Any = compute  # its functions are made at run time, so their types are not known
 
 _EPSG_NORTH, _EPSG_SOUTH, _NUM_ZONES = 32600, 32700, 60
-_DEGREES = r"-?\d+(?:\.\d+)?"
-_NAME = rf"(?s)^(?:.*/)?@[^/@]*@[^/@]*@(?P<zone>\d+)@[^/@]*@(?P<latitude>{_DEGREES})@(?P<longitude>{_DEGREES})@[^/]*$"
-_NAMES_AGREE_M = 50.0
+_PAIR = r"(?P<first>-?\d+(?:\.\d+)?)@(?P<second>-?\d+(?:\.\d+)?)"
+_METRES = rf"(?s)^(?:.*/)?@{_PAIR}@[^/]*$"
+_DEGREES = rf"(?s)^(?:.*/)?@[^/@]*@[^/@]*@[^/@]*@[^/@]*@{_PAIR}@[^/]*$"
+_METRES_AGREE_M = 1.0
+"""How far a photo's metres may lie from those in its name, if these are where they come from."""
+_DEGREES_AGREE_M = 50.0
 """How far a name's degrees may lie from its metres, both of which are rounded."""
 _MOST_LATITUDE_DEG, _MOST_LONGITUDE_DEG = 90.0, 180.0
 
@@ -83,7 +87,7 @@ class Map:
 
     @cached_property
     def zone(self) -> UtmZone | None:
-        """The UTM zone of the index's metres: as it was given, or as all names of its photos state it."""
+        """The UTM zone of the index's metres: as it was given, or as the names of its photos state it."""
         if self._epsg is not None:
             return _zone_of_epsg(self._epsg)
         return _zone_of_names(self._images)
@@ -123,7 +127,7 @@ class Map:
 
     def _near(self, near: Position | Sequence[Position], num_asked: int) -> NDArray[np.float64]:
         """(2,) for all, or (Q, 2)."""
-        if _is_pair(near):
+        if _is_pair(near) or isinstance(near, str) or not isinstance(near, Sequence):
             return self._metres(cast(Position, near), "near")
         each = list(cast("Sequence[Position]", near))
         if len(each) != num_asked:
@@ -132,7 +136,7 @@ class Map:
 
     def _box(self, box: tuple[Position, Position]) -> NDArray[np.float64]:
         """(4,) west, south, east, north."""
-        if len(box) != 2 or not all(_is_pair(corner) for corner in box):
+        if not isinstance(box, Sequence) or len(box) != 2 or not all(_is_pair(corner) for corner in box):
             raise UserError(f"box={box}: expected two positions, the south-west and the north-east corner")
         south_west, north_east = (self._metres(corner, "box") for corner in box)
         if (south_west > north_east).any():
@@ -166,7 +170,10 @@ class Map:
 
 def _headings(heading_deg: float | Sequence[float], num_asked: int) -> NDArray[np.float64]:
     """() for all, or (Q,)."""
-    values = np.asarray(heading_deg, np.float64)
+    try:
+        values = np.asarray(heading_deg, np.float64)
+    except (TypeError, ValueError):
+        values = np.array(np.nan)
     if values.shape not in ((), (num_asked,)) or not np.isfinite(values).all():
         raise UserError(f"heading_deg={heading_deg}: expected a number of degrees, or one for each of {num_asked}")
     return values
@@ -181,8 +188,9 @@ def _is_number(value: object) -> bool:
 
 
 def _zone_of_epsg(epsg: int) -> UtmZone:
+    """Raises `UserError` for what is no UTM zone's code."""
     for first, south in ((_EPSG_NORTH, False), (_EPSG_SOUTH, True)):
-        if first < epsg <= first + _NUM_ZONES:
+        if isinstance(epsg, int) and first < epsg <= first + _NUM_ZONES:
             return UtmZone(epsg - first, south)
     raise UserError(
         f"utm_epsg={epsg}: expected a WGS84 UTM zone: {_EPSG_NORTH} + its number in the north, {_EPSG_SOUTH} + its "
@@ -191,20 +199,24 @@ def _zone_of_epsg(epsg: int) -> UtmZone:
 
 
 def _zone_of_names(images: Manifest) -> UtmZone | None:
-    """The zone that the names `@east@north@zone@band@latitude@longitude@...` of all located photos state.
+    """The zone that the names `@east@north@zone@band@latitude@longitude@...` of most located photos state.
 
-    None where a name states none, where they differ, and where a name's degrees are another place than its metres.
+    None where these are not the names' positions: most metres are others, or a name's degrees are another place.
     """
-    located = np.flatnonzero(~np.isnan(images.utm_m[:, 0]))
-    names = pc.extract_regex(images.path_column.take(located), _NAME)
-    if not len(located) or names.null_count:
+    rows = np.flatnonzero(~np.isnan(images.utm_m[:, 0]))
+    located = images.only(rows).with_positions(images.utm_m[rows])
+    zone, apart_m = zone_of_names(located), _apart_m(located, _METRES, lambda metres: metres)
+    if zone is None or not len(apart_m) or np.median(apart_m) > _METRES_AGREE_M:
         return None
-    zones, latitude, longitude = (
-        pc.struct_field(names, field).cast("float64").to_numpy() for field in ("zone", "latitude", "longitude")
-    )
-    is_south = latitude < 0
-    if (zones != zones[0]).any() or not 1 <= zones[0] <= _NUM_ZONES or (is_south != is_south[0]).any():
-        return None
-    zone = UtmZone(int(zones[0]), bool(is_south[0]))
-    apart_m = np.abs(utm.to_utm(latitude, longitude, zone) - images.utm_m[located]).max()
-    return zone if apart_m <= _NAMES_AGREE_M else None
+    apart_m = _apart_m(located, _DEGREES, lambda degrees: utm.to_utm(degrees[:, 0], degrees[:, 1], zone))
+    return None if apart_m.max(initial=0.0) > _DEGREES_AGREE_M else zone
+
+
+def _apart_m(
+    images: Manifest, pattern: str, to_metres: Callable[[NDArray[np.float64]], NDArray[np.float64]]
+) -> NDArray[np.float64]:
+    """(n,) how far photos are from what their names say in the groups `first` and `second`, of names that do."""
+    found = pc.extract_regex(images.path_column, pattern)
+    rows = np.flatnonzero(found.is_valid().to_numpy())
+    first, second = (pc.struct_field(found.take(rows), name).cast("float64").to_numpy() for name in ("first", "second"))
+    return np.abs(to_metres(np.stack([first, second], axis=1)) - images.utm_m[rows]).max(axis=1)

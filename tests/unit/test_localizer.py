@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -115,7 +115,9 @@ def test_a_photo_in_every_form(localizer: Localizer, queries: list[Path]) -> Non
     assert match.url.endswith(f"/photos/{match.path}")
     east_m, north_m = (float(field) for field in match.path.split("@")[1:3])
     assert match.utm == Utm(east_m, north_m)
-    assert (match.latitude, match.longitude, match.confidence) == (None, None, None)
+    degrees = utm.to_degrees(np.array([match.utm]), UtmZone(32, south=False))[0]  # zone and band of the names
+    assert (match.latitude, match.longitude) == pytest.approx(tuple(degrees), abs=1e-9)
+    assert match.confidence is None
 
 
 def test_turned_photos_are_upright(localizer: Localizer, queries: list[Path], tmp_path: Path) -> None:
@@ -175,8 +177,9 @@ def test_describe_retrieve_and_score_are_the_steps_of_locate(localizer: Localize
     assert all(match.pair_score is None for match in retrieved)
     for match in located[:2]:
         assert localizer.score(queries[3], match.url) == pytest.approx(match.pair_score, abs=1e-5)
-    for wrong in (np.zeros((1, 3), np.float32), np.zeros(16, np.float32), np.full((1, 16), np.nan, np.float32)):
-        with pytest.raises(UserError, match=r"descriptors of shape .*: expected \(n, 16\)"):
+    shapes = np.zeros((1, 3), np.float32), np.zeros(16, np.float32), np.full((1, 16), np.nan, np.float32)
+    for wrong in (*shapes, cast(Any, "text")):
+        with pytest.raises(UserError, match=r"descriptors.*: expected .*\(n, 16\)"):
             localizer.retrieve(wrong)
 
 
@@ -205,18 +208,23 @@ def test_conditions(folder: Path, localizer: Localizer, queries: list[Path]) -> 
 @pytest.mark.parametrize(
     ("conditions", "says"),
     [
-        ({"near": (37.0, -122.0), "radius_m": 5.0}, "no UTM zone; expected utm_epsg="),
+        ({"near": (37.0, -122.0), "radius_m": 5.0}, "too far from UTM zone 32, "),
         ({"near": (545000.0, 4175000.0), "radius_m": 5.0}, "expected latitude and longitude in degrees"),
         ({"near": Utm(1.0, 2.0)}, "expected both of them, or neither"),
         ({"radius_m": 5.0}, "expected both of them, or neither"),
         ({"near": Utm(1.0, 2.0), "radius_m": -5.0}, "radius_m=-5.0: expected a number above 0"),
         ({"near": Utm(np.nan, 2.0), "radius_m": 5.0}, "expected finite numbers"),
-        ({"near": "here", "radius_m": 5.0}, "4 positions for 1 photos"),
+        ({"near": "here", "radius_m": 5.0}, "near=here: expected (latitude, longitude)"),
         ({"near": [Utm(1.0, 2.0)] * 3, "radius_m": 5.0}, "3 positions for 1 photos"),
         ({"box": (Utm(2.0, 2.0), Utm(1.0, 3.0))}, "south-west corner first"),
         ({"box": (1.0, 2.0)}, "expected two positions"),
         ({"heading_deg": 90.0}, "expected both of them, or neither"),
         ({"heading_deg": [1.0, 2.0], "within_deg": 5.0}, "one for each of 1"),
+        ({"near": 5, "radius_m": 5.0}, "near=5: expected (latitude, longitude)"),
+        ({"box": 5}, "box=5: expected two positions"),
+        ({"heading_deg": "north", "within_deg": 5.0}, "heading_deg=north: expected a number of degrees"),
+        ({"k": 2.5}, "k=2.5: expected 1 to rerank.num_candidates=6"),
+        ({"k": "5"}, "k=5: expected 1 to rerank.num_candidates=6"),
         ({"k": 0}, "k=0: expected 1 to rerank.num_candidates=6"),
         ({"k": 7}, "k=7: expected 1 to rerank.num_candidates=6"),
     ],
@@ -231,7 +239,7 @@ def test_conditions_that_cannot_be(
 
 
 def test_the_zone_that_names_state(folder: Path, tmp_path: Path) -> None:
-    """Names with zone, band, latitude and longitude make degrees known; one that contradicts itself does not."""
+    """Names with zone and band make degrees known, not those of other positions, nor one that contradicts itself."""
     (tmp_path / "photos").mkdir()
     source, name = sorted((folder / "queries").iterdir())[0], ""
     for number in range(4):
@@ -247,10 +255,27 @@ def test_the_zone_that_names_state(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="too far from UTM zone 10"):
         localizer.locate(source, near=(37.77, 20.0), radius_m=150.0)
 
+    (tmp_path / "alone").mkdir()
+    alone = ["@".join([*path.name.split("@")[:5], "@@@@@.jpg"]) for path in _photos(tmp_path)]
+    for name_alone in alone:
+        shutil.copy(source, tmp_path / "alone" / name_alone)
+    localizer = Localizer.build(tmp_path / "alone", tmp_path / "index3", **options)
+    assert len(localizer.locate(source, near=(37.77, -122.42), radius_m=150.0)) == 2
+    table = tmp_path / "places.csv"
+    table.write_text("\n".join(["path,utm_east,utm_north", *(f"{one},{n},9" for n, one in enumerate(alone))]))
+    elsewhere = Localizer.build(tmp_path / "alone", tmp_path / "index4", positions=str(table), **BUILD)
+    assert elsewhere.locate(source)[0].utm
+    with pytest.raises(UserError, match="no UTM zone; expected utm_epsg="):
+        elsewhere.locate(source, near=(37.77, -122.42), radius_m=5.0)
+
     wrong = name.replace("@37.773", "@38.773")
     shutil.copy(source, tmp_path / "photos" / wrong)
     localizer = Localizer.build(tmp_path / "photos", tmp_path / "index2", **options)
     assert localizer.locate(source)[0].latitude is None
+
+
+def _photos(folder: Path) -> list[Path]:
+    return sorted((folder / "photos").iterdir())
 
 
 def test_what_cannot_be_opened(folder: Path, tmp_path: Path, queries: list[Path]) -> None:
@@ -271,6 +296,13 @@ def test_what_cannot_be_opened(folder: Path, tmp_path: Path, queries: list[Path]
         (lambda: Localizer.open(index, model=NETWORK, calibration=tmp_path / "calibration.json"), "calibration.json"),
         (lambda: Localizer.open(index, model=NETWORK, memory_gib=-1), "memory_gib=-1: expected 0 or more"),
         (lambda: Localizer.open(index, model=NETWORK, utm_epsg=4326), "utm_epsg=4326: expected a WGS84 UTM zone"),
+        (
+            lambda: Localizer.open(index, model=NETWORK, utm_epsg=cast(Any, "1")),
+            "utm_epsg=1: expected a WGS84 UTM zone",
+        ),
+        (lambda: Localizer.open(index, model=NETWORK, memory_gib=cast(Any, "1")), "memory_gib=1: expected 0 or more"),
+        (lambda: Localizer.open(index, model=NETWORK, generation=cast(Any, "1")), "generation=1: index .* no such"),
+        (lambda: Localizer.open(index, model=NETWORK, rerank=replace(FEW, num_candidates=0)), "a Localizer re-ranks"),
         (lambda: Localizer.build(tmp_path / "none", tmp_path / "i", model=NETWORK), "photos=.*: no such folder"),
         (lambda: Localizer.build(folder / "photos", tmp_path / "i", model=NETWORK, kind="x"), "kind=x: expected one"),
         (
