@@ -1,14 +1,16 @@
-"""Which cluster a run connects to, and how a wrong address reads."""
+"""Which cluster a run connects to, how a wrong address reads, and what a shard actor reserves."""
 
 from __future__ import annotations
 
 import socket
+from types import SimpleNamespace
 
 import pytest
 import ray
 
-from pairvpr.config.schema import ClusterConfig
-from pairvpr.distributed.runtime import ray_session
+from pairvpr.config.schema import ClusterConfig, IndexKind, SearchConfig
+from pairvpr.distributed import retrieve
+from pairvpr.distributed.runtime import ALONE, ray_session
 from pairvpr.errors import UserError
 
 
@@ -60,3 +62,18 @@ def test_an_address_where_nobody_listens(key: str, monkeypatch: pytest.MonkeyPat
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     with pytest.raises(UserError, match=f"^{key}={address}: nothing answers there"):
         connect(key, address, monkeypatch)
+
+
+def test_an_index_that_is_searched_on_cpus_reserves_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in IndexKind:
+        if kind is not IndexKind.flat:
+            assert retrieve._gpus_per_actor(kind, SearchConfig(num_gpus_per_actor=1.0)) == 0
+            assert f"an index of kind {kind} is searched on CPUs" in capsys.readouterr().err
+
+
+def test_a_local_ray_says_before_it_searches_that_faiss_has_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(namespace=ALONE))
+    monkeypatch.delattr("faiss.StandardGpuResources", raising=False)
+    assert retrieve._gpus_per_actor(IndexKind.flat, SearchConfig()) == 0
+    with pytest.raises(UserError, match=r"index\.num_gpus_per_actor: this faiss has no GPU part"):
+        retrieve._gpus_per_actor(IndexKind.flat, SearchConfig(num_gpus_per_actor=0.5))
