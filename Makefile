@@ -1,4 +1,4 @@
-# make demo   a recall table of a small city drawn by code, from a fresh clone
+# make demo   a recall table and a report of a small city drawn by code, from a fresh clone
 # make test   all tests                make check  lint, types, import contracts, the site
 # make test-fast  most unit tests and one run on Ray, in under two minutes
 # make docs   the site in site/, with a reference of all modules
@@ -25,6 +25,7 @@ setup: .venv/installed
 
 demo: setup
 	$(BIN)/python -m ray_jobs.evaluate benchmark=toy_city rerank.num_candidates=20 output=$(DEMO)
+	$(BIN)/python -m ray_jobs.report run=$(DEMO)
 
 test: setup
 	$(BIN)/python -m pytest tests -m "not soak and not cluster" -n 2 --dist loadfile

@@ -45,6 +45,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.remove(file)
     for path in (path for pattern in PAGES for path in _pages(pattern)):
         files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
+    for path in _pages("docs/*.webp"):
+        files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
     for path in _modules():
         name = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         files.append(File.generated(config, _module_page(path), content=f"# {name}\n\n::: {name}\n"))

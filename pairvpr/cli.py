@@ -6,6 +6,7 @@ Nothing heavy is imported before a job runs, so that help and mistakes are answe
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ class Job:
     """`module:class` of its settings."""
     examples: tuple[str, ...]
     """`key=value` of what most people set, the necessary ones first."""
+    subject: str | None = None
+    """The key that a word without `key=` sets."""
 
     @property
     def config(self) -> type:
@@ -37,7 +40,15 @@ class Job:
 
     def work(self, arguments: Sequence[str]) -> None:
         """Do it, in this process."""
-        import_module(f"{JOBS_PACKAGE}.{self.name}").main(arguments)
+        import_module(f"{JOBS_PACKAGE}.{self.name}").main(self._with_subject(arguments))
+
+    def _with_subject(self, arguments: Sequence[str]) -> list[str]:
+        """The same with `key=` before the one word that has none."""
+        bare = [word for word in arguments if not re.match(r"[+~]?[a-z_.]+=", word)]
+        if self.subject is None or len(bare) != 1:
+            return [*arguments]
+        quoted = bare[0].replace("\\", "\\\\").replace("'", "\\'")
+        return [f"{self.subject}='{quoted}'" if word == bare[0] else word for word in arguments]
 
 
 SCHEMA, TRAIN_SCHEMA = "pairvpr.config.schema", "pairvpr.config.train_schema"
@@ -101,6 +112,14 @@ JOBS = {
             ("predictions=OUT", "output=calibration.json", "max_loss=0.1"),
         ),
         Job(
+            "report",
+            "look",
+            "show a finished run: one HTML file with charts, photos of right and wrong answers, a map",
+            f"{SCHEMA}:ReportConfig",
+            ("run=OUT", "output=report.html", "report.pictures=500", "report.explain=20", "report.weights=FILE"),
+            subject="run",
+        ),
+        Job(
             "search_checkpoints",
             "measure",
             "evaluate the checkpoints of a training, and keep the best",
@@ -149,7 +168,11 @@ JOBS = {
     )
 }
 LOOKS = {
-    "compare": ("pairvpr.evaluation.compare", "put finished evaluations side by side: pairvpr compare OUT OUT2 ..."),
+    "compare": ("pairvpr.report.side_by_side", "put finished evaluations side by side: pairvpr compare OUT OUT2 ..."),
+    "export": (
+        "pairvpr.report.export",
+        "write answers for other tools: pairvpr export OUT --to hloc|colmap|geojson|...",
+    ),
     "status": ("pairvpr.status", "say how far a job is, or how it ended: pairvpr status OUT ..."),
     "completion": ("pairvpr.completion", 'complete jobs, keys and choices: eval "$(pairvpr completion bash)"'),
 }

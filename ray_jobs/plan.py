@@ -74,7 +74,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     Ray is started only to find what is not given: the speed, and the memory for an index.
     """
     if config.output is not None:
-        check_writable_file(config.output, "output", "the plan")
+        check_writable_file(config.output, "output", "the plan as JSON")
     (num_images, num_queries), images_per_s = _numbers(config), config.plan.images_per_s
     model, is_described = config.model, config.describe.descriptors is None
     if config.describe.descriptors is not None:

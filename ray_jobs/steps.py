@@ -142,6 +142,7 @@ def answer(
     sealed.write_json(storage.join(run.output, "metrics.json"), content)
     files = ", ".join(["predictions.parquet", *submission, "metrics.json"])
     print(without_secrets(f"\n{summary(content)}\n\n{run.output}: {files}"), flush=True)
+    print(without_secrets(f"see it: pairvpr report {run.output}"), flush=True)
     return content
 
 

@@ -47,6 +47,7 @@ JOBS: dict[type, str] = {
     schema.CheckBenchmarkConfig: "check_benchmark",
     schema.CalibrateConfig: "calibrate",
     schema.PlanConfig: "plan",
+    schema.ReportConfig: "report",
 }
 DIRECTORIES: dict[type, dict[str, str]] = {
     schema.EvaluateConfig: {"experiment": "experiment"},

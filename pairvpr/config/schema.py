@@ -555,6 +555,46 @@ class CalibrateConfig:
 
 
 @dataclass(kw_only=True)
+class ReportSettings:
+    """What a report shows."""
+
+    pictures: int = 200
+    """Number of queries to picture, failures first; a page of 200 stays below 10 MB."""
+    explain: int = 0
+    """Number of pictured pairs to show the pair decoder's attention for; computed here, with the run's weights."""
+    weights: str | None = None
+    """With report.explain: path or URL of the run's weights; null = those published for its network."""
+    tiles: str | None = None
+    """Address of background map tiles with {z}, {x}, {y}; readers' browsers ask it. null = no request of any kind."""
+    utm_epsg: int | None = None
+    """With report.tiles: EPSG code of the positions' UTM zone; null = as the photos' names state it."""
+
+    def __post_init__(self) -> None:
+        require_text(self, "report.", "weights", "tiles")
+        require_positive(self, "report", "pictures")
+        require(self.explain >= 0, f"report.explain={self.explain}: expected 0 or more")
+        require(
+            self.tiles is None
+            or (self.tiles.startswith(("https://", "http://")) and all(f"{{{axis}}}" in self.tiles for axis in "zxy")),
+            f"report.tiles={self.tiles}: expected an address such as https://HOST/{{z}}/{{x}}/{{y}}.png",
+        )
+
+
+@dataclass(kw_only=True)
+class ReportConfig:
+    """`pairvpr report OUT`: one HTML file that shows a finished run, opened without a network."""
+
+    run: str = "???"
+    """Output directory (path or URL) of a finished run of evaluate or query."""
+    output: str | None = None
+    """HTML file (path or URL) to write, replacing an existing one; null = report.html in the run's directory."""
+    report: ReportSettings = field(default_factory=ReportSettings)
+
+    def __post_init__(self) -> None:
+        require_text(self, "", "run", "output")
+
+
+@dataclass(kw_only=True)
 class PositionsConfig:
     """Where the photos of an index were taken; needed to search only some places."""
 

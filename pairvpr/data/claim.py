@@ -62,7 +62,7 @@ def check_writable_file(file: str, key: str, content: str) -> None:
         return
     path = storage.local_path(file).absolute()
     if path.is_dir():
-        raise UserError(f"{key}={file}: it is a directory; expected a file name ({content} as JSON)")
+        raise UserError(f"{key}={file}: it is a directory; expected a file name ({content})")
     check_writable(str(path.parent), key)
 
 

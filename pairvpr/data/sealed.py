@@ -16,7 +16,8 @@ import json
 import math
 import types
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import IO, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -33,6 +34,9 @@ KEY = "seal"
 _PREFIX = "pairvpr-seal:"
 _NUM_DIGITS = 64
 _NO_SEAL = _PREFIX + "0" * _NUM_DIGITS
+_BUFFER_BYTES = 1 << 20
+_FOOTER_BYTES = 1 << 20
+"""In which the seal of a Parquet file is looked for."""
 _MOST_INTEGER = (1 << 63) - 1
 
 
@@ -130,6 +134,57 @@ def parse_parquet(data: bytes, url: str, schema: pa.Schema, remedy: str) -> pa.T
         if isinstance(error, DamagedFileError):
             raise
         raise DamagedFileError(url, f"not the expected Parquet ({storage.reason(error)})", remedy) from error
+
+
+@contextmanager
+def opened_parquet(url: str, schema: pa.Schema, remedy: str) -> Iterator[pq.ParquetFile]:
+    """A sealed Parquet file with the columns of `schema`, checked, to be read in batches: for tables of any size.
+
+    Raises `UserError` where there is no such file, `DamagedFileError` as `parse_parquet`; what a batch itself holds is
+    decoded when it is read, inside the block.
+    """
+    try:
+        file = storage.open_input(url)
+    except FileNotFoundError as error:
+        raise UserError(f"{url}: no such file; {remedy}") from error
+    with file:
+        has_seal = _check_seal_in_pieces(file, url, remedy)
+        try:
+            parquet = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+            if not parquet.metadata.created_by or (KEY.encode() in (parquet.metadata.metadata or {})) != has_seal:
+                raise DamagedFileError(url, "its seal is broken", remedy)
+            _check_size(parquet.metadata, file.seek(0, io.SEEK_END))
+            for field in schema:
+                index = parquet.schema_arrow.get_field_index(field.name)
+                if index < 0 or parquet.schema_arrow.field(index).type != field.type:
+                    raise DamagedFileError(url, f"no column {field.name} of type {field.type}", remedy)
+            yield parquet
+        except (pa.ArrowException, ValueError, OverflowError, MemoryError) as error:
+            raise DamagedFileError(url, f"not the expected Parquet ({storage.reason(error)})", remedy) from error
+
+
+def _check_seal_in_pieces(file: IO[bytes], url: str, remedy: str) -> bool:
+    """As `_check_seal`, of a file that is never in memory as a whole. Its seal stands in the footer, near the end."""
+    size = file.seek(0, io.SEEK_END)
+    first_looked_at = max(0, size - _FOOTER_BYTES)
+    file.seek(first_looked_at)
+    found = file.read().rfind(_PREFIX.encode())
+    if found < 0:
+        return False
+    first = first_looked_at + found + len(_PREFIX)
+    file.seek(first)
+    digits = file.read(_NUM_DIGITS)
+    digest = hashlib.sha256()
+    for start, stop in ((0, first), (first + _NUM_DIGITS, size)):
+        if start:
+            digest.update(b"0" * _NUM_DIGITS)
+        file.seek(start)
+        while start < stop and (piece := file.read(min(stop - start, storage.PIECE_BYTES))):
+            digest.update(piece)
+            start += len(piece)
+    if digits != digest.hexdigest().encode():
+        raise DamagedFileError(url, "its bytes are not those of its seal", remedy)
+    return True
 
 
 def _check_size(metadata: Any, num_bytes: int) -> None:

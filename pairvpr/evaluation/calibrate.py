@@ -69,7 +69,7 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
     Raises `UserError` unless the run is a finished evaluation with ground truth that scored all pairs in both
     directions, with enough queries, some answered right and some wrong.
     """
-    check_writable_file(config.output, "output", "the calibration")
+    check_writable_file(config.output, "output", "the calibration as JSON")
     run = read_run(config.predictions)
     settings = _read_settings(config.predictions)
     utm_m = _positions(settings)

@@ -23,6 +23,7 @@ from pairvpr.errors import UserError
 from pairvpr.evaluation.bootstrap import bootstrap_interval, sign_test
 from pairvpr.evaluation.predictions_file import read_predictions
 from pairvpr.evaluation.recall import first_hits
+from pairvpr.evaluation.tables import FORMATS, note, table
 
 SHOWN_N = ("1", "5", "10")
 DIGEST_LENGTH = 12
@@ -43,12 +44,24 @@ class FinishedRun:
         return self.metrics["protocol"]
 
 
-def compare(urls: Sequence[str]) -> str:
-    """The tables of all runs as text.
+def compare(urls: Sequence[str], form: str = "text") -> str:
+    """The tables of all runs, in one of `tables.FORMATS`.
 
     Raises `UserError` for fewer than two runs, for anything but finished evaluations with ground truth, for runs of one
     benchmark whose protocols differ, and if no two runs have the same protocol.
     """
+    sections = []
+    for runs in same_tests(urls):
+        lines = [*note(heading(runs), form), *([""] if form == "markdown" else []), *table(rows_of(runs), form)]
+        if len(runs) == 2:
+            said = [line for text in paired(*runs) for line in note(text, form)]
+            lines += ["", *said] if said else []
+        sections.append("\n".join(lines))
+    return "\n\n".join(sections)
+
+
+def same_tests(urls: Sequence[str]) -> list[list[FinishedRun]]:
+    """The runs, those of the same test together. Raises `UserError` as `compare`."""
     if len(urls) < 2:
         raise UserError(f"{len(urls)} run given: expected two or more output directories of evaluations")
     all_runs = [read_run(url) for url in urls]
@@ -62,13 +75,7 @@ def compare(urls: Sequence[str]) -> str:
             same.append(run)
     if len(tests) == len(all_runs):
         raise _different_tests(*all_runs[:2])
-    sections = []
-    for runs in tests:
-        lines = _table(runs)
-        if len(runs) == 2:
-            lines += ["", *_paired(*runs)]
-        sections.append("\n".join(lines))
-    return "\n\n".join(sections)
+    return tests
 
 
 def read_run(url: str) -> FinishedRun:
@@ -86,7 +93,8 @@ def read_run(url: str) -> FinishedRun:
         raise UserError(f"{url}: {content['benchmark']} has no ground truth, so there is no recall")
     run = FinishedRun(url, content)
     try:
-        _table([run])
+        heading([run])
+        rows_of([run])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{metrics_url}: damaged; expected the metrics.json of an evaluation") from error
     return run
@@ -123,24 +131,19 @@ def _short(value: object) -> str:
     return text[:DIGEST_LENGTH] if is_digest else text
 
 
-def _table(runs: Sequence[FinishedRun]) -> list[str]:
-    """A heading that names the test, column names, and a row per run."""
+def heading(runs: Sequence[FinishedRun]) -> str:
+    """Names the test of some runs."""
     protocol = runs[0].protocol
-    header = ["run", "model", "weights", "K"]
-    header += [f"{step}@{n}" for step in ("global", "re-ranked") for n in SHOWN_N] + ["ceiling"]
-    rows = [header, *(_row(run) for run in runs)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    return [
+    return (
         f"{runs[0].metrics['benchmark']}: {protocol.get('num_queries')} queries, "
-        f"{protocol.get('num_database')} database photos; recall@N in percent",
-        *(
-            "  ".join(
-                cell.ljust(width) if column < 3 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ),
-    ]
+        f"{protocol.get('num_database')} database photos; recall@N in percent"
+    )
+
+
+def rows_of(runs: Sequence[FinishedRun]) -> list[list[str]]:
+    """The names of the columns, and a row for each run."""
+    recalls = [f"{step}@{n}" for step in ("global", "re-ranked") for n in SHOWN_N]
+    return [["run", "model", "weights", "K", *recalls, "ceiling"], *(_row(run) for run in runs)]
 
 
 def _row(run: FinishedRun) -> list[str]:
@@ -155,7 +158,7 @@ def _row(run: FinishedRun) -> list[str]:
     ]
 
 
-def _paired(first: FinishedRun, second: FinishedRun) -> list[str]:
+def paired(first: FinishedRun, second: FinishedRun) -> list[str]:
     """The changes from the first run's best re-ranked answers to the second's, and whether they may be chance."""
     before, after = first_answer_is_right(first), first_answer_is_right(second)
     corrected, broken = int((after & ~before).sum()), int((before & ~after).sum())
@@ -185,16 +188,30 @@ def first_answer_is_right(run: FinishedRun) -> NDArray[np.bool_]:
     return first_hits(best, positives) < 1
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Print the comparison. Exit codes: 0 done, 2 a user's mistake."""
+def arguments_parser() -> argparse.ArgumentParser:
+    """What the command line may hold."""
     parser = argparse.ArgumentParser(
         prog="pairvpr compare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", metavar="RUN", nargs="*", help="output directory (path or URL) of an evaluation")
+    parser.add_argument("--format", metavar="FORMAT", default="text", help=f"one of {', '.join(FORMATS)}")
+    return parser
+
+
+def checked_format(form: str) -> str:
+    """Raises `UserError` for a format that tables don't have."""
+    if form not in FORMATS:
+        raise UserError(f"--format {form}: expected one of {', '.join(FORMATS)}")
+    return form
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the comparison. Exit codes: 0 done, 2 a user's mistake."""
     try:
-        print(compare(parser.parse_args(arguments).runs))
+        given = arguments_parser().parse_args(arguments)
+        print(compare(given.runs, checked_format(given.format)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

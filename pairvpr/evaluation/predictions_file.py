@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 
@@ -33,11 +33,23 @@ DECIDED_SCHEMA = pa.schema(
 )
 """Further columns for rerank.decision=fused|consensus."""
 
+EXPECTED = "expected the predictions of a run; the line that made them makes them anew"
+
 
 def read_predictions(url: str, columns: Sequence[str]) -> pa.Table:
     """Some columns of predictions.parquet. Raises `UserError` if it is missing, damaged or something else."""
-    expected = "expected the predictions of a run; the line that made them makes them anew"
-    table = sealed.read_parquet(url, pa.schema([SCHEMA.field(name) for name in columns]), expected)
+    table = sealed.read_parquet(url, pa.schema([SCHEMA.field(name) for name in columns]), EXPECTED)
     if table is None:
-        raise UserError(f"{url}: no such file; {expected}")
+        raise UserError(f"{url}: no such file; {EXPECTED}")
     return table
+
+
+def prediction_batches(url: str, columns: Sequence[str], num_rows: int = 1024) -> Iterator[pa.RecordBatch]:
+    """Some columns of predictions.parquet, so many queries at a time; those of a decision only where there is one.
+
+    Raises `UserError` as `read_predictions`.
+    """
+    schema = pa.schema([SCHEMA.field(name) for name in columns if name in SCHEMA.names])
+    with sealed.opened_parquet(url, schema, EXPECTED) as file:
+        there = [name for name in columns if name in file.schema_arrow.names]
+        yield from file.iter_batches(num_rows, columns=there, use_threads=False)

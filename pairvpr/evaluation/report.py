@@ -16,12 +16,12 @@ from pairvpr.config.schema import DecisionRule, ModelConfig
 from pairvpr.data.manifest import Benchmark
 from pairvpr.evaluation.audit import audit, audit_table, audited_candidates
 from pairvpr.evaluation.confidence import Judge, expected_calibration_error, reliability
+from pairvpr.evaluation.position_errors import ERROR_RADII_M, position_errors
 from pairvpr.evaluation.predictions import final_order, top_scores
 from pairvpr.evaluation.recall import REPORTED_N, first_hits, recall_at, recall_of
 from pairvpr.retrieval.pipeline import Answer
 
 BYTES_PER_FLOAT = 4
-ERROR_RADII_M = (5, 25, 100)
 PACKAGES = ("pairvpr", "torch", "ray", "faiss-cpu", "faiss-gpu", "numpy", "pyarrow", "pillow")
 
 
@@ -172,25 +172,6 @@ def _best_m(ranked: Sequence[NDArray[np.int64]], utm_m: NDArray[np.float64]) -> 
     """(Q, 2) position in metres of each query's best answer; NaN if there is none, or its position is unknown."""
     nowhere = np.full(2, np.nan)
     return np.array([utm_m[ids[0]] if len(ids) else nowhere for ids in ranked]).reshape(-1, 2)
-
-
-def position_errors(answered_m: NDArray[np.float64], true_m: NDArray[np.float64]) -> dict[str, Any] | None:
-    """Distances in metres from answers (Q, 2) to the queries' positions (Q, 2); None if no query has a position.
-
-    Queries without a known position don't count. An answer without a position is infinitely far away; a median that is
-    not finite is None.
-    """
-    is_known = ~np.isnan(true_m).any(axis=1)
-    if not is_known.any():
-        return None
-    error_m = np.hypot(*(answered_m[is_known] - true_m[is_known]).T)
-    error_m[np.isnan(error_m)] = np.inf
-    median_m = float(np.median(error_m))
-    return {
-        "num_queries": len(error_m),
-        "median_m": median_m if np.isfinite(median_m) else None,
-        **{f"within_{radius_m}_m": 100 * float((error_m <= radius_m).mean()) for radius_m in ERROR_RADII_M},
-    }
 
 
 def _scored_per_query(answers: Sequence[Answer]) -> float | None:

@@ -34,7 +34,7 @@ print(sorted({name.split(".")[0] for name in sys.modules} & {"torch", "ray", "hy
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.split() == ["[]"]
     lines = [line.split() for line in done.stdout.splitlines()]
-    for name in (*cli.JOBS, "compare"):
+    for name in (*cli.JOBS, *cli.LOOKS):
         assert sum(line[:1] == [name] for line in lines) == 1
 
 

@@ -53,7 +53,9 @@ def run(environment: Path, *command: str, cwd: Path) -> subprocess.CompletedProc
 def test_what_is_in_it(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     configs = {f"pairvpr/configs/{path.relative_to(ROOT / 'configs')}" for path in (ROOT / "configs").rglob("*.*")}
-    assert {"pairvpr/py.typed", "pairvpr/configs/model/tiny.safetensors", "ray_jobs/evaluate.py"} | configs <= names
+    page = {f"pairvpr/report/page/{name}" for name in ("page.html", "page.css", "page.js")}
+    others = {"pairvpr/py.typed", "pairvpr/configs/model/tiny.safetensors", "ray_jobs/evaluate.py"}
+    assert others | configs | page <= names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
 
 
