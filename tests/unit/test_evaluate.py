@@ -88,6 +88,7 @@ def finish_index(run: Run, **changes: Any) -> None:
     claim(run.index, run.index_settings(), "index.path")
     rows = np.eye(len(images), dim, dtype=np.float32)
     describe_rows(run.index, images, rows, [])
+    assert run.weights is not None
     made_by = {"name": "small", WEIGHTS_SHA256: run.weights.sha256}
     draft = make.first_generation(run.index, images, 1, made_by, dim)
     manifest = make.next_generation(run.index, draft, FLAT, PLENTY_BYTES, make.LocalRunner())
