@@ -46,6 +46,7 @@ from pairvpr.index.described import CHANGED, DescribedPhotos
 from pairvpr.index.generations import IndexManifest, check_model, read_generation, read_images, read_manifest
 from pairvpr.index.merge import Found
 from pairvpr.index.reader import WarmIndex, search_index
+from pairvpr.index.reduction import Reduction, read_reduction
 from pairvpr.index.search import NO_ID, Effort
 from pairvpr.models.weights import build_model, find_weights, load_weights
 from pairvpr.photo import Asked, Photo, asked, is_many
@@ -98,6 +99,7 @@ class _Generation:
     described: DescribedPhotos
     index: WarmIndex
     map: Map
+    reduction: Reduction | None
 
 
 @dataclass(frozen=True)
@@ -337,7 +339,7 @@ class Localizer:
         """The k nearest photos of each descriptor (n, G), nearest first, not re-ranked; conditions as in `locate`."""
         if not isinstance(k, Integral) or k < 1:
             raise UserError(f"k={k}: expected 1 or more")
-        now, width = self._now, self._now.manifest.descriptor_dim
+        now, width = self._now, self._now.manifest.described_dim
         try:
             queries = np.asarray(descriptors, np.float32)
         except (TypeError, ValueError) as error:
@@ -376,7 +378,8 @@ class Localizer:
             before=before,
         )
         described = DescribedPhotos(self._directory, manifest, photos)
-        return _Generation(manifest, photos, described, index, Map(photos, self._utm_epsg))
+        reduction = read_reduction(self._directory, manifest)
+        return _Generation(manifest, photos, described, index, Map(photos, self._utm_epsg), reduction)
 
     def _located(self, photos: Sequence[Asked], k: int, where: Where) -> list[list[Match] | PhotoError]:
         """The steps of the job `query`, with the same photos in each forward pass."""
@@ -453,6 +456,8 @@ class Localizer:
         filters = now.map.filters(where, num_asked)
         if filters is not None:
             filters = filters[0].of_queries(places), filters[1]
+        if now.reduction is not None:
+            descriptors = now.reduction(descriptors)
         effort = now.index.effort
         if self._search.num_probes is not None:
             effort = Effort(self._search.num_probes, effort.num_rescored)

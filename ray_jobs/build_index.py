@@ -41,7 +41,7 @@ def build_index(config: BuildIndexConfig) -> str:
     first = first_stage(config.model, source, config.describe)
     if first.file is not None:
         check_photos_of_file(first.file, {"database": database}, "describe.descriptors")
-    settings = index_settings(database, num_shards, first.settings)
+    settings = index_settings(database, num_shards, first.settings, config.index.reduce_to)
     if config.positions is not None:
         settings |= position_settings(database)
     check_claim(directory, settings, "output")

@@ -100,7 +100,8 @@ class Run:
 
     def index_settings(self) -> dict[str, Any]:
         """The settings that decide the bytes of the index."""
-        return index_settings(self.benchmark.database, self.num_shards, self.first.settings)
+        reduce_to = self.config.index.reduce_to if isinstance(self.config, EvaluateConfig) else None
+        return index_settings(self.benchmark.database, self.num_shards, self.first.settings, reduce_to)
 
     def model_settings(self) -> dict[str, Any]:
         """The settings of the network that scores pairs."""
@@ -170,7 +171,7 @@ def check_photos(run: Run) -> None:
         "images_root": manifest.images_root,
         "num_images": manifest.num_images,
         "num_shards": len(manifest.shards),
-        "descriptor_dim": manifest.descriptor_dim,
+        "descriptor_dim": manifest.described_dim,
     }
     here = {
         "generation's updates": 0,
@@ -202,9 +203,9 @@ def check_first_stage(index: str, manifest: IndexManifest, first: FirstStage) ->
     """Raise `UserError` unless this first stage made a finished index, as far as that can be known."""
     model = first.settings.get("model")
     check_model(index, manifest, name=first.name, weights_sha256=first.weights_sha256, model=model)
-    if manifest.descriptor_dim != first.width:
+    if manifest.described_dim != first.width:
         raise UserError(
-            f"index {index} has descriptors of {manifest.descriptor_dim} values, {first.name} of {first.width}; "
+            f"index {index} has descriptors of {manifest.described_dim} values, {first.name} of {first.width}; "
             "expected those of the network that described its photos"
         )
 

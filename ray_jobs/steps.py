@@ -30,6 +30,7 @@ from pairvpr.index.filters import Filters, Places
 from pairvpr.index.generations import IndexManifest, commit, read_manifest
 from pairvpr.index.plan import check_fits, plan_index
 from pairvpr.index.reader import live_ids
+from pairvpr.index.reduction import check_width, reduced
 from pairvpr.retrieval.decision import Decider
 from pairvpr.retrieval.first_stage import FirstStage
 from pairvpr.retrieval.pipeline import answers, decided, with_prior
@@ -66,6 +67,7 @@ def ensure_index(
             f"{directory}: the finished index is {finished.kind} ({finished.factory}); this storage can't keep "
             "two writers apart; expected python -m ray_jobs.update_index index.kind=... single_writer=true"
         )
+    check_width(index.reduce_to, first.width)
     budget_bytes = memory_budget_bytes(index)
     plan = plan_index(
         len(database),
@@ -78,6 +80,8 @@ def ensure_index(
     if finished is None:
         made_by = {"name": first.name, "weights_sha256": first.weights_sha256}
         draft = make.first_generation(directory, database, num_shards, made_by, first.width)
+        if index.reduce_to is not None:
+            draft = reduced(directory, draft, index.reduce_to, RayRunner())
     else:
         draft = replace(finished, generation=finished.generation + 1)
     manifest = make.next_generation(directory, draft, index, budget_bytes, RayRunner())

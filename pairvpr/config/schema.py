@@ -314,9 +314,12 @@ class BuildConfig(ShardsConfig):
 
     kind: IndexKind = IndexKind.auto
     """flat, flat_fp16, flat_8bit (exact), ivf_fp16, ivf_8bit, ivf_rabitq (approximate); auto = by memory and recall."""
+    reduce_to: int | None = None
+    """Reduce descriptors to this many values by PCA with whitening, learnt from a sample; null = as they are."""
 
     def __post_init__(self) -> None:
         ShardsConfig.__post_init__(self)
+        require_positive(self, "index", "reduce_to")
         require(
             self.num_lists is None or self.kind in (IndexKind.auto, *IVF_KINDS),
             f"index.num_lists={self.num_lists}: index.kind={self.kind} has no lists; expected one of "

@@ -25,6 +25,7 @@ from pairvpr.index.filters import Filters, Places, search_filtered
 from pairvpr.index.generations import IndexManifest
 from pairvpr.index.merge import Found, merge_top_k
 from pairvpr.index.reader import OpenIndex, check_faiss_has_gpus, groups_of_shards, short_list_length
+from pairvpr.index.reduction import read_reduction
 from pairvpr.index.search import NO_ID, Effort, rescore, search
 from pairvpr.terminal import say
 
@@ -93,6 +94,9 @@ def retrieve(
             )
         say("retrieve: finished earlier, skipped")
         return candidates
+    reduction = read_reduction(index, manifest)
+    if reduction is not None:
+        descriptors = reduction(descriptors)
     request = SearchRequest(index, manifest, descriptors, k)
     if filters is not None:
         request = SearchRequest(index, manifest, descriptors, k, filters[0].of_queries(query_ids), filters[1])

@@ -140,14 +140,14 @@ def build_shard(
             f"{storage.join(directory, path)}: {rows.shape[1]} values per row, but the index has {index.d}; "
             "build the index again"
         )
-    for piece in _pieces(rows_file):
+    for piece in rows_of_file(rows_file):
         index.add(piece)
     if spec.num_lists:
         index.quantizer.reset()  # all shards share the centres, which `OpenIndex` puts back
     return write_faiss(directory, path, index)
 
 
-def _pieces(rows_file: str | Path) -> Iterator[NDArray[np.float32]]:
+def rows_of_file(rows_file: str | Path) -> Iterator[NDArray[np.float32]]:
     """The rows of a .npy file, read and not mapped: mapped pages would count as memory of this process."""
     with Path(rows_file).open("rb") as file:
         np.lib.format.read_magic(file)

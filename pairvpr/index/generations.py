@@ -69,6 +69,14 @@ class ShardEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reduced:
+    """The file of the reduction of an index's descriptors, and how many values they had before."""
+
+    file: StoredFile
+    descriptor_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class IndexManifest:
     """One generation of an index; every path in it is relative to the index directory.
 
@@ -92,6 +100,7 @@ class IndexManifest:
     trained: StoredFile | None = None
     effort: dict[str, int] = field(default_factory=dict)
     measured: dict[str, Any] | None = None
+    reduction: Reduced | None = None
     metric: str = "L2"
     format_version: int = FORMAT_VERSION
 
@@ -117,6 +126,11 @@ class IndexManifest:
                 raise ValueError(f"shard {entry.path!r}: expected ids.npy and descriptors.npy")
 
     @property
+    def described_dim(self) -> int:
+        """Values of a descriptor before it is reduced, if it is."""
+        return self.descriptor_dim if self.reduction is None else self.reduction.descriptor_dim
+
+    @property
     def num_live(self) -> int:
         """Photos that a search can find."""
         return sum(entry.num_rows - entry.num_removed for entry in self.shards)
@@ -127,7 +141,10 @@ def commit(directory: str, manifest: IndexManifest) -> None:
 
     Doing it again is harmless. Raises `UserError` where another writer made this generation first, with other content.
     """
-    data = sealed.json_bytes(asdict(manifest))
+    content = asdict(manifest)
+    if manifest.reduction is None:
+        del content["reduction"]  # as before there were any
+    data = sealed.json_bytes(content)
     url = generation_url(directory, manifest.generation)
     if not storage.create_exclusively(url, data) and _read(url, directory) != manifest:
         raise changed_meanwhile(directory, manifest.generation)
@@ -191,6 +208,7 @@ def _read(url: str, directory: str) -> IndexManifest | None:
             "a newer pairvpr reads it" if isinstance(version, int) and version > FORMAT_VERSION else "build it again"
         )
         raise UserError(f"{directory}: index format {version}; this version reads {FORMAT_VERSION}; {advice}")
+    content.setdefault("reduction", None)  # only an index that has one says so
     manifest = sealed.parsed(IndexManifest, content, url, REMEDY)
     try:
         manifest.check()

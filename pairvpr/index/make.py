@@ -217,7 +217,7 @@ def own_cache() -> Iterator[LocalCache]:
         yield LocalCache(Path(folder), ONE_SHARD_BYTES)
 
 
-def _finished_file(directory: str, path: str) -> StoredFile | None:
+def finished_file(directory: str, path: str) -> StoredFile | None:
     """What a marker says of the file beside it, which is written before it; None without one.
 
     A marker that is damaged or of another file counts as none: the file is made anew.
@@ -243,7 +243,7 @@ def _check_rows(directory: str, rows: StoredFile) -> None:
 def _train(directory: str, draft: IndexManifest, spec: IndexSpec, num_threads: int) -> StoredFile:
     files = [entry.files["descriptors.npy"] for entry in draft.shards]
     name = spec.trained_file(files, num_threads)
-    file = _finished_file(directory, name)
+    file = finished_file(directory, name)
     if file is None:
         urls, counts = _rows_of(directory, draft)
         sample = build.read_training_sample(spec, urls, counts, draft.descriptor_dim)
@@ -262,7 +262,7 @@ def _build_shard(
     directory: str, entry: ShardEntry, spec: IndexSpec, trained: StoredFile | None, num_threads: int
 ) -> StoredFile:
     path = f"{entry.path}/{spec.index_file(trained)}"
-    file = _finished_file(directory, path)
+    file = finished_file(directory, path)
     if file is None:
         rows = entry.files["descriptors.npy"]
         with own_cache() as cache:

@@ -138,7 +138,7 @@ def plan_index(
 
     Raises `UserError` for more lists than so few photos can fill.
     """
-    width = model.descriptor_dim
+    width = config.reduce_to or model.descriptor_dim
     num_lists = config.num_lists or choose.default_num_lists(num_images)
     num_shards = config.num_shards or choose.default_num_shards(num_images)
     kinds, problem = _wanted_kinds(num_images, width, budget_bytes, config)
@@ -154,11 +154,11 @@ def plan_index(
         kind=kinds[0],
         budget_bytes=int(budget_bytes),
         budget_problem=problem,
-        descriptors_bytes=_descriptors_bytes(num_images, width),
+        descriptors_bytes=_descriptors_bytes(num_images, model.descriptor_dim),
         kinds=[_kind_plan(kind, num_images, width, num_lists, budget_bytes) for kind in choose.KINDS],
         dense_features=_dense_plan(num_images, model),
-        storage=_storage_plan(num_images, width, num_lists, kinds),
-        memory=_memory_plan(num_images, width, num_lists, num_shards, num_groups, kinds[0]),
+        storage=_storage_plan(num_images, model.descriptor_dim, width, num_lists, kinds),
+        memory=_memory_plan(num_images, model.descriptor_dim, width, num_lists, num_shards, num_groups, kinds[0]),
         images_per_s=images_per_s,
         hours=None if images_per_s is None else num_images / images_per_s / 3600,
     )
@@ -209,17 +209,30 @@ def _dense_plan(num_images: int, model: ModelConfig) -> DensePlan:
     )
 
 
-def _storage_plan(num_images: int, descriptor_dim: int, num_lists: int, kinds: Sequence[IndexKind]) -> StoragePlan:
-    """Part files copy the descriptors and are deleted before an index is built; each kind tried leaves files."""
+def _storage_plan(
+    num_images: int, described_dim: int, descriptor_dim: int, num_lists: int, kinds: Sequence[IndexKind]
+) -> StoragePlan:
+    """Part files copy the descriptors and are deleted before an index is built; each kind tried leaves files.
+
+    Reduced descriptors lie beside those that they were made from.
+    """
     ids_bytes = choose.BYTES_OF_AN_ID * num_images
-    described = _descriptors_bytes(num_images, descriptor_dim) + ids_bytes
+    described = _descriptors_bytes(num_images, described_dim) + ids_bytes
     base = described + BYTES_OF_A_PHOTO * num_images
+    if descriptor_dim != described_dim:
+        base += _descriptors_bytes(num_images, descriptor_dim)
     files = [choose.index_bytes(kind, num_images, descriptor_dim, num_lists) - ids_bytes for kind in kinds]
     return StoragePlan(index_bytes=base + files[0], peak_bytes=base + max(described, sum(files)))
 
 
 def _memory_plan(
-    num_images: int, descriptor_dim: int, num_lists: int, num_shards: int, num_groups: int, kind: IndexKind
+    num_images: int,
+    described_dim: int,
+    descriptor_dim: int,
+    num_lists: int,
+    num_shards: int,
+    num_groups: int,
+    kind: IndexKind,
 ) -> MemoryPlan:
     num_rows = -(-num_images // num_shards)
     about, shard_bytes = choose.KINDS[kind], choose.index_bytes(kind, num_rows, descriptor_dim, num_lists)
@@ -230,7 +243,7 @@ def _memory_plan(
         row_bytes, most_together = choose.bytes_per_row(kind, descriptor_dim), -(-num_shards // num_groups)
         searched_bytes += (COPIES_JOINED * most_together - 1) * num_rows * row_bytes
     return MemoryPlan(
-        gather_bytes=PROCESS_BYTES + int(COPIES_GATHERED * _descriptors_bytes(num_rows, descriptor_dim)),
+        gather_bytes=PROCESS_BYTES + int(COPIES_GATHERED * _descriptors_bytes(num_rows, described_dim)),
         learn_bytes=PROCESS_BYTES + COPIES_OF_A_SAMPLE * sample_bytes if about.needs_training else 0,
         fill_bytes=PROCESS_BYTES + WORKING_BYTES + int(COPIES_FILLED * shard_bytes),
         search_bytes=PROCESS_BYTES + searched_bytes,

@@ -9,7 +9,9 @@ from typing import Any
 from pairvpr.data.manifest import Manifest
 
 
-def index_settings(database: Manifest, num_shards: int, first_stage: Mapping[str, Any]) -> dict[str, Any]:
+def index_settings(
+    database: Manifest, num_shards: int, first_stage: Mapping[str, Any], reduce_to: int | None = None
+) -> dict[str, Any]:
     """What decides the descriptors of an index, in plain values; kinds of index can be built from them at any time.
 
     `first_stage` are the sections that say what makes them.
@@ -22,6 +24,7 @@ def index_settings(database: Manifest, num_shards: int, first_stage: Mapping[str
             "paths_sha256": database.paths_sha256,
         },
         "index_num_shards": num_shards,
+        **({} if reduce_to is None else {"index_reduce_to": reduce_to}),
     }
 
 

@@ -17,6 +17,7 @@ from pairvpr.index import build, descriptor_shards
 from pairvpr.index.generations import IndexManifest, ShardEntry, read_generation
 from pairvpr.index.make import Runner, build_shards, described_shards, image_table, own_cache
 from pairvpr.index.reader import OpenIndex
+from pairvpr.index.reduction import reduced_shards
 
 UPDATES = "updates"
 """The folder of an index that has one for each change."""
@@ -33,6 +34,7 @@ def with_added(
 ) -> IndexManifest:
     """The photos `added`, described below `prefix`, under ids behind all others, indexed as the rest is."""
     entries = described_shards(directory, prefix, num_shards, draft.num_images, len(added))
+    entries = reduced_shards(directory, entries, draft.reduction, runner)
     spec = build.spec_of(draft.kind, draft.factory)
     entries = build_shards(directory, entries, spec, draft.trained, num_threads, runner)
     return replace(

@@ -198,3 +198,47 @@ def test_an_index_of_a_file_and_one_of_a_network_do_not_meet(city: Path, ours: P
     build_index(load(BuildIndexConfig, line))
     with pytest.raises(UserError, match="was made with descriptors of a file, not with tiny and weights"):
         query(load(QueryConfig, [f"index.path={tmp_path}/i", *shared]))
+
+
+@pytest.mark.parametrize("kind", ["flat", pytest.param("ivf_8bit", marks=pytest.mark.soak), "ivf_rabitq"])
+def test_wide_descriptors_reduced(city: Path, ours: Path, tmp_path: Path, kind: str) -> None:
+    """8,448 values of a random network, reduced, indexed, added to, asked: the distances of a plain computation."""
+    (database, own_rows), (queries, own_queries) = described(ours / "index"), described(ours / "queries")
+    network = np.random.default_rng(3).normal(size=(own_rows.shape[1], 8448))
+    rows, asked = (np.tanh(3 * some @ network).astype(np.float16) for some in (own_rows, own_queries))
+    file = write_npy(tmp_path / "both.npy", database + queries, np.concatenate([rows, asked]))
+    more = [f"describe.descriptors={file}", "index.reduce_to=24", f"index.kind={kind}", "index.num_shards=2"]
+    more += ["index.num_lists=null" if kind == "flat" else "index.num_lists=4", "index.target_recall=0.1"]
+    line = [f"database={city}/database", f"output={tmp_path}/index", *more]
+    index = build_index(load(BuildIndexConfig, line))
+    manifest = open_manifest(index, index)
+    assert (manifest.descriptor_dim, manifest.described_dim) == (24, 8448)
+
+    wide = rows.astype(np.float64)
+    _, spread, axes = np.linalg.svd(wide - wide.mean(axis=0), full_matrices=False)
+    matrix = axes[:24].T / spread[:24]
+    plain = [(some.astype(np.float64) - wide.mean(axis=0)) @ matrix for some in (rows, asked)]
+    there, here = (some / np.linalg.norm(some, axis=1, keepdims=True) for some in plain)
+    line = [f"index.path={index}", f"queries={city}/queries", f"output={tmp_path}/out", f"describe.descriptors={file}"]
+    line += ["rerank.num_candidates=3", "index.num_probes=null" if kind == "flat" else "index.num_probes=4"]
+    query(load(QueryConfig, [*line, *SMALL_NETWORK]))
+    known = read_images(index, manifest)
+    table = [row for row in pq.read_table(tmp_path / "out" / "predictions.parquet").to_pylist() if row["candidates"]]
+    for query_row, row in zip(here, table, strict=True):
+        distances = ((there - query_row) ** 2).sum(axis=1)
+        places = [database.index(known.path(i)) for i in row["candidates"]]
+        tolerance = 0.1 if kind == "ivf_8bit" else 1e-4
+        np.testing.assert_allclose(row["squared_distances"], distances[places], atol=tolerance)
+        if kind == "flat":
+            np.testing.assert_allclose(np.sort(distances)[:3], distances[places], atol=1e-4)
+
+    if kind == "flat":
+        before = (tmp_path / "index" / "generations" / "000001.json").read_bytes()
+        replaced = next(path for path in database if path.endswith("@copy1.jpg"))
+        (tmp_path / "add.txt").write_text(replaced)
+        line = [f"index.path={index}", f"add={tmp_path}/add.txt", f"describe.descriptors={file}"]
+        after = update_index(load(UpdateIndexConfig, line))
+        added = np.load(tmp_path / "index" / after.shards[-1].files["descriptors.npy"].path)
+        same = np.abs(there[[database.index(replaced)]])  # but for the signs of the axes
+        np.testing.assert_allclose(np.abs(added), same, atol=1e-4)
+        assert (tmp_path / "index" / "generations" / "000001.json").read_bytes() == before
