@@ -2,7 +2,7 @@
 
     from pairvpr import Localizer
 
-What is named here is loaded when it is first asked for, so that importing the package costs nothing.
+These names are loaded on first use, so that importing the package is cheap.
 """
 
 from __future__ import annotations

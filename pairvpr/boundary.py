@@ -1,7 +1,7 @@
-"""Where errors leave a job: one line for people, an exit code, and everything else in a log file.
+"""How errors leave a job: one line for the user, an exit code, and everything else in a log file.
 
-Whatever is not a `UserError`, an `IncompleteRunError` or a refusal of the machine is a defect of the program. Its line
-names the log, which holds the tracebacks, and all that Ray, torch and other libraries wrote.
+Anything but a `UserError`, an `IncompleteRunError` or an operating system error is a bug in the program. Its line names
+the log, which has tracebacks and all output of Ray, torch and other libraries.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class StoppedError(BaseException):
-    """The process was asked to end, by a signal of this name."""
+    """The process received a signal of this name to terminate."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Outcome:
     exit_code: int
     line: str | None = None
     has_log: bool = False
-    """Whether the log says more than the line."""
+    """Whether the log contains more than the line."""
 
     def __str__(self) -> str:
-        """The line, without secrets; what would break it, or can't be shown, is written as an escape."""
+        """The line, without secrets; line breaks and unprintable characters are escaped."""
         line = without_secrets(self.line or "")
         return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
 
@@ -51,8 +51,7 @@ class Outcome:
 def exit_code_of(work: Callable[[], object]) -> int:
     """Run `work` in this process. 0: done, 1: incomplete, 2: a user's mistake, 130: interrupted.
 
-    What `work` says goes to standard error; the rest of what is written there goes to a log, which is kept where
-    something failed.
+    Lines from `say` go to standard error; all other output there goes to a log, which is kept if something failed.
     """
     make_streams_usable()
     log, name = _open_log()
@@ -78,7 +77,7 @@ def exit_code_of(work: Callable[[], object]) -> int:
 
 
 def outcome_of(error: BaseException) -> Outcome:
-    """What people are told of an error: of the first in its chain of causes that is meant for them."""
+    """The outcome for an error: from the first exception in its chain of causes that is meant for users."""
     for cause in _causes(error):
         if isinstance(cause, UserError):
             return Outcome(2, f"error: {reason(cause)}")
@@ -88,7 +87,7 @@ def outcome_of(error: BaseException) -> Outcome:
             return Outcome(130, f"interrupted: {GOES_ON}")
         if isinstance(cause, StoppedError):
             return Outcome(1, f"stopped by {cause}: {GOES_ON}")
-        if isinstance(cause, SystemExit) and cause.code in SIGNALS:  # Ray's own handler, while Ray starts
+        if isinstance(cause, SystemExit) and cause.code in SIGNALS:  # from Ray's own handler, while Ray starts
             return Outcome(1, f"stopped by {signal.Signals(cause.code).name}: {GOES_ON}")
         if isinstance(cause, StorageError):
             return Outcome(1, f"error: {reason(cause)}; {KEPT}", has_log=True)
@@ -102,7 +101,7 @@ def outcome_of(error: BaseException) -> Outcome:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and what it was explicitly raised from. Ray's copy of what a task raised has that as its `cause`."""
+    """An error and its explicit causes. Ray's copy of a task's error has the original as its `cause`."""
     found: BaseException | None = error
     seen: set[int] = set()
     while found is not None and id(found) not in seen:
@@ -116,9 +115,9 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 @contextmanager
 def _last_word(log: str | None) -> Iterator[None]:
-    """Should this process end within the block without a word, another one says so.
+    """If this process ends silently inside the block, a second process says so.
 
-    It may be killed, and Ray's native code ends it where Ray's own processes are gone.
+    It may be killed, and Ray's native code ends it when Ray's own processes are gone.
     """
     line = f"incomplete: the process was killed, ran out of memory, or was ended by Ray; {GOES_ON} (full text: {log})"
     try:
@@ -135,7 +134,7 @@ def _last_word(log: str | None) -> Iterator[None]:
 
 
 def _open_log() -> tuple[int, str | None]:
-    """A file descriptor for everything that is not for people, and the file's name; the null device if need be."""
+    """A file descriptor for output not meant for users, and the file's name; the null device if there is no file."""
     try:
         return tempfile.mkstemp(prefix="pairvpr-", suffix=".log")
     except OSError:
@@ -144,7 +143,7 @@ def _open_log() -> tuple[int, str | None]:
 
 @contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """Within the block, signals that ask the process to end raise `StoppedError` in the main thread."""
+    """Inside the block, termination signals raise `StoppedError` in the main thread."""
 
     def stop(number: int, _: FrameType | None) -> None:
         raise StoppedError(signal.Signals(number).name)

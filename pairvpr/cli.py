@@ -1,6 +1,6 @@
-"""The table of jobs, and how one is run: `pairvpr JOB key=value ...` or `python -m ray_jobs.JOB key=value ...`.
+"""The table of jobs, and running one: `pairvpr JOB key=value ...` or `python -m ray_jobs.JOB key=value ...`.
 
-Nothing heavy is imported before a job runs, so that help and mistakes are answered at once.
+Nothing heavy is imported before a job runs, so that help and errors appear at once.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ HELP, HELP_ALL, VERSION = ("-h", "--help"), "--help-all", "--version"
 
 @dataclass(frozen=True)
 class Job:
-    """A job; its work is the function `main(arguments)` of the module `ray_jobs.<name>`."""
+    """A job: the function `main(arguments)` of the module `ray_jobs.<name>`."""
 
     name: str
     group: str
     """One of `GROUPS`, under which it is listed."""
     about: str
     schema: str
-    """`module:class` of its settings."""
+    """Its settings class, as `module:class`."""
     examples: tuple[str, ...]
     """`key=value` of what most people set, the necessary ones first."""
     subject: str | None = None
@@ -216,7 +216,7 @@ def run_job(name: str, arguments: Sequence[str] | None = None) -> int:
 
 
 def overview() -> str:
-    """All jobs in a line each, by groups."""
+    """All jobs, one line each, by group."""
     lines = ["usage: pairvpr JOB key=value ...", "       pairvpr JOB --help       what most people set, with examples"]
     lines += ["       pairvpr JOB --help-all   every key", "       pairvpr --version"]
     width = max(map(len, JOBS))
@@ -229,7 +229,7 @@ def overview() -> str:
 
 
 def short_help(job: Job) -> str:
-    """What most people set of a job, each with an example and its meaning."""
+    """A job's most common settings, each with an example and its meaning."""
     from pairvpr.config.compose import documented_keys
 
     documented = documented_keys(job.config)

@@ -1,4 +1,4 @@
-"""The exceptions that are meant for the person at the keyboard. Their messages hold no secrets."""
+"""Exceptions whose messages are meant for users. Messages contain no secrets."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pairvpr.secrets import without_secrets
 class UserError(ValueError):
     """Something a user gave is wrong: one line that says what, what was expected, and the valid choices.
 
-    The jobs print its message without a traceback and exit with code 2. Whatever is not a `UserError` is a
-    defect of the program and keeps its traceback.
+    The jobs print its message without a traceback and exit with code 2. Unexpected exceptions are bugs and keep their
+    traceback.
     """
 
     def __init__(self, message: str) -> None:
@@ -17,7 +17,7 @@ class UserError(ValueError):
 
 
 class PhotoError(UserError):
-    """A photo that was asked about can't be read: `photo` names it, `reason` says why."""
+    """A query photo can't be read: `photo` names it, `reason` says why."""
 
     def __init__(self, photo: str, reason: str) -> None:
         super().__init__(f"{photo}: {reason}")
@@ -29,7 +29,7 @@ class PhotoError(UserError):
 
 
 class IncompleteRunError(RuntimeError):
-    """Some work failed for good; everything else is kept, and the same line again does what is missing.
+    """Some work failed for good. Everything else is kept, and running the same command again does what is missing.
 
     The jobs print its message without a traceback and exit with code 1.
     """

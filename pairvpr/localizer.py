@@ -1,6 +1,6 @@
-"""One photo, one answer, in this process: an index is opened once, then asked. Needs neither Ray nor Hydra.
+"""Locates photos in this process: an index is opened once, then queried. Needs neither Ray nor Hydra.
 
-The answers are those of the job `query` for a folder of the same photos, byte for byte (docs/localizer.md).
+Answers equal those of the job `query` for a folder of the same photos, byte for byte (docs/localizer.md).
 
 n photos, G descriptor width, L patches, D decoder width.
 """
@@ -62,26 +62,26 @@ from pairvpr.where import Map, Position, Utm, Where
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A photo of the index that may show the place of the photo that was asked about."""
+    """A photo of the index that may show the same place as the query photo."""
 
     path: str
-    """Relative to the folder of the index's photos."""
+    """Path relative to the folder of the index's photos."""
     url: str
     """Path or URL that can be opened."""
     database_id: int
     latitude: float | None
-    """Degrees of WGS84; None where the photo's position, or the UTM zone of the index, is not known."""
+    """Degrees of WGS84; None if the photo's position or the index's UTM zone is unknown."""
     longitude: float | None
     utm: Utm | None
-    """Metres of the index's UTM zone; None where the photo's position is not known."""
+    """Metres in the index's UTM zone; None if the photo's position is unknown."""
     heading_deg: float | None
-    """Direction of view, clockwise from north; None where it is not known."""
+    """Viewing direction, clockwise from north; None if unknown."""
     squared_distance: float
-    """Of the two global descriptors, which are of unit length."""
+    """Squared distance of the two global descriptors, which have unit length."""
     pair_score: float | None
-    """Sum of both directions' logits, higher = same place; None from `retrieve`, which scores no pairs.
+    """Sum of both directions' logits, higher = more likely the same place; None from `retrieve`, which scores no pairs.
 
-    Minus infinity for a photo of the index that can't be read any more or has changed since it was described.
+    Minus infinity if the index's photo is no longer readable or has changed since it was described.
     """
     confidence: float | None
     """Probability that the best match shows the place; None without a calibration.
@@ -92,7 +92,7 @@ class Match:
 
 @dataclass(frozen=True)
 class _Generation:
-    """A generation of the index as it is asked."""
+    """An open generation of the index."""
 
     manifest: IndexManifest
     photos: Manifest
@@ -104,9 +104,9 @@ class _Generation:
 
 @dataclass(frozen=True)
 class _Described:
-    """Places (n,) among those asked about of the photos that could be read, their descriptors (n, G), the others.
+    """Readable query photos: their places (n,) in the request and descriptors (n, G); and the broken ones.
 
-    `embedded` is what the pair decoder reads of a photo that was asked about alone.
+    `embedded` is the pair decoder's input for a single query photo.
     """
 
     places: NDArray[np.int64]
@@ -116,9 +116,9 @@ class _Described:
 
 
 class Localizer:
-    """An open index and the network that made it. Threads may share one.
+    """An open index and the network that made it. Threads may share it.
 
-    `Localizer.open` makes one from an index that is there, `Localizer.build` from a small folder of photos.
+    `Localizer.open` opens an existing index; `Localizer.build` builds one from a small folder of photos.
     """
 
     def __init__(
@@ -163,15 +163,15 @@ class Localizer:
         search: SearchConfig | None = None,
         rerank: RerankConfig | None = None,
     ) -> Localizer:
-        """Open an index directory (path or URL), once for all photos that will be asked about.
+        """Open an index directory (path or URL) for any number of queries.
 
-        By default `weights` (path or URL) are those that are published for the index's model, `model` (a name, or a
-        network) is the one that made the index, `generation` the newest, `device` a GPU where torch finds one, and all
-        shards stay in memory; with `memory_gib` as many as it holds, and the others are opened for each call.
-        `utm_epsg` is the EPSG code of the UTM zone of the index's positions, where their names do not state it.
-        `describe`, `search` and `rerank` are sections of the settings of the job `query`; by default all is as there.
+        By default, `weights` (path or URL) are those published for the index's model, `model` (a name, or a network) is
+        the one that made the index, `generation` is the newest, and `device` is a GPU if torch finds one. All
+        shards stay in memory, unless `memory_gib` limits them; the others are then opened for each call. `utm_epsg` is
+        the EPSG code of the UTM zone of the index's positions, if photo names do not give it. `describe`, `search` and
+        `rerank` are sections of the settings of the job `query`, with the same defaults.
 
-        Raises `UserError` for what is no index, one of other weights, and for settings that can't be.
+        Raises `UserError` if there is no index, if other weights made it, and for invalid settings.
         """
         sections = _own_network(describe), search or SearchConfig(), _settled(rerank, calibration)
         if memory_gib is not None and not (isinstance(memory_gib, Real) and 0 <= memory_gib < math.inf):
@@ -214,8 +214,8 @@ class Localizer:
     ) -> Localizer:
         """Describe and index a small folder of photos (path or URL) in this process, and open the index.
 
-        It has the bytes of one by the job `build_index`, which is for large folders. `positions` says where photos were
-        taken: names, exif, or a table (.csv, .parquet). An index that is finished is opened as it is.
+        It is byte-identical to that of the job `build_index`, which is for large folders. `positions` is their source:
+        names, exif, or a table (.csv, .parquet). A finished index is opened as it is.
 
         Raises `UserError` as that job does.
         """
@@ -240,18 +240,18 @@ class Localizer:
 
     @property
     def generation(self) -> int:
-        """Number of the generation of the index that is asked."""
+        """Number of the open generation of the index."""
         return self._now.manifest.generation
 
     @property
     def num_photos(self) -> int:
-        """Photos of the index that can be found."""
+        """Number of photos that can be found."""
         return self._now.manifest.num_live
 
     def refresh(self) -> bool:
-        """Turn to the newest generation of the index; whether it is another one.
+        """Switch to the newest generation of the index; returns whether it is a different one.
 
-        Shards that both have stay in memory. Calls that other threads have begun end with what they began with.
+        Shards in both stay in memory. Running calls of other threads finish with the old generation.
         """
         with self._refreshing:
             manifest = _manifest(self._directory, None)
@@ -297,14 +297,14 @@ class Localizer:
         heading_deg: float | Sequence[float] | None = None,
         within_deg: float | None = None,
     ) -> list[Match] | list[list[Match] | PhotoError]:
-        """The k best matches of a photo, best first; for a sequence of photos those of each.
+        """The k best matches of a photo, best first; for a sequence of photos, one list for each.
 
-        The `rerank.num_candidates` nearest photos of the index are re-ranked. With conditions, only photos are found
-        that were taken at most `radius_m` from `near` and inside `box` (its south-west and north-east corners; its
-        sides follow UTM's grid), and that look at most `within_deg` away from `heading_deg`. A position is (latitude,
-        longitude) or `Utm`; of several photos `near` and `heading_deg` may be one for all, or one for each.
+        The `rerank.num_candidates` nearest photos of the index are re-ranked. Conditions restrict the search to photos
+        taken at most `radius_m` from `near`, inside `box` (south-west and north-east corner; sides follow the UTM grid)
+        and with a heading at most `within_deg` from `heading_deg`. A position is (latitude, longitude) or `Utm`. For
+        several photos, `near` and `heading_deg` are one for all, or one for each.
 
-        Raises `PhotoError` for a photo that can't be read; in the answer to a sequence it stands in the photo's place.
+        Raises `PhotoError` for an unreadable photo; for a sequence, the error is returned in the photo's place.
         """
         if not isinstance(k, Integral) or not 0 < k <= self._rerank.num_candidates:
             raise UserError(f"k={k}: expected 1 to rerank.num_candidates={self._rerank.num_candidates}")
@@ -351,9 +351,9 @@ class Localizer:
         return [self._matches(now, *_found(*row)) for row in zip(distances, ids, strict=True)]
 
     def score(self, photo: Photo, other: Photo) -> float:
-        """Pair score of two photos: the sum of both directions' logits, higher = same place.
+        """Pair score of two photos: the sum of both directions' logits, higher = more likely the same place.
 
-        Raises `PhotoError` for one that can't be read.
+        Raises `PhotoError` for an unreadable photo.
         """
         pixels = [Asked(each).pixels(self._network) for each in (photo, other)]
         with _torch_threads_kept():
@@ -411,7 +411,7 @@ class Localizer:
         return self._matches(now, best, distances, scores, confidence)
 
     def _described(self, photos: Sequence[Asked]) -> _Described:
-        """In batches, as a folder of these photos is described. A photo alone takes one pass for all that is needed."""
+        """Describe photos in batches, like a folder of them. A single photo needs one forward pass for everything."""
         if len(photos) == 1 and self._describe.num_threads_per_actor == self._rerank.num_threads_per_actor:
             try:
                 descriptors, embedded = self._describer.both(photos[0].pixels(self._network))
@@ -427,7 +427,7 @@ class Localizer:
         return _Described(np.concatenate(places), np.concatenate(rows), broken)
 
     def _batch(self, photos: Sequence[Asked], first: int, broken: dict[int, PhotoError]) -> PhotoBatch:
-        """The photos of one forward pass from place `first` on; those that can't be read go to `broken`."""
+        """The photos of one forward pass, from place `first` on; unreadable ones are added to `broken`."""
         some = photos[first : first + self._describe.batch_size]
         side_px = self._network.image_size_px
         pixels, errors = np.zeros((len(some), side_px, side_px, 3), np.uint8), dict[int, str]()
@@ -452,7 +452,7 @@ class Localizer:
         where: Where,
         num_asked: int,
     ) -> Found:
-        """The k nearest of each descriptor (n, G); `places` (n,) are those of its photo among all asked about."""
+        """The k nearest for each descriptor (n, G); `places` (n,) are the photos' places in the request."""
         filters = now.map.filters(where, num_asked)
         if filters is not None:
             filters = filters[0].of_queries(places), filters[1]
@@ -471,10 +471,10 @@ class Localizer:
         embedded: Tensor | None,
         found: Mapping[int, tuple[NDArray[np.int64], NDArray[np.float32]]],
     ) -> tuple[dict[int, Reranked], dict[int, PhotoError]]:
-        """Every photo's candidates by its place, and the photos that can't be read any more.
+        """Every photo's candidates by place, re-ranked, and the photos that can no longer be read.
 
-        `embedded` is the features of the only photo, where they are known. A candidate that can't be read, or has
-        changed since it was described, costs itself alone.
+        `embedded` is the features of a single photo, if they are known. A candidate that is unreadable, or has changed
+        since it was described, affects no other candidate.
         """
         describer, network = self._pair_describer, self._network
         queries, database = Unreadable(), Unreadable()
@@ -562,7 +562,7 @@ class Localizer:
 
 @contextmanager
 def _torch_threads_kept() -> Iterator[None]:
-    """The caller's thread has as many threads of torch after the block as before."""
+    """Restores the calling thread's number of torch threads after the block."""
     before = torch.get_num_threads()
     try:
         yield
@@ -571,7 +571,7 @@ def _torch_threads_kept() -> Iterator[None]:
 
 
 def _given(embedded: Tensor) -> Features:
-    """Features of a photo that are known, whatever its id."""
+    """Known features of a single photo, whatever its id."""
     return lambda _: iter([embedded])
 
 
@@ -660,7 +660,7 @@ def _manifest(directory: str, generation: int | None) -> IndexManifest:
 
 
 def _network(directory: str, manifest: IndexManifest, model: str | ModelConfig | None) -> ModelConfig:
-    """What `model` is, or the network that the index's settings describe, with the weights published for its name."""
+    """The network given by `model`, or described by the index's settings, with the weights published for its name."""
     if isinstance(model, ModelConfig):
         return model
     if model is not None:

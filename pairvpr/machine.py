@@ -1,4 +1,4 @@
-"""What a machine refuses, as one line for people: the file it is about, what the system says, and what to do."""
+"""Operating system errors as one line: the file, the system's message, and what to do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import suppress
 
 
 def in_a_line(error: BaseException) -> str:
-    """An exception as one line; of the machine's refusals with the cure that their number suggests."""
+    """An exception as one line; operating system errors get a remedy according to their number."""
     if isinstance(error, MemoryError):
         return "this machine has no memory left; expected more of it, smaller batches (batch_size) or fewer actors"
     lines = str(error).strip().splitlines()
@@ -46,6 +46,6 @@ def _cure(number: int | None) -> str | None:
 
 
 def _user() -> str:
-    with suppress(Exception):  # a container may have users without a name
+    with suppress(Exception):  # a container may have users without names
         return getpass.getuser()
     return str(os.getuid())

@@ -1,4 +1,4 @@
-"""What people hand over as a photo, and its way to the network's pixels. S image side in pixels."""
+"""The accepted forms of a photo, and their conversion to the network's pixels. S image side in pixels."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from pairvpr.data import images
 from pairvpr.errors import PhotoError, UserError
 
 Photo: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]"
-"""A path or URL, the bytes of an image file, an image that Pillow opened, or upright RGB pixels (H, W, 3) uint8."""
+"""A path or URL, the bytes of an image file, a Pillow image, or upright RGB pixels (H, W, 3) uint8."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A photo that somebody asks about; `place` says where it stood among several."""
+    """A query photo; `place` is its position among several."""
 
     photo: Photo
     place: str = ""
 
     def pixels(self, network: ModelConfig) -> NDArray[np.uint8]:
-        """(S, S, 3) uint8 as the network sees it. Raises `PhotoError`, which names the photo.
+        """(S, S, 3) uint8, the network's input. Raises `PhotoError`, which names the photo.
 
-        An image or an array is decoded already, so `scaled_decoding` and `max_megapixels` have no say in it.
+        Images and arrays are already decoded, so `scaled_decoding` and `max_megapixels` don't apply to them.
         """
         try:
             return self._pixels(network)
@@ -54,7 +54,7 @@ class Asked:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         match self.photo:
             case bytes() as data:
                 name = f"{len(data):,} bytes"
@@ -70,12 +70,12 @@ class Asked:
 
 
 def is_many(photos: Photo | Sequence[Photo]) -> TypeGuard[Sequence[Photo]]:
-    """Whether these are several photos; a text and bytes are sequences, too, but of no photos."""
+    """Whether these are several photos; str and bytes are sequences, too, but not of photos."""
     return isinstance(photos, Sequence) and not isinstance(photos, str | bytes)
 
 
 def asked(photos: Photo | Sequence[Photo]) -> list[Asked]:
-    """Each of them, or the one."""
+    """A list of all photos, or of the only one."""
     if is_many(photos):
         return [Asked(photo, f"photos[{number}]: ") for number, photo in enumerate(photos)]
     return [Asked(photos)]  # pyright: ignore[reportArgumentType]  (not many)

@@ -1,4 +1,4 @@
-"""Warnings of libraries that tell a user of this project nothing."""
+"""Silences library warnings that are irrelevant to users."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from functools import cache
 
 @cache
 def ignore_warnings(*, module: str, message: str = "") -> None:
-    """From now on the whole process ignores the warnings of `module` that begin with `message` (regular expressions).
+    """Ignore warnings of `module` that begin with `message` (regular expressions), in the whole process from now on.
 
-    Filters belong to the process: `warnings.catch_warnings` in one thread takes away what another one sets meanwhile.
-    So each filter is set once and stays, and only by code that runs: importing the package sets none.
+    Filters are process-wide: `warnings.catch_warnings` in one thread removes filters that another thread sets
+    meanwhile. So each filter is set once and stays. Only running code sets it; importing the package sets none.
     """
     warnings.filterwarnings("ignore", message, module=module)

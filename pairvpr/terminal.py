@@ -1,4 +1,4 @@
-"""Standard error belongs to the person who watches: a job's own lines go there, what libraries write goes to a log."""
+"""Standard error is for the user: a job's own lines go there, and output of libraries goes to a log."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def heard_by(listener: Callable[[str], object]) -> Iterator[None]:
 
 
 class _OfMainThread(io.TextIOBase):
-    """Standard output for the main thread; what other threads print (those in which Ray listens) goes to the log."""
+    """Standard output for the main thread; output of other threads (such as Ray's listeners) goes to the log."""
 
     def __init__(self, ours: TextIO, log: int) -> None:
         self._ours, self._log = ours, log
@@ -63,9 +63,9 @@ class _OfMainThread(io.TextIOBase):
 
 @contextmanager
 def libraries_write_to(log: int) -> Iterator[None]:
-    """Within the block only `say`, and what the main thread prints, reach the terminal; all else goes to `log`.
+    """Inside the block, only `say` and prints of the main thread reach the terminal; all else goes to `log`.
 
-    File descriptor 2 is `log` then, in this process and in those it starts.
+    File descriptor 2 is then `log`, in this process and its children.
     """
     global _terminal
     stdout, stderr = sys.stdout, sys.stderr
@@ -98,7 +98,7 @@ def _is_descriptor_two(stream: TextIO) -> bool:
 
 
 def make_streams_usable() -> None:
-    """A terminal may know fewer letters than file names have; a caller may have closed a stream (`2>&-`)."""
+    """Handle terminals that can't encode some file names, and streams closed by the caller (`2>&-`)."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         if stream is None:
@@ -111,7 +111,7 @@ def make_streams_usable() -> None:
 
 
 def give_up_broken_stdout() -> None:
-    """Where nobody reads it any more: else the interpreter fails once more when it flushes it at its end."""
+    """Replace a standard output that nobody reads: otherwise the interpreter fails when it flushes it at exit."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Where photos of an index were taken, and which of them a photo may be found among. Q photos asked, n of an index."""
+"""Positions of an index's photos, and conditions on them. Q query photos, n photos in the index."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pairvpr.data.utm import UtmZone
 from pairvpr.errors import UserError
 from pairvpr.index.filters import Filters, Places
 
-pc: Any = compute  # its functions are made at run time, so their types are not known
+pc: Any = compute  # its functions are generated at run time, so their types are unknown
 
 _EPSG_NORTH, _EPSG_SOUTH, _NUM_ZONES = 32600, 32700, 60
 _PAIR = r"(?P<first>-?\d+(?:\.\d+)?)@(?P<second>-?\d+(?:\.\d+)?)"
@@ -34,7 +34,7 @@ _MOST_LATITUDE_DEG, _MOST_LONGITUDE_DEG = 90.0, 180.0
 
 
 class Utm(NamedTuple):
-    """A position in metres of the index's UTM zone. A plain pair of numbers is latitude and longitude instead."""
+    """A position in metres in the index's UTM zone. A plain pair of numbers is latitude and longitude instead."""
 
     east_m: float
     north_m: float
@@ -46,9 +46,9 @@ Position: TypeAlias = "tuple[float, float] | Utm"
 
 @dataclass(frozen=True, kw_only=True)
 class Where:
-    """Conditions on the photos that may be found, all of which hold together; None = no condition.
+    """Conditions on the photos that may be found; all must hold; None = no condition.
 
-    `near` and `heading_deg` are those of all photos that are asked about, or a sequence with one for each.
+    `near` and `heading_deg` are for all query photos, or a sequence with one for each.
     """
 
     near: Position | Sequence[Position] | None = None
@@ -76,7 +76,7 @@ class Where:
 
 
 class Map:
-    """Where the photos of an index were taken. `epsg` names the UTM zone of its metres, if that is known."""
+    """Positions of an index's photos. `epsg` is the code of their UTM zone, if known."""
 
     def __init__(self, images: Manifest, epsg: int | None) -> None:
         self.places = Places(images.utm_m, images.heading_deg)
@@ -93,15 +93,15 @@ class Map:
         return _zone_of_names(self._images)
 
     def degrees(self, image_ids: NDArray[np.int64]) -> NDArray[np.float64]:
-        """(n, 2) latitude and longitude of photos; NaN where they are not known."""
+        """(n, 2) latitude and longitude of photos; NaN where unknown."""
         if self.zone is None:
             return np.full((len(image_ids), 2), np.nan)
         return utm.to_degrees(self.places.utm_m[image_ids], self.zone)
 
     def filters(self, where: Where, num_asked: int) -> tuple[Filters, Places] | None:
-        """A line of conditions for each photo that is asked about; None without any.
+        """Conditions for each query photo; None without any.
 
-        Raises `UserError` where no photo of the index can meet a condition, and for what is no position or heading.
+        Raises `UserError` if no photo of the index can meet a condition, and for invalid positions or headings.
         """
         if where.is_anywhere:
             return None

@@ -1,4 +1,4 @@
-"""Photos of an index that are other files than they were when they were described. n photos."""
+"""Photos of an index whose files have changed since they were described. n photos."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ CHANGED = "it has changed since it was described"
 
 
 class DescribedPhotos:
-    """The photos of an index with the stamps they had when they were described, which stay in memory.
+    """The photos of an index with their stamps at the time of description, kept in memory.
 
-    Photos without stamps, those that an earlier version described, never count as changed.
+    Photos without stamps, described by an earlier version, never count as changed.
     """
 
     def __init__(self, directory: str, manifest: IndexManifest, photos: Manifest) -> None:
@@ -26,9 +26,10 @@ class DescribedPhotos:
         self._tables = [(table, stamps.read(folder)) for table, folder in described_tables(directory, manifest)]
 
     def changed(self, image_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Those of some photos (n,) that have changed. Asks for each of them; one that is gone has not changed.
+        """The photos among some (n,) that have changed. One request per photo; a missing photo does not count as
+        changed.
 
-        Raises `StorageError` where a store can't be asked.
+        Raises `StorageError` if storage can't be reached.
         """
         changed = [np.empty(0, np.int64)]
         for table, before in self._tables:
@@ -40,7 +41,7 @@ class DescribedPhotos:
 
 
 def described_tables(directory: str, manifest: IndexManifest) -> list[tuple[ImageTable, str]]:
-    """The tables of photos of an index, and where each was described."""
+    """The tables of photos of an index, each with the directory of its description."""
     folders = [posixpath.dirname(table.file.path) for table in manifest.images]
     directories = [storage.join(directory, folder) if folder else directory for folder in folders]
     return list(zip(manifest.images, directories, strict=True))

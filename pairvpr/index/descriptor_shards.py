@@ -1,8 +1,8 @@
-"""Descriptors of photos on storage: the shards of an index before there is an index.
+"""Described shards: descriptors of photos on storage, from which an index is built.
 
-    images.parquet     every photo, rejected ones too; an id is a position here
+    images.parquet     every photo, including rejected ones; an id is a position here
     rejected.parquet   path and error of every photo that could not be read
-    remarks.parquet    path and remark of every photo that was read though something is odd about it; only if there are
+    remarks.parquet    path and remark of every photo that is readable but odd; only if there are any
     shards/00000/      ids.npy (n,) int64, descriptors.npy (n, G) float32, described.json
 
 `described.json` is the last file of a shard's description, at the root the last of all of them. The queries of a run
@@ -45,7 +45,7 @@ _MOST_HEADER_BYTES = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """The root's `described.json`: photos, shards, photos that could not be read, seconds of work."""
+    """The root's `described.json`: numbers of photos, shards and unreadable photos, seconds of work."""
 
     num_images: int
     num_shards: int
@@ -55,7 +55,7 @@ class Description:
 
 @dataclass(frozen=True)
 class ShardRange:
-    """The contiguous ids [first_id, first_id + count) that a shard covers; rejected photos are among them."""
+    """The contiguous ids [first_id, first_id + count) of a shard, including rejected photos."""
 
     shard: int
     first_id: int
@@ -69,9 +69,9 @@ class ShardRange:
 
 @dataclass(frozen=True)
 class ShardDescription:
-    """`described.json` of a shard: its range, the photos rejected in it, what describing it took, and its files.
+    """`described.json` of a shard: its range, its rejected photos, the seconds spent, and its files.
 
-    Ids are those of the index, which continue those of earlier generations.
+    Ids are the index's ids, which continue those of earlier generations.
     """
 
     first_id: int
@@ -83,18 +83,18 @@ class ShardDescription:
 
 
 def shard_ranges(num_images: int, num_shards: int) -> list[ShardRange]:
-    """Equal contiguous cuts of the ids 0..num_images-1; the first ones may be empty if there are few photos."""
+    """Split the ids 0..num_images-1 into equal contiguous ranges; the first may be empty if there are few photos."""
     cuts = [shard * num_images // num_shards for shard in range(num_shards + 1)]
     return [ShardRange(shard, first, stop - first) for shard, (first, stop) in enumerate(itertools.pairwise(cuts))]
 
 
 def shard_path(shard: int) -> str:
-    """Where a described shard lies, relative to its directory."""
+    """The path of a described shard, relative to its directory."""
     return f"shards/{shard:05d}"
 
 
 def write_array(directory: str, path: str, array: NDArray[Any]) -> StoredFile:
-    """Publish an array as .npy; returns its size and digest, as they were before it left this machine."""
+    """Publish an array as .npy; returns its size and digest, computed before the upload."""
     with storage.written_locally(storage.join(directory, path)) as local:
         with local.open("wb") as file:
             np.save(file, array, allow_pickle=False)
@@ -104,7 +104,7 @@ def write_array(directory: str, path: str, array: NDArray[Any]) -> StoredFile:
 def load_array(
     file: str | Path | IO[bytes], dtype: type[T], num_axes: int, url: str, mmap_mode: Literal["r"] | None = None
 ) -> NDArray[T]:
-    """The array of a .npy file whose bytes were checked. Raises `UserError`, naming `url`, for one of another form."""
+    """The array in a .npy file with checked bytes. Raises `UserError`, naming `url`, for another type or shape."""
     try:
         array = np.load(file, mmap_mode=mmap_mode, allow_pickle=False)
     except (ValueError, EOFError, SyntaxError, MemoryError) as error:
@@ -115,14 +115,14 @@ def load_array(
 
 
 def read_checked_array(directory: str, file: StoredFile, dtype: type[T], num_axes: int) -> NDArray[T]:
-    """The array of a .npy file, in memory. Raises `UserError`, naming it, where it is missing or has changed."""
+    """The array in a .npy file, in memory. Raises `UserError`, naming it, if it is missing or has changed."""
     return load_array(io.BytesIO(read_checked(directory, file)), dtype, num_axes, storage.join(directory, file.path))
 
 
 def read_some_rows(url: str, runs: Sequence[range]) -> NDArray[np.float32]:
-    """Some rows of a .npy file of float32 (n, G), run by run; of a remote file only these bytes are read.
+    """Some rows of a .npy file of float32 (n, G), run by run; only these bytes are read.
 
-    They are not checked against a digest: the caller has had the file checked.
+    They are not checked against a digest: the caller must have checked the file.
     """
     if storage.is_local(url):
         rows = load_array(storage.local_path(url), np.float32, 2, url, mmap_mode="r")
@@ -227,12 +227,12 @@ def _described_url(directory: str, shard: int) -> str:
 
 
 def remove_shard_description(directory: str, shard: int) -> None:
-    """A shard is not described any more."""
+    """Mark a shard as not described."""
     storage.remove_file(_described_url(directory, shard))
 
 
 def read_shard_description(directory: str, shard: int) -> ShardDescription | None:
-    """A shard's `described.json`, or None while the shard is not finished. Raises `UserError` for a damaged one."""
+    """A shard's `described.json`, or None if the shard is not finished. Raises `UserError` if it is damaged."""
     url = _described_url(directory, shard)
     content = sealed.read_json(url, DESCRIBED_ANEW)
     if content is None:
@@ -247,7 +247,7 @@ def read_shard_description(directory: str, shard: int) -> ShardDescription | Non
 
 
 def write_shard_remarks(directory: str, shard: int, remarks: dict[int, str]) -> None:
-    """Publish what is odd about photos of a shard, by image id, before its description."""
+    """Publish the remarks on a shard's photos, by image id, before its description."""
     sealed.write_json(_remarks_url(directory, shard), {str(image_id): remark for image_id, remark in remarks.items()})
 
 
@@ -256,7 +256,7 @@ def _remarks_url(directory: str, shard: int) -> str:
 
 
 def _write_remarks(directory: str, images: Manifest, num_shards: int, first_id: int) -> None:
-    """Publish remarks.parquet of all shards, where there are remarks."""
+    """Publish remarks.parquet for all shards, if there are remarks."""
     urls = [_remarks_url(directory, shard) for shard in range(num_shards)]
     with ThreadPoolExecutor(READ_AT_ONCE) as pool:
         found = pool.map(lambda url: sealed.read_json(url, "delete it, remarks are for people"), urls)
@@ -267,7 +267,7 @@ def _write_remarks(directory: str, images: Manifest, num_shards: int, first_id: 
 
 
 def read_remarks(directory: str) -> list[tuple[str, str]]:
-    """Path and remark of every photo of a description that was read with a remark."""
+    """Path and remark of every photo with a remark in a description."""
     url = storage.join(directory, REMARKS)
     table = sealed.read_parquet(url, REMARKS_SCHEMA, "delete it, remarks are for people")
     return [] if table is None else [(row["path"], row["remark"]) for row in table.to_pylist()]
@@ -290,7 +290,7 @@ def about_photos(directory: str) -> list[str]:
 
 
 def finish_description(directory: str, images: Manifest, shards: list[ShardDescription], first_id: int = 0) -> None:
-    """Publish rejected.parquet and, last, the root's described.json; `first_id` is that of the first photo."""
+    """Publish rejected.parquet and, last, the root's described.json; `first_id` is the id of the first photo."""
     rejected = {image_id: error for shard in shards for image_id, error in shard.rejected.items()}
     rows = [{"path": images.path(image_id - first_id), "error": rejected[image_id]} for image_id in sorted(rejected)]
     sealed.write_parquet(storage.join(directory, REJECTED), pa.Table.from_pylist(rows, REJECTED_SCHEMA))
@@ -305,7 +305,7 @@ def finish_description(directory: str, images: Manifest, shards: list[ShardDescr
 
 
 def read_description(directory: str) -> Description | None:
-    """The root's described.json, or None while not all is described. Raises `UserError` for a damaged one."""
+    """The root's described.json, or None until everything is described. Raises `UserError` if it is damaged."""
     url, remedy = storage.join(directory, "described.json"), "delete it and run the same command again"
     content = sealed.read_json(url, remedy)
     return None if content is None else sealed.parsed(Description, content, url, remedy)
@@ -321,9 +321,9 @@ def read_rejected(directory: str) -> pa.Table:
 
 
 def read_descriptors(directory: str) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Ids (n,) and descriptors (n, G) of all shards of a finished description, in the order of ids, in memory.
+    """Ids (n,) and descriptors (n, G) of all shards of a finished description, in id order, in memory.
 
-    Raises `UserError`, naming the file, where one is missing or its bytes have changed.
+    Raises `UserError`, naming the file, if one is missing or its bytes have changed.
     """
     description = read_description(directory)
     shards = [read_shard_description(directory, shard) for shard in range(description.num_shards if description else 0)]

@@ -1,9 +1,9 @@
-"""`manifest.json`: what an index consists of, and its generations.
+"""`manifest.json`: the files of an index, and its generations.
 
-Each change of an index is a new generation: a complete manifest of its own, `generations/000001.json` and so on, that
-is created only if nobody else has made that generation yet. `manifest.json` is a copy of the newest one; where a
-writer died before it had made the copy, readers find the generation behind it by its name. A generation is never
-changed, and neither are the files it names, so readers keep the one they opened.
+Each change of an index is a new generation: a complete manifest, `generations/000001.json` and so on, which is created
+only if no other writer has created that generation. `manifest.json` is a copy of the newest one; if a writer died
+before copying it, readers find the next generation by its name. A generation and the files it lists never change, so
+readers can keep using the one they opened.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ REMEDY = "restore it, or delete the index and build it again"
 
 @dataclass(frozen=True, kw_only=True)
 class StoredFile:
-    """A file of the index: its path below the directory, its size and its digest."""
+    """A file of the index: its path in the directory, its size and its digest."""
 
     path: str
     bytes: int
     sha256: str
 
     def __post_init__(self) -> None:
-        """Raises `ValueError` for a path that leaves the directory, and for what is no digest."""
+        """Raises `ValueError` for a path outside the directory, and for an invalid digest."""
         if not storage.is_inside(self.path):
             raise ValueError(f"the path {self.path!r} points outside the directory")
         if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
@@ -46,7 +46,7 @@ class StoredFile:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTable:
-    """Photos of the ids [first_id, first_id + count): a Parquet file of their paths and positions."""
+    """The photos with ids [first_id, first_id + count): a Parquet file of their paths and positions."""
 
     file: StoredFile
     first_id: int
@@ -55,9 +55,9 @@ class ImageTable:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
-    """A shard: the ids [first_id, first_id + count) are here or nowhere, `num_rows` of them are, in files by name.
+    """A shard for ids [first_id, first_id + count), of which `num_rows` have descriptors; `files` by name.
 
-    `num_removed` rows are of photos that were removed later.
+    `num_removed` rows belong to photos that were removed later.
     """
 
     path: str
@@ -81,8 +81,8 @@ class IndexManifest:
     """One generation of an index; every path in it is relative to the index directory.
 
     `images` and `shards` cover the ids 0..num_images-1 in order. `removed` are .npy files of ids (int64, ascending).
-    `trained` is the empty index that all shards share the lists' centres and codes of; `effort` how far a search looks
-    in it, and `measured` what recall that has.
+    `trained` is the empty index whose centroids and codes all shards share; `effort` is its default search effort, and
+    `measured` the recall at that effort.
     """
 
     generation: int
@@ -105,7 +105,7 @@ class IndexManifest:
     format_version: int = FORMAT_VERSION
 
     def check(self) -> None:
-        """Raise `ValueError` where the entries do not fit one another."""
+        """Raise `ValueError` if the entries are inconsistent."""
         IndexKind(self.kind)
         if not re.fullmatch(r"(IVF\d{1,9},)?[A-Za-z0-9]+", self.factory):
             raise ValueError(f"{self.factory!r} is not a factory string of faiss")
@@ -137,9 +137,9 @@ class IndexManifest:
 
 
 def commit(directory: str, manifest: IndexManifest) -> None:
-    """Publish a generation: from now on it is the index.
+    """Publish a generation, which becomes the current state of the index.
 
-    Doing it again is harmless. Raises `UserError` where another writer made this generation first, with other content.
+    Repeating it is harmless. Raises `UserError` if another writer published this generation first.
     """
     content = asdict(manifest)
     if manifest.reduction is None:
@@ -152,7 +152,7 @@ def commit(directory: str, manifest: IndexManifest) -> None:
 
 
 def changed_meanwhile(directory: str, generation: int) -> UserError:
-    """Another writer made `generation` while this one worked."""
+    """The error when another writer has published `generation` in the meantime."""
     return UserError(
         f"{directory}: another writer has changed the index in the meantime (generation {generation}); nothing is "
         "lost: run the same command again to apply this change on top of it"
@@ -160,7 +160,7 @@ def changed_meanwhile(directory: str, generation: int) -> UserError:
 
 
 def read_checked(directory: str, file: StoredFile) -> bytes:
-    """A small file of the index. Raises `UserError`, naming it, where it is missing or its bytes have changed."""
+    """Read a small file of the index. Raises `UserError`, naming it, if it is missing or its bytes have changed."""
     url = storage.join(directory, file.path)
     try:
         data = storage.read_bytes(url)
@@ -174,19 +174,19 @@ def read_checked(directory: str, file: StoredFile) -> bytes:
 
 
 def generation_url(directory: str, generation: int) -> str:
-    """Where a generation's manifest lies."""
+    """The URL of a generation's manifest."""
     return storage.join(directory, "generations", f"{generation:06d}.json")
 
 
 def read_generation(directory: str, generation: int) -> IndexManifest | None:
-    """One generation, or None where there is none of this number; raises as `read_manifest`."""
+    """One generation, or None if there is none with this number. Raises as `read_manifest` does."""
     return _read(generation_url(directory, generation), directory)
 
 
 def read_manifest(directory: str) -> IndexManifest | None:
-    """The newest generation, or None where there is no finished index.
+    """The newest generation, or None if there is no finished index.
 
-    Raises `UserError` for another format, for what is not the manifest of an index, and for what can't be read.
+    Raises `UserError` for another format, for anything but the manifest of an index, and if it can't be read.
     """
     manifest = _read(storage.join(directory, "manifest.json"), directory) or _read(
         generation_url(directory, 1), directory
@@ -218,9 +218,9 @@ def _read(url: str, directory: str) -> IndexManifest | None:
 
 
 def read_images(directory: str, manifest: IndexManifest) -> Manifest:
-    """All photos of a generation, removed and rejected ones too; an id is a position.
+    """All photos of a generation, including removed and rejected ones; an id is a position.
 
-    Raises `UserError` where a table is missing or damaged.
+    Raises `UserError` if a table is missing or damaged.
     """
     tables = []
     for part in manifest.images:

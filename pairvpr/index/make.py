@@ -1,6 +1,6 @@
-"""A finished index of described shards: faiss files shard by shard, the effort that is needed, the next generation.
+"""Builds an index from described shards: faiss files shard by shard, the search effort, the next generation.
 
-The work on shards is done by a `Runner`: here, one after another, or by tasks on a cluster. Q queries, k results.
+A `Runner` executes the work on shards: sequentially in this process, or as tasks on a cluster. Q queries, k results.
 """
 
 from __future__ import annotations
@@ -31,40 +31,40 @@ from pairvpr.index.reader import OpenIndex, groups_of_shards, removed_ids
 from pairvpr.index.search import Effort, rescore, search
 
 ONE_SHARD_BYTES = 1 << 40
-"""Of a cache that goes with its task: nothing in it is ever too much."""
+"""Size limit of a task's own temporary cache: unlimited."""
 SHARDS_AT_ONCE = 64
-"""Whose answers are gathered before they are merged: bounds the driver's memory."""
+"""Shards whose answers are gathered before merging; bounds the driver's memory."""
 
 
 class Runner(Protocol):
-    """Where the work on shards is done."""
+    """Executes work on shards."""
 
     def run(self, label: str, work: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """`work(*one)` for each of `arguments`, in their order; `label` is for people, empty for small work."""
+        """Run `work(*one)` for each of `arguments`, in order; `label` is for progress lines, empty for small work."""
         ...
 
     def say(self, line: str) -> None:
-        """Tell people."""
+        """Print a line for the user."""
         ...
 
 
 class LocalRunner:
-    """One after another."""
+    """Runs work sequentially in this process."""
 
     def run(self, label: str, work: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """As `Runner` says."""
+        """See `Runner`."""
         return [work(*one) for one in arguments]
 
     def say(self, line: str) -> None:
-        """Nobody listens."""
+        """Silent: a library prints nothing."""
 
 
 def next_generation(
     directory: str, draft: IndexManifest, config: BuildConfig, budget_bytes: float, runner: Runner
 ) -> IndexManifest:
-    """The next generation of an index, `draft` with a kind, from described shards; it is for the caller to commit.
+    """Build the next generation of an index: `draft` with a kind, from described shards. The caller commits it.
 
-    Under `auto` kinds are tried until one reaches the wanted recall. Raises `IncompleteRunError` where none does.
+    With `auto`, kinds are tried until one reaches the target recall. Raises `IncompleteRunError` if none does.
     """
     num_rows = draft.num_live
     kinds = choose.kinds_to_try(num_rows, draft.descriptor_dim, budget_bytes, config)
@@ -113,7 +113,7 @@ def _reached(manifest: IndexManifest, step: Step) -> str:
 def described_shards(directory: str, prefix: str, num_shards: int, first_id: int, num_images: int) -> list[ShardEntry]:
     """Entries of the described shards below `prefix` (`""`, or the path of an update) of an index directory.
 
-    Raises `UserError` where they do not cover the `num_images` ids from `first_id` on: they were cut otherwise.
+    Raises `UserError` if they do not cover exactly the `num_images` ids from `first_id` on.
     """
     entries = []
     for shard in range(num_shards):
@@ -165,7 +165,7 @@ def first_generation(
 
 
 def image_table(directory: str, path: str, images: Manifest, first_id: int) -> ImageTable:
-    """Publish a table of photos, whatever is there; the digest in its entry is that of the bytes in memory."""
+    """Publish a table of photos, replacing any file; the digest in its entry is of the bytes in memory."""
     data = images.parquet_bytes(first_id)
     storage.write_bytes(storage.join(directory, path), data)
     file = StoredFile(path=path, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
@@ -175,7 +175,7 @@ def image_table(directory: str, path: str, images: Manifest, first_id: int) -> I
 def _built(
     directory: str, draft: IndexManifest, spec: IndexSpec, config: BuildConfig, runner: Runner
 ) -> tuple[IndexManifest, Step | None]:
-    """The draft with faiss files of this kind and, for an approximate one, the effort that was measured to do."""
+    """The draft with faiss files of this kind and, if it is approximate, the measured effort."""
     trained, threads = None, config.num_build_threads
     if choose.KINDS[spec.kind].needs_training:
         runner.run("", _check_rows, [(directory, entry.files["descriptors.npy"]) for entry in draft.shards])
@@ -200,7 +200,7 @@ def build_shards(
     num_threads: int,
     runner: Runner,
 ) -> list[ShardEntry]:
-    """The entries with a faiss file of this kind each; a file that is finished is kept."""
+    """The entries, each with a faiss file of this kind; finished files are kept."""
     arguments = [(directory, entry, spec, trained, num_threads) for entry in entries]
     files = runner.run(f"index {spec.factory}", _build_shard, arguments)
     arrays = [{name: entry.files[name] for name in descriptor_shards.ARRAYS} for entry in entries]
@@ -212,7 +212,7 @@ def build_shards(
 
 @contextmanager
 def own_cache() -> Iterator[LocalCache]:
-    """Local copies of what a task reads; they go with it."""
+    """Local copies of a task's inputs, deleted with the task."""
     with tempfile.TemporaryDirectory(prefix="pairvpr-") as folder:
         yield LocalCache(Path(folder), ONE_SHARD_BYTES)
 
@@ -220,7 +220,7 @@ def own_cache() -> Iterator[LocalCache]:
 def finished_file(directory: str, path: str) -> StoredFile | None:
     """What a marker says of the file beside it, which is written before it; None without one.
 
-    A marker that is damaged or of another file counts as none: the file is made anew.
+    A marker that is damaged or belongs to another file counts as missing: the file is built again.
     """
     url, remedy = storage.join(directory, f"{path}.json"), "the file beside it is made anew"
     try:
@@ -235,7 +235,7 @@ def finished_file(directory: str, path: str) -> StoredFile | None:
 
 
 def _check_rows(directory: str, rows: StoredFile) -> None:
-    """Read a shard's descriptors once: an index must not learn from a sample of damaged ones."""
+    """Read and check a shard's descriptors once: an index must not be trained on damaged ones."""
     with own_cache() as cache, cache.open(storage.join(directory, rows.path), rows.sha256, rows.bytes):
         pass
 
@@ -253,7 +253,7 @@ def _train(directory: str, draft: IndexManifest, spec: IndexSpec, num_threads: i
 
 
 def _rows_of(directory: str, manifest: IndexManifest) -> tuple[list[str], list[int]]:
-    """Files of descriptors, and how many rows each has."""
+    """Descriptor files and their numbers of rows."""
     files = [entry.files["descriptors.npy"] for entry in manifest.shards]
     return [storage.join(directory, file.path) for file in files], [entry.num_rows for entry in manifest.shards]
 
@@ -276,9 +276,9 @@ def _build_shard(
 def _measured(
     directory: str, manifest: IndexManifest, target: float, num_threads: int, runner: Runner
 ) -> tuple[list[Step], int, int]:
-    """Recall of the exact nearest at growing efforts, of how many queries, and how many nearest.
+    """Recall of the exact nearest neighbours at growing efforts; with the number of queries, and of neighbours.
 
-    One step beyond the first that reaches the target: a larger effort that is cheaper does not exist further on.
+    Stops one step after the first that reaches the target: beyond that, no effort is cheaper.
     """
     urls, counts = _rows_of(directory, manifest)
     runs = build.held_out_runs(sum(counts))
@@ -307,7 +307,7 @@ def _measured(
 
 @dataclass(frozen=True)
 class _Asking:
-    """All shards of an index that is not committed yet, asked some at a time."""
+    """Searches all shards of an uncommitted index, a few at a time."""
 
     directory: str
     manifest: IndexManifest
@@ -316,18 +316,18 @@ class _Asking:
 
     @property
     def shards(self) -> range:
-        """Numbers of all."""
+        """Numbers of all pieces."""
         return range(len(self.manifest.shards))
 
     def merged(self, work: Callable[..., Found], pieces: Sequence[Any], length: int, *more: Any) -> Found:
-        """The best of all pieces: shards, or groups of them."""
+        """The best results of all pieces (shards, or groups of shards)."""
         best: list[Found] = []
         for answers in self._on(pieces, work, *more):
             best = [merge_top_k([*best, *answers], length)]
         return best[0]
 
     def answers(self, queries: NDArray[np.float32], num_probes: int, k: int) -> Iterator[tuple[Effort, Found]]:
-        """The k nearest with so many lists visited, for each length of short lists."""
+        """The k nearest when visiting this many lists, for each short-list length."""
         groups = groups_of_shards(self.manifest)
         if not choose.KINDS[IndexKind(self.manifest.kind)].is_rescored:
             yield Effort(num_probes), self.merged(_short_lists, groups, k, queries, num_probes, k)
@@ -351,7 +351,7 @@ class _Asking:
 
 
 def _ids_of_rows(directory: str, manifest: IndexManifest, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Image ids of rows that count through all shards."""
+    """Image ids of rows, numbered across all shards."""
     stop, found = 0, []
     for entry in manifest.shards:
         start, stop = stop, stop + entry.num_rows
@@ -379,7 +379,7 @@ def _short_lists(
     num_probes: int,
     length: int,
 ) -> Found:
-    """Of the lists asked for and no others, so that a search, which fills up its answer, finds as much or more."""
+    """Results only from the requested lists; a real search fills up its answer, so it finds at least as much."""
     with own_cache() as cache:
         shard = OpenIndex(directory, manifest, cache).joined(group)
         effort = Effort(num_probes)

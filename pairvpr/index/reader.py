@@ -1,4 +1,4 @@
-"""An index opened for search: the shards of one generation, checked, in memory or mapped. n rows, G values a row."""
+"""An index opened for search: the checked shards of one generation, in memory or mapped. n rows of G values."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def check_faiss_has_gpus() -> None:
 
 
 class OpenIndex:
-    """One generation of an index. `cache` keeps local copies of files that lie elsewhere.
+    """One generation of an index. `cache` keeps local copies of remote files.
 
-    With `memory_map` a shard's faiss file stays on disk and is mapped; else it is read into memory. With `has_gpu` the
-    short lists of a flat index are made on this process's GPU.
+    With `memory_map` a shard's faiss file is mapped; otherwise it is read into memory. With `has_gpu` the short lists
+    of a flat index are computed on this process's GPU.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class OpenIndex:
 
     @property
     def effort(self) -> Effort:
-        """How far a search looks unless it is told otherwise."""
+        """The default search effort."""
         return Effort(**self.manifest.effort)
 
     def visits(self, queries: NDArray[np.float32], effort: Effort, num_threads: int) -> Found | None:
-        """The lists (Q, probes) that each query visits in every shard, and their centres' distances, nearest first."""
+        """The lists (Q, probes) that a query visits in every shard, and their centroids' distances, nearest first."""
         if not self.spec.num_lists:
             return None
         faiss.omp_set_num_threads(num_threads)
@@ -78,7 +78,7 @@ class OpenIndex:
         return self._trained.quantizer.search(np.ascontiguousarray(queries, np.float32), num_probes)
 
     def shard(self, number: int) -> Shard:
-        """A shard. Raises `UserError`, naming the file, where its bytes have changed or do not fit the manifest."""
+        """Open a shard. Raises `UserError`, naming the file, if its bytes have changed or contradict the manifest."""
         entry = self.manifest.shards[number]
         index, is_removed = self._index(entry, self._flags), self.is_removed(number) if entry.num_removed else None
         on_gpu = None
@@ -87,7 +87,8 @@ class OpenIndex:
         return Shard(index, self.ids(number), is_removed, on_gpu)
 
     def joined(self, numbers: range) -> Shard:
-        """A group of `groups_of_shards`: several shards are copied into one index in memory, also with `memory_map`.
+        """Open a group from `groups_of_shards`; several shards are copied into one index in memory, even with
+        `memory_map`.
 
         Raises `UserError` as `shard` does.
         """
@@ -103,7 +104,7 @@ class OpenIndex:
         return Shard(index, np.concatenate([self.ids(number) for number in numbers]), is_removed)
 
     def is_removed(self, number: int) -> NDArray[np.bool_]:
-        """(n,) which rows of a shard are of removed photos."""
+        """(n,) whether rows of a shard belong to removed photos."""
         entry = self.manifest.shards[number]
         first, stop = np.searchsorted(self._removed, [entry.first_id, entry.first_id + entry.count])
         return np.isin(self.ids(number), self._removed[first:stop], assume_unique=True)
@@ -149,7 +150,7 @@ class OpenIndex:
 
     @contextmanager
     def _open(self, file: StoredFile) -> Iterator[str]:
-        """A path that leads to the file, checked, for the time of the block."""
+        """A path to the checked file, valid inside the block."""
         try:
             with self._cache.open(self._url(file), file.sha256, file.bytes) as path:
                 yield path
@@ -165,11 +166,11 @@ class OpenIndex:
 
 
 class WarmIndex(OpenIndex):
-    """An open index that keeps its shards, so that a search reads nothing again; it answers as `OpenIndex` does.
+    """An open index that keeps its shards in memory between searches, with the same results as `OpenIndex`.
 
-    It keeps as many groups of shards, in order, as `budget_bytes` hold by the plan's count (`choose.bytes_per_row`);
-    each of the others is opened for every search and let go after it. Shards that `before`, an earlier generation of
-    the same index, has kept are taken over. Threads may share it.
+    It keeps as many groups of shards, in order, as fit into `budget_bytes` according to the plan
+    (`choose.bytes_per_row`). The others are opened and released for every search. Shards kept by `before`, an earlier
+    generation of the same index, are reused. Threads may share it.
     """
 
     def __init__(
@@ -197,19 +198,19 @@ class WarmIndex(OpenIndex):
 
     @property
     def num_shards_kept(self) -> int:
-        """Shards that stay in memory."""
+        """The shards that stay in memory."""
         return len(self._ids)
 
     def joined(self, numbers: range) -> Shard:
-        """As `OpenIndex.joined`."""
+        """See `OpenIndex.joined`."""
         return self._shards[numbers] if numbers in self._shards else super().joined(numbers)
 
     def ids(self, number: int) -> NDArray[np.int64]:
-        """As `OpenIndex.ids`."""
+        """See `OpenIndex.ids`."""
         return self._ids[number] if number in self._ids else super().ids(number)
 
     def descriptors(self, number: int) -> NDArray[np.float32]:
-        """As `OpenIndex.descriptors`; the file stays mapped."""
+        """See `OpenIndex.descriptors`; the file stays mapped."""
         if number not in self._descriptors:
             self._descriptors[number] = super().descriptors(number)
         return self._descriptors[number]
@@ -230,22 +231,22 @@ class WarmIndex(OpenIndex):
         self._shards[group] = replace(shard, is_removed=is_removed)
 
     def _without_spare_room(self, joined: Any) -> Any:
-        """A copy: lists that grew as shards were joined hold up to twice what is in them."""
-        no_centres = faiss.IndexFlatL2(joined.d)  # copied instead of the centres, which all shards share
+        """A copy, to release memory: lists that grew while shards were joined take up to twice their content."""
+        no_centres = faiss.IndexFlatL2(joined.d)  # copied instead of the centroids, which all shards share
         joined.quantizer = no_centres
         index: Any = faiss.clone_index(joined)
         self._share_centres(index)
         return index
 
     def _files(self, group: range) -> list[str]:
-        """Digests of what a group is made of."""
+        """Digests of a group's files."""
         index_file, trained = self.spec.index_file(self.manifest.trained), self.manifest.trained
         entries = [self.manifest.shards[number] for number in group]
         files = [entry.files[name] for entry in entries for name in (index_file, "ids.npy")]
         return [file.sha256 for file in ([trained] if trained else []) + files]
 
     def _kept_of(self, files: list[str]) -> Shard | None:
-        """The kept group that is made of these files."""
+        """The kept group with these files."""
         return next((shard for group, shard in self._shards.items() if self._files(group) == files), None)
 
 
@@ -258,9 +259,9 @@ def search_index(
     effort: Effort | None = None,
     filters: tuple[Filters, Places] | None = None,
 ) -> Found:
-    """The k nearest photos of each query (Q, G), shard after shard on this machine: (Q, k), or as many as there are.
+    """The k nearest photos for each query (Q, G), shard by shard on this machine: (Q, k), or as many as there are.
 
-    `filters` says which photos each query may find; where they are fewer than k, ids end with -1.
+    `filters` says which photos each query may find; if they are fewer than k, the rest of the ids is -1.
     """
     effort = effort or opened.effort
     length = short_list_length(opened.manifest, effort, k)
@@ -286,9 +287,9 @@ def search_index(
 
 
 def groups_of_shards(manifest: IndexManifest) -> list[range]:
-    """Which shards are searched as one (`choose.num_groups`): neighbours, about as many rows in each group.
+    """Groups of consecutive shards that are searched together (`choose.num_groups`), with similar numbers of rows.
 
-    Settings and actors have no say in it, because a query visits more lists where those of a group hold too few rows.
+    Independent of settings and actors, because a query visits more lists if those of a group hold too few rows.
     """
     spec = build.spec_of(manifest.kind, manifest.factory)
     counts = [entry.num_rows for entry in manifest.shards]
@@ -297,9 +298,9 @@ def groups_of_shards(manifest: IndexManifest) -> list[range]:
 
 
 def cut_into_groups(sizes: Sequence[int], num_groups: int) -> list[range]:
-    """Neighbours of these sizes (above 0) in at most so many groups, each of about the same size.
+    """Split a sequence of these sizes (above 0) into at most `num_groups` runs of about the same total size.
 
-    A group is larger than its share by half of its first and half of its last member at most.
+    A group exceeds its share by at most half of its first and half of its last member.
     """
     if num_groups == len(sizes):
         return [range(number, number + 1) for number in range(len(sizes))]
@@ -310,7 +311,7 @@ def cut_into_groups(sizes: Sequence[int], num_groups: int) -> list[range]:
 
 
 def short_list_length(manifest: IndexManifest, effort: Effort, k: int) -> int:
-    """How many of the nearest codes are kept over all shards; k where codes are the answer."""
+    """The number of nearest codes to keep over all shards; k if codes give the final answer."""
     is_rescored = choose.KINDS[IndexKind(manifest.kind)].is_rescored
     return max(effort.num_rescored, LEAST_RESCORED_PER_RESULT * k) if is_rescored else k
 

@@ -1,4 +1,4 @@
-"""What decides the bytes of an index: the content of its settings.json."""
+"""The settings that decide the bytes of an index: the content of its settings.json."""
 
 from __future__ import annotations
 
@@ -29,6 +29,6 @@ def index_settings(
 
 
 def position_settings(database: Manifest) -> dict[str, Any]:
-    """The same of where the photos of an index were taken, for one that is built with positions."""
+    """The same for the positions of an index's photos, if it is built with positions."""
     places = database.utm_m.tobytes() + database.heading_deg.tobytes()
     return {"positions_sha256": hashlib.sha256(places).hexdigest()}

@@ -1,6 +1,6 @@
-"""Changes of an index as drafts of its next generation: photos added, removed, their rows cleared away.
+"""Changes of an index as drafts of its next generation: adding and removing photos, compacting shards.
 
-Files of a change lie below a prefix of its own; nothing that an earlier generation names is touched.
+The files of a change go below its own prefix; no file of an earlier generation is modified.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pairvpr.index.reader import OpenIndex
 from pairvpr.index.reduction import reduced_shards
 
 UPDATES = "updates"
-"""The folder of an index that has one for each change."""
+"""The folder of an index with a subfolder for each change."""
 
 
 def with_added(
@@ -32,7 +32,7 @@ def with_added(
     num_threads: int,
     runner: Runner,
 ) -> IndexManifest:
-    """The photos `added`, described below `prefix`, under ids behind all others, indexed as the rest is."""
+    """Add the photos `added`, described below `prefix`, with ids after all others, indexed like the rest."""
     entries = described_shards(directory, prefix, num_shards, draft.num_images, len(added))
     entries = reduced_shards(directory, entries, draft.reduction, runner)
     spec = build.spec_of(draft.kind, draft.factory)
@@ -63,7 +63,7 @@ def without(directory: str, draft: IndexManifest, prefix: str, gone: NDArray[np.
 def compacted(
     directory: str, draft: IndexManifest, prefix: str, share: float, num_threads: int, runner: Runner
 ) -> IndexManifest:
-    """Shards of which more than `share` is removed are written anew without those rows; ids stay what they are."""
+    """Rewrite shards with more than `share` of their rows removed, without these rows; ids do not change."""
     numbers = [number for number, entry in enumerate(draft.shards) if entry.num_removed > share * entry.num_rows]
     if not numbers:
         return draft
@@ -87,9 +87,9 @@ def _compact_shard(directory: str, manifest: IndexManifest, number: int, path: s
 
 
 def remove_leftovers(directory: str, manifest: IndexManifest) -> None:
-    """Delete what updates below `updates/` left that were killed, or slower than another writer.
+    """Delete the files below `updates/` of killed updates, and of those that lost to another writer.
 
-    `manifest` is the newest generation: what would have become it, or an earlier one, never will.
+    `manifest` is the newest generation: an update for it or an earlier one can never be published any more.
     """
     folders = {path.partition("/")[0] for path in storage.list_files(storage.join(directory, UPDATES))}
     late = {folder for folder in folders if _generation_of(folder) <= manifest.generation}
@@ -102,13 +102,13 @@ def remove_leftovers(directory: str, manifest: IndexManifest) -> None:
 
 
 def _generation_of(folder: str) -> float:
-    """The generation that an update's folder was meant for; never, for what is no such folder."""
+    """The generation that an update's folder was meant for; infinite for other folders."""
     number = folder.partition("-")[0]
     return int(number) if number.isdecimal() else math.inf
 
 
 def _folders_of(manifest: IndexManifest | None) -> set[str]:
-    """The folders below `updates/` that a generation has files in."""
+    """The folders below `updates/` with files of a generation."""
     if manifest is None:
         return set()
     tables = [table.file for table in manifest.images]

@@ -1,4 +1,4 @@
-"""Which photos an update has added as they are now: so that the same update, run again, has nothing to do."""
+"""Versions of the photos that updates added, so that repeating an update has nothing to do."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from pairvpr.data import sealed, storage
 from pairvpr.data.manifest import Manifest
 from pairvpr.index.generations import IndexManifest
 
-pc: Any = compute  # its functions are made at run time, so their types are not known
+pc: Any = compute  # its functions are generated at run time, so their types are unknown
 
 FILE = "versions.parquet"
-"""Beside the `images.parquet` of an update."""
+"""Next to the `images.parquet` of an update."""
 SCHEMA = pa.schema([("path", pa.string()), ("version", pa.string())])
 ASKED_AT_ONCE = 32
 REMEDY = "delete it; its photos are then described again when they are added again"
 
 
 def photo_versions(photos: Manifest) -> pa.Array:
-    """(n,) a text for each photo that changes when its file or its place does."""
+    """(n,) a text for each photo that changes when its file or position does."""
     with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
         files = list(pool.map(storage.version, map(photos.url, range(len(photos)))))
     places = zip(files, photos.utm_m.tolist(), photos.heading_deg.tolist(), strict=True)
@@ -32,7 +32,7 @@ def photo_versions(photos: Manifest) -> pa.Array:
 
 
 def write_versions(directory: str, photos: Manifest, versions: pa.Array) -> None:
-    """Keep the versions of the photos that an update adds, whose files lie in `directory`."""
+    """Write the versions of the photos that an update adds, whose files are in `directory`."""
     table = pa.table([photos.path_column, versions], schema=SCHEMA)
     sealed.write_parquet(storage.join(directory, FILE), table)
 
@@ -40,10 +40,9 @@ def write_versions(directory: str, photos: Manifest, versions: pa.Array) -> None
 def are_there(
     directory: str, manifest: IndexManifest, removed: NDArray[np.int64], photos: Manifest, versions: pa.Array
 ) -> NDArray[np.bool_]:
-    """(n,) whether an update added each of `photos` in this version, and nothing has removed it since.
+    """(n,) whether an update added each of `photos` in this version and it has not been removed since.
 
-    `removed` has the ids, ascending, that `manifest` no longer has. No version is known of photos that the index was
-    built from.
+    `removed` has the removed ids of `manifest`, ascending. Versions of the photos of the original build are unknown.
     """
     known = []
     for images in manifest.images:
