@@ -155,7 +155,7 @@ def test_explained_pairs_and_weights_that_are_not_the_runs(tmp_path: Path) -> No
     run = open_run(made.folder)
     run.settings["model"].update(small_model_config().settings())
     run.metrics["model"]["untrained"] = True
-    with pytest.raises(UserError, match=f"the run's weights have {FACTS.weights_sha256[:12]}"):
+    with pytest.raises(UserError, match=f"the run's weights have {str(FACTS.weights_sha256)[:12]}"):
         Explainer(run, None)
     run.metrics["model"]["weights_sha256"] = load_weights(small_model_config()).sha256
     urls = made.benchmark.queries.url(0), made.benchmark.database.url(0)
