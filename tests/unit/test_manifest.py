@@ -160,5 +160,5 @@ def test_a_name_that_no_index_takes_is_refused_before_it_is_indexed(tmp_path: Pa
     with pytest.raises(UserError, match=r"^database=.*: the name .* could stand for a place outside of this folder"):
         folder_manifest(str(tmp_path), "database")
     Manifest.of(str(tmp_path), [name]).write(str(tmp_path / "images.parquet"))
-    with pytest.raises(UserError, match="leaves the folder of photos"):
+    with pytest.raises(UserError, match="points outside the photo folder"):
         Manifest.read(str(tmp_path / "images.parquet"), str(tmp_path))
