@@ -20,7 +20,7 @@ KEYS = {"stage", "position", "counts", "settings", "model", "optimizer", "scaler
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run is: `step` steps are done, `batch` of them in epoch `epoch`."""
+    """A run's progress: `step` steps are done, `batch` of them in epoch `epoch`."""
 
     epoch: int = 0
     batch: int = 0
@@ -29,7 +29,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that a run needs to go on; every random draw follows from settings and position."""
+    """All that a run needs to continue; all random draws follow from settings and position."""
 
     stage: int
     position: Position
@@ -46,15 +46,15 @@ def last_url(output: str) -> str:
 
 
 def kept_url(output: str, position: Position) -> str:
-    """The checkpoint that is kept at a position."""
+    """The name of the permanent checkpoint at a position."""
     name = f"epoch_{position.epoch:04d}" if position.batch == 0 else f"step_{position.step:08d}"
     return storage.join(output, FOLDER, f"{name}.pt")
 
 
 def steps_done(output: str) -> int:
-    """Steps that the rolling checkpoint holds; 0 without one. Its seal is checked, and no tensor of it is kept.
+    """Steps done in the rolling checkpoint; 0 without one. Checks its seal without loading tensors.
 
-    Raises `UserError` for what is not a checkpoint.
+    Raises `UserError` if it is not a checkpoint.
     """
     url = last_url(output)
     try:
@@ -65,7 +65,7 @@ def steps_done(output: str) -> int:
 
 
 def save_last(output: str, checkpoint: Checkpoint) -> None:
-    """Publish the rolling checkpoint: this one file says how far a run is."""
+    """Publish the rolling checkpoint: this one file records a run's progress."""
     save(last_url(output), checkpoint)
 
 
@@ -88,7 +88,7 @@ def save(url: str, checkpoint: Checkpoint) -> None:
 
 
 def load(url: str, stage: int, key: str) -> Checkpoint:
-    """Read a checkpoint of `stage`. Raises `FileNotFoundError`, and `UserError` for what is none, naming `key`."""
+    """Read a checkpoint of `stage`. Raises `FileNotFoundError`, and `UserError`, naming `key`, if it is not one."""
     found = _checked(url, key)
     if found.stage != stage:
         raise UserError(f"{key}={url}: it is it is a checkpoint of stage {found.stage}; expected one of stage {stage}")
@@ -96,14 +96,14 @@ def load(url: str, stage: int, key: str) -> Checkpoint:
 
 
 def _checked(url: str, key: str) -> Checkpoint:
-    """A checkpoint of either stage."""
+    """Read a checkpoint of either stage."""
     with storage.open_input(url) as file:
         sealed.check_archive(file, url, f"expected a whole checkpoint ({key})")
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
         except OSError:
             raise
-        except Exception as error:  # the unpickler raises nearly anything on damaged bytes
+        except Exception as error:  # the unpickler raises almost any exception on damaged bytes
             raise UserError(f"{key}={url}: not a checkpoint of this project: {storage.reason(error)}") from error
     if not isinstance(content, dict) or "format_version" not in content:
         raise UserError(f"{key}={url}: not a checkpoint of this project (weights alone, perhaps)")

@@ -1,4 +1,4 @@
-"""What a training loop needs of its surroundings. Ray Train fills it in; a test or a notebook can as well."""
+"""The environment of a training loop. Ray Train provides it; so can a test or a notebook."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pairvpr.models.pair_vpr import PairVPR
 
 @dataclass(frozen=True)
 class TrainContext:
-    """This process among the others, and where the run lives.
+    """This process among all ranks, and the run's directory.
 
     `validate` (called by all ranks together) gives the same recalls in percent on every rank. `group` is a process
-    group beside DDP's own; None in a world of one.
+    group separate from DDP's; None with a single rank.
     """
 
     rank: int
@@ -26,7 +26,7 @@ class TrainContext:
     device: torch.device
     output: str
     settings: Mapping[str, Any]
-    """What makes the result what it is; written into each checkpoint."""
+    """The settings that decide the result; written into each checkpoint."""
     validate: Callable[[PairVPR], dict[str, float]] | None = None
     say: Callable[[str], object] = print
     group: dist.ProcessGroup | None = None
@@ -40,7 +40,7 @@ class TrainContext:
         return on_device.cpu()
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in the order of ranks, on every rank."""
+        """Every rank's value, in rank order, on every rank."""
         if self.world_size == 1:
             return [value]
         gathered: list[Any] = [None] * self.world_size
@@ -48,6 +48,6 @@ class TrainContext:
         return gathered
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Wait until every rank is here."""
         if self.world_size > 1:
             dist.barrier(group=self.group)

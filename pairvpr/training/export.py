@@ -1,4 +1,4 @@
-"""A stage-two checkpoint -> weights under the published names."""
+"""Export a stage-two checkpoint as weights with the published names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pairvpr.training import checkpoint
 def export_weights(url: str, output: str, *, half: bool) -> None:
     """Write the bare state dict of a stage-two checkpoint (path or URL) to `output` (.pth or .safetensors).
 
-    `half`: as 16-bit floats. Raises `UserError` for what is no stage-two checkpoint.
+    `half`: as 16-bit floats. Raises `UserError` if it is not a stage-two checkpoint.
     """
     try:
         found = checkpoint.load(url, stage=2, key="checkpoint")

@@ -1,11 +1,11 @@
-"""One training step over the global batch, exact for any number of workers: what DistributedDataParallel wraps.
+"""One training step over the global batch, exact for any number of workers; DistributedDataParallel wraps it.
 
 The global batch is the ranks' rows, one rank after another. Every loss to backpropagate is scaled so that the mean of
 the gradients over ranks, which is what DistributedDataParallel takes, is the gradient of the global loss. Collectives
 run on a process group of their own. All ranks build the same graph, so autograd starts these and those of
 DistributedDataParallel in one order everywhere; NCCL keeps to the order of starting (`train_workers`).
 
-B photos of this rank, G descriptor width, L patches, D decoder width, S image side, N rows, W ranks.
+B photos on this rank, G descriptor width, L patches, D decoder width, S image side, N rows, W ranks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pairvpr.training.losses import (
     reconstruction_losses,
 )
 
-# What a pair of photos was mined as; a pair may be several of these.
+# The roles of a mined pair of photos; a pair may have several.
 POSITIVE, NEGATIVE, HARDEST_POSITIVE, HARDEST_NEGATIVE = 1, 2, 4, 8
 
 
@@ -47,9 +47,9 @@ class StageOneStep(nn.Module):
 
 
 def local_loss_of_samples(losses: Tensor, *, global_batch_size: int, num_workers: int) -> Tensor:
-    """() to backpropagate on this rank, for the mean over the global batch: losses (B,) of its samples.
+    """The loss () to backpropagate on this rank for the mean over the global batch, from its losses (B,).
 
-    Gradients of several parts of a rank's batch add up to that of the whole.
+    Gradients of parts of a rank's batch add up to the gradient of the whole.
     """
     return losses.sum() * (num_workers / global_batch_size)
 
@@ -58,8 +58,8 @@ def local_loss_of_samples(losses: Tensor, *, global_batch_size: int, num_workers
 class StageTwoResult:
     """One stage-two step: `local_loss` is this rank's, to backpropagate; all else is detached.
 
-    `loss` = `loss_global` + weight * `loss_pair`, `batch_accuracy` and `pairs` are the global batch's and the same on
-    every rank; the logits (N,) are those of the hard anchors that this rank owns, in their order.
+    `loss` = `loss_global` + weight * `loss_pair`, `batch_accuracy` and `pairs` are of the global batch and the same on
+    every rank; the logits (N,) are of this rank's hard anchors, in order.
     """
 
     local_loss: Tensor
@@ -77,7 +77,7 @@ class StageTwoResult:
 class StageTwoStep(nn.Module):
     """Describe, mine the global batch, score the mined pairs: the forward pass of one stage-two step.
 
-    `group` is a process group for this module alone (`torch.distributed.new_group()`); None = one worker.
+    `group` is a process group only for this module (`torch.distributed.new_group()`); None = one worker.
     """
 
     def __init__(
@@ -119,13 +119,13 @@ class StageTwoStep(nn.Module):
         )
 
     def _pair_logits(self, table: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
-        """Logits (N,) of (anchor, positive) and of (anchor, negative) from the rows (., L, D) at hand."""
+        """Logits (N,) of (anchor, positive) and of (anchor, negative) from the available rows (., L, D)."""
         num_pairs = len(exchange.anchor)
         first = torch.cat([exchange.anchor, exchange.anchor])
         second = torch.cat([exchange.positive, exchange.negative])
         if num_pairs == 0:
-            # DistributedDataParallel waits for a gradient of every parameter, the other ranks for the way back of
-            # their rows: a pair that nobody reads gives zeros.
+            # DistributedDataParallel waits for a gradient of every parameter, and other ranks for the gradients of
+            # their rows: an unused pair gives zeros.
             first = second = torch.zeros(1, dtype=torch.int64)
         x_first, x_second = table[sent(first, table.device)], table[sent(second, table.device)]
         logits = self.model.pair_logits_of_embedded(x_first, x_second)
@@ -142,7 +142,7 @@ class BatchLayout:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None, rows_per_rank: Sequence[int], num_own_rows: int) -> BatchLayout:
-        """The layout as this rank sees it; ranks that disagree would wait for each other for ever."""
+        """Check the layout as this rank sees it; ranks that disagree would wait for each other forever."""
         rank = 0 if group is None else dist.get_rank(group)
         world_size = 1 if group is None else dist.get_world_size(group)
         if len(rows_per_rank) != world_size or rows_per_rank[rank] != num_own_rows or min(rows_per_rank) < 1:
@@ -171,9 +171,9 @@ class BatchLayout:
 
 
 def gather_rows(own: Tensor, layout: BatchLayout) -> Tensor:
-    """The global batch's rows from each rank's own (B, ...). Gradients flow to the own rows alone.
+    """Gather the global batch's rows from each rank's own (B, ...). Gradients flow only to the own rows.
 
-    That is enough: every rank computes the whole global loss, so its own rows get their whole gradient from it.
+    That is sufficient: every rank computes the whole global loss, so its own rows get their full gradient.
     """
     if layout.group is None:
         return own
@@ -211,7 +211,7 @@ def mine_on_first_rank(descriptors: Tensor, labels: Tensor, layout: BatchLayout)
 
 
 def pack_pairs(pairs: MinedPairs, num_rows: int) -> Tensor:
-    """(N, N) uint8: what each (anchor, other) was mined as. Its size does not depend on what was mined."""
+    """(N, N) uint8: the role of each mined (anchor, other). Its size does not depend on the result."""
     kinds = torch.zeros(num_rows, num_rows, dtype=torch.uint8, device=pairs.hard_anchor.device)
     for anchor, other, kind in (
         (pairs.anchor_positive, pairs.positive, POSITIVE),
@@ -224,7 +224,7 @@ def pack_pairs(pairs: MinedPairs, num_rows: int) -> Tensor:
 
 
 def unpack_pairs(kinds: Tensor) -> MinedPairs:
-    """What `pack_pairs` packed, sorted by anchor and other."""
+    """The inverse of `pack_pairs`, sorted by anchor and other."""
     (anchor_positive, positive), (anchor_negative, negative), (hard_anchor, hard_positive), (_, hard_negative) = (
         torch.where(kinds & kind > 0) for kind in (POSITIVE, NEGATIVE, HARDEST_POSITIVE, HARDEST_NEGATIVE)
     )
@@ -233,9 +233,9 @@ def unpack_pairs(kinds: Tensor) -> MinedPairs:
 
 @dataclass(frozen=True)
 class Exchange:
-    """What this rank needs to score the pairs whose anchor it owns, and what it gives. Row numbers (N,) on the CPU.
+    """The rows that this rank sends and receives to score the pairs whose anchor it owns. Row numbers (N,) on the CPU.
 
-    `anchor`, `positive`, `negative` count the own rows, then the received ones. `sent` are own rows, for rank 0 first;
+    `anchor`, `positive`, `negative` index the own rows, then the received ones. `sent` are own rows, for rank 0 first;
     `num_sent` and `num_received` (W,) count rows by rank.
     """
 
@@ -248,7 +248,7 @@ class Exchange:
 
 
 def plan_exchange(pairs: MinedPairs, layout: BatchLayout) -> Exchange:
-    """Every rank plans from the same pairs, so nobody has to ask. Each remote row comes once."""
+    """Every rank plans from the same pairs, so no requests are needed. Each remote row is sent once."""
     triplets = torch.stack([pairs.hard_anchor, pairs.hard_positive, pairs.hard_negative]).cpu()
     owners = layout.owners(triplets[0])
     needs = []
@@ -274,7 +274,7 @@ def plan_exchange(pairs: MinedPairs, layout: BatchLayout) -> Exchange:
 
 
 def fetch_rows(own: Tensor, exchange: Exchange, layout: BatchLayout) -> Tensor:
-    """The own rows (B, L, D), then the received ones; gradients travel back the same way."""
+    """The own rows (B, L, D), then the received ones; gradients are sent back the same way."""
     if layout.group is None:
         return own
     given = own[sent(exchange.sent, own.device)]

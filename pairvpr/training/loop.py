@@ -1,4 +1,4 @@
-"""The loop of both stages: batches in, steps, metrics, checkpoints. Every rank runs it."""
+"""The training loop of both stages: batches, steps, metrics, checkpoints. Every rank runs it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Sample = TypeVar("Sample", covariant=True)
 
 
 class NotFiniteError(UserError):
-    """A loss that is no number; the run stops."""
+    """A loss is not finite; the run stops."""
 
 
 class Sampler(Protocol[Sample]):
@@ -44,13 +44,13 @@ class Sampler(Protocol[Sample]):
         ...
 
     def sample(self, epoch: int, position: int) -> Sample:
-        """One of them."""
+        """The sample at a position of an epoch."""
         ...
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step found, over all ranks; `counts` are added up over the run."""
+    """Results of a step over all ranks; `counts` are summed over the run."""
 
     metrics: Mapping[str, float]
     num_photos: int
@@ -58,7 +58,7 @@ class StepResult:
 
 
 class Stage(ABC, Generic[Sample]):
-    """What differs between the stages."""
+    """The interface of a stage: what differs between the two."""
 
     number: int
     model: PairVPR
@@ -71,7 +71,7 @@ class Stage(ABC, Generic[Sample]):
 
     @abstractmethod
     def set_schedule(self, step: int) -> dict[str, float]:
-        """Put the learning rate and weight decay of a step (from 0) into the optimizer; returns them for the log."""
+        """Set the optimizer's learning rate and weight decay for a step (from 0); returns them for the log."""
 
     @abstractmethod
     def backward(self, batch: Any, scaler: torch.amp.GradScaler) -> Callable[[], StepResult]:
@@ -83,9 +83,9 @@ class Stage(ABC, Generic[Sample]):
 
 
 class _Samples(Dataset[Any]):
-    """A sampler as torch's DataLoader wants it: indices are (epoch, position).
+    """A sampler as a dataset for torch's DataLoader: indices are (epoch, position).
 
-    A `UserError` is handed on as a value: raised in a loader process it would arrive wrapped in a traceback.
+    A `UserError` is returned as a value: raised in a loader process, it would arrive wrapped in a traceback.
     """
 
     def __init__(self, sampler: Sampler[Any]) -> None:
@@ -103,7 +103,7 @@ def _collate(collate: Callable[[Sequence[Any]], Any], samples: Sequence[Any]) ->
 
 
 class _Batches:
-    """The (epoch, position) of every sample of this rank's batches, from a position of the run to its end."""
+    """The (epoch, position) of every sample in this rank's batches, from a position of the run to its end."""
 
     def __init__(self, start: Position, epochs: int, batches_per_epoch: int, batch_size: int, part: range) -> None:
         self.start, self.epochs, self.batches_per_epoch = start, epochs, batches_per_epoch
@@ -117,13 +117,13 @@ class _Batches:
 
 
 class _Window:
-    """Speed since the last row of the log."""
+    """Measures speed since the last row of the log."""
 
     def __init__(self) -> None:
         self.started_s, self.waited_s, self.num_photos = time.perf_counter(), 0.0, 0
 
     def next(self, batches: Iterator[Any]) -> Any:
-        """The next batch, and how long that took."""
+        """The next batch, and the seconds spent waiting."""
         waiting_s = time.perf_counter()
         batch = next(batches)
         self.waited_s += time.perf_counter() - waiting_s
@@ -132,7 +132,7 @@ class _Window:
         return batch
 
     def speed(self) -> dict[str, float]:
-        """For the log; photos of all ranks."""
+        """Values for the log; photos of all ranks."""
         elapsed_s = time.perf_counter() - self.started_s
         return {"images_per_s": self.num_photos / elapsed_s, "waiting_for_data": self.waited_s / elapsed_s}
 
@@ -145,7 +145,7 @@ def run(stage: Stage[Any], config: TrainConfig, context: TrainContext) -> None:
 
 @contextmanager
 def deterministic_sums() -> Iterator[None]:
-    """Gradients of rows that are used twice are added up in a fixed order.
+    """Sum gradients of rows that are used twice in a fixed order.
 
     By default a CPU's threads race for it, so equal runs drift apart. On a GPU, attention's backward pass is ordered
     only where unordered sums are errors, not warnings. cuBLAS needs a workspace for it, and reads the variable at its
@@ -287,9 +287,9 @@ def _after_step(
 def _restore(
     stage: Stage[Any], scaler: torch.amp.GradScaler, context: TrainContext
 ) -> tuple[Position, Mapping[str, int]]:
-    """Put the last checkpoint's state into stage and scaler, if there is one; how far that is, and its counts.
+    """Load the last checkpoint's state, if there is one, into stage and scaler; returns its position and counts.
 
-    Raises `UserError` where the ranks see different checkpoints: they would train different networks.
+    Raises `UserError` if ranks see different checkpoints: they would train different networks.
     """
     try:
         found = checkpoints.load(checkpoints.last_url(context.output), stage.number, "output")
@@ -317,7 +317,7 @@ def _gpu_memory(device: torch.device) -> dict[str, float]:
 
 
 def distributed(step: nn.Module, context: TrainContext) -> nn.Module:
-    """The step as a rank of several runs it: gradients are averaged over the ranks."""
+    """The step with gradients averaged over ranks, if there are several."""
     if context.world_size == 1:
         return step
     device_ids = [context.device] if context.device.type == "cuda" else None
@@ -325,11 +325,11 @@ def distributed(step: nn.Module, context: TrainContext) -> nn.Module:
 
 
 def name_photos(names: Sequence[str]) -> str:
-    """The first few, for a message."""
+    """The first few items, for a message."""
     more = len(names) - NUM_PHOTOS_NAMED
     return ", ".join(names[:NUM_PHOTOS_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Without waiting, where the tensor is pinned."""
+    """Copy to the device, without waiting if the tensor is pinned."""
     return tensor.to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""What both stages minimise, and which pairs stage two looks at. Method, sections 4 and 5.
+"""Losses of both stages, and the pair mining of stage two. Method, sections 4 and 5.
 
 B images, L patches, G descriptor width, P patch side in pixels, S image side in pixels, N pairs.
 """
@@ -39,11 +39,11 @@ def patches_of(images: Tensor, patch_size_px: int) -> Tensor:
 
 
 def reconstruction_losses(prediction: Tensor, images: Tensor, mask: Tensor, *, norm_pix_loss: bool) -> Tensor:
-    """Stage one's loss of every image: (B,) float32, the mean squared error over its masked patches.
+    """Stage one's loss per image: (B,) float32, the mean squared error over its masked patches.
 
     prediction (B, L, P * P * 3); images (B, 3, S, S), normalised and unmasked; mask (B, L) bool, True = hidden.
-    `norm_pix_loss`: each target patch is normalised by its own mean and (unbiased) variance + 1e-6. As every image
-    hides equally many patches, the mean of these losses is the mean over all masked patches.
+    `norm_pix_loss`: each target patch is normalised by its own mean and (unbiased) variance + 1e-6. All images hide
+    equally many patches, so the mean of these losses is the mean over all masked patches.
     """
     patch_size_px = round((prediction.shape[-1] / 3) ** 0.5)
     target = patches_of(images.float(), patch_size_px)
@@ -58,7 +58,7 @@ def reconstruction_losses(prediction: Tensor, images: Tensor, mask: Tensor, *, n
 class MinedPairs:
     """Rows (N,) int64 of a batch: the multi-similarity miner's pairs, and each photo's hardest positive and negative.
 
-    Photos without a positive or without a negative in the batch are no hard anchors.
+    Photos without a positive or without a negative in the batch are not hard anchors.
     """
 
     anchor_positive: Tensor
@@ -86,12 +86,12 @@ def multi_similarity_loss(descriptors: Tensor, labels: Tensor, pairs: MinedPairs
 
 
 def batch_accuracy(pairs: MinedPairs, num_photos: int) -> float:
-    """Share of the photos that no mined positive pair of the multi-similarity miner has as anchor."""
+    """Share of the photos that are not the anchor of any positive pair of the multi-similarity miner."""
     return 1 - len(pairs.anchor_positive.unique()) / num_photos
 
 
 def pair_loss_sum(logit_positive: Tensor, logit_negative: Tensor) -> Tensor:
-    """() sum of the binary cross-entropies of logits (N,) each: label 1 for positives, 0 for negatives."""
+    """() sum of the binary cross-entropies of positive and negative logits (N,), with labels 1 and 0."""
     logits = torch.cat([logit_positive, logit_negative])
     targets = torch.cat([torch.ones_like(logit_positive), torch.zeros_like(logit_negative)])
     return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")

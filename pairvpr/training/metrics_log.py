@@ -1,6 +1,6 @@
-"""`metrics.jsonl`, TensorBoard, and optionally Weights & Biases: what rank 0 writes down.
+"""Metrics written by rank 0: `metrics.jsonl`, TensorBoard, and optionally Weights & Biases.
 
-Rows are published just before each checkpoint; those of steps that are done again are dropped.
+Rows are published just before each checkpoint; rows of repeated steps are dropped.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class MetricsLog:
         self._wandb = _start_wandb(output, settings) if wandb else None
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """One row; numbers also go to TensorBoard, under their names."""
+        """Add one row; numbers also go to TensorBoard, under their names."""
         self.rows.append(dict(row))
         for name, value in row.items():
             if isinstance(value, int | float) and name != "step":
@@ -40,7 +40,7 @@ class MetricsLog:
             self._wandb.log(dict(row), step=row["step"])
 
     def publish(self) -> None:
-        """Put everything so far below `output`."""
+        """Publish everything so far below `output`."""
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
         storage.write_bytes(storage.join(self.output, FILE), text.encode())
         self._events.flush()
@@ -48,7 +48,7 @@ class MetricsLog:
             storage.write_bytes(storage.join(self.output, "tensorboard", file.name), file.read_bytes())
 
     def close(self) -> None:
-        """Let go of files and connections; nothing more is published."""
+        """Close files and connections without publishing more."""
         self._events.close()
         self._folder.cleanup()
         if self._wandb is not None:
@@ -56,7 +56,7 @@ class MetricsLog:
 
 
 def read_metrics(output: str) -> list[dict[str, Any]]:
-    """All published rows; none where there is no log. Raises `UserError` for what is no log.
+    """All published rows; none without a log. Raises `UserError` if it is not a log.
 
     The log has no seal: other tools read it line by line, and nothing that is computed depends on it.
     """
@@ -72,7 +72,7 @@ def read_metrics(output: str) -> list[dict[str, Any]]:
 
 
 def check_wandb() -> None:
-    """Raise `UserError` where the package is missing."""
+    """Raise `UserError` if the package is missing."""
     try:
         import wandb  # noqa: F401  # pyright: ignore[reportMissingImports, reportUnusedImport]
     except ImportError as error:

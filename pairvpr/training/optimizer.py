@@ -1,6 +1,6 @@
-"""Which parameters a stage trains, and how fast: AdamW, and schedules that are functions of the step alone.
+"""The trainable parameters of each stage and their rates: AdamW, with schedules that depend only on the step.
 
-A resumed run sets its rates from the step that it is at; there is no scheduler, and no state of one. Method,
+A resumed run computes its rates from its step; there is no scheduler with a state. Method,
 sections 2, 4 and 5.
 """
 
@@ -21,16 +21,16 @@ REFERENCE_BATCH_SIZE = 1024
 
 
 class Multipliers(NamedTuple):
-    """A parameter's factors of the learning rate and of the weight decay."""
+    """A parameter's multipliers of learning rate and weight decay."""
 
     lr: float
     weight_decay: float
 
 
 def freeze_for_stage_one(model: PairVPR, *, train_everything: bool = False) -> None:
-    """Leave trainable what stage one trains: the last encoder blocks, decoder, reconstruction head.
+    """Freeze all but stage one's parameters: the last encoder blocks, decoder, reconstruction head.
 
-    `train_everything` adds the encoder's embedding, tokens and earlier blocks, for training from nothing.
+    `train_everything` adds the encoder's embedding, tokens and earlier blocks, for training from scratch.
     """
     model.requires_grad_(True)
     if not train_everything:
@@ -41,9 +41,9 @@ def freeze_for_stage_one(model: PairVPR, *, train_everything: bool = False) -> N
 
 
 def freeze_for_stage_two(model: PairVPR, *, train_everything: bool = False) -> None:
-    """Leave trainable what stage two trains: the last encoder blocks, descriptor layer, decoder, pair classifier.
+    """Freeze all but stage two's parameters: the last encoder blocks, descriptor layer, decoder, pair classifier.
 
-    `train_everything` adds the encoder's embedding, tokens and earlier blocks; its mask token is stage one's.
+    `train_everything` adds the encoder's embedding, tokens and earlier blocks, except the mask token of stage one.
     """
     model.requires_grad_(True)
     if not train_everything:
@@ -56,7 +56,7 @@ def freeze_for_stage_two(model: PairVPR, *, train_everything: bool = False) -> N
 def stage_one_multipliers(
     model: PairVPR, *, layerwise_decay: float, patch_embed_lr_mult: float
 ) -> dict[str, Multipliers]:
-    """Every parameter's multipliers by name, frozen ones included.
+    """Multipliers of every parameter, including frozen ones, by name.
 
     The learning rate decays by a factor per layer, from the reconstruction head down through decoder and encoder.
     """
@@ -73,7 +73,7 @@ def stage_one_multipliers(
 
 
 def _layer(name: str, encoder_depth: int, decoder_depth: int) -> int:
-    """Height of a parameter in the network: 0 for what enters the first block, and for what stage one leaves alone."""
+    """A parameter's layer: 0 for inputs of the first block, and for parameters that stage one does not train."""
     owner, *rest = name.removeprefix("encoder.model.").split(".")
     match owner:
         case "blocks":
@@ -91,7 +91,7 @@ def _layer(name: str, encoder_depth: int, decoder_depth: int) -> int:
 
 
 def stage_one_optimizer(model: PairVPR, *, layerwise_decay: float, patch_embed_lr_mult: float) -> AdamW:
-    """AdamW over the trainable parameters, one group for each pair of multipliers. `set_rates` gives the rates."""
+    """AdamW over the trainable parameters, one group per pair of multipliers. `set_rates` sets the rates."""
     multipliers = stage_one_multipliers(model, layerwise_decay=layerwise_decay, patch_embed_lr_mult=patch_embed_lr_mult)
     return _adamw(model, multipliers)
 
@@ -121,19 +121,19 @@ def fused_alike(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any
 
 
 def set_rates(optimizer: Optimizer, *, lr: float, weight_decay: float) -> None:
-    """Give every group the rates of the step to come, times its multipliers."""
+    """Set every group's rates for the next step, times its multipliers."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_multiplier"]
         group["weight_decay"] = weight_decay * group["weight_decay_multiplier"]
 
 
 def scaled_lr(lr: float, global_batch_size: int) -> float:
-    """Stage one's base learning rate: `lr` is for a batch of 1024 and scales with the root of the batch."""
+    """Stage one's base learning rate: `lr` is for a batch of 1024 and scales with the square root of the batch size."""
     return lr * math.sqrt(global_batch_size / REFERENCE_BATCH_SIZE)
 
 
 def warmup_cosine(step: int, *, base: float, final: float, warmup_steps: int, total_steps: int) -> float:
-    """Value at `step`: in a line from 0 to `base`, reached by the last warm-up step, then `cosine` to `final`."""
+    """Value at `step`: linear from 0 to `base`, reached by the last warm-up step, then `cosine` to `final`."""
     if step < warmup_steps:
         return base * step / max(warmup_steps - 1, 1)
     return cosine(step - warmup_steps, start=base, end=final, total_steps=total_steps - warmup_steps)
@@ -147,5 +147,5 @@ def cosine(step: int, *, start: float, end: float, total_steps: int) -> float:
 
 
 def linear_decay(step: int, *, base: float, end_factor: float, decay_steps: int) -> float:
-    """Value at `step` on a line from `base` to `base * end_factor` at `decay_steps`, constant afterwards."""
+    """Value at `step`: linear from `base` to `base * end_factor` at `decay_steps`, constant afterwards."""
     return base * (1 + (end_factor - 1) * min(step, decay_steps) / decay_steps)

@@ -1,6 +1,6 @@
 """Stage one: place-aware masked image modelling (method, section 4).
 
-B samples of this rank, L patches, S image side in pixels.
+B samples on this rank, L patches, S image side in pixels.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class PairBatch:
     num_places_skipped: int
 
     def pin_memory(self) -> PairBatch:
-        """As torch's DataLoader asks for it."""
+        """The collate function for torch's DataLoader."""
         tensors = {name: getattr(self, name).pin_memory() for name in ("first", "second", "mask")}
         return PairBatch(**{**vars(self), **tensors})
 
 
 class StageOne(Stage[PairSample]):
-    """The network without a decoder class token, and all that a step of it needs."""
+    """Stage one: the network without a decoder class token, and all that its step needs."""
 
     number = 1
 
@@ -90,7 +90,7 @@ class StageOne(Stage[PairSample]):
         )
 
     def set_schedule(self, step: int) -> dict[str, float]:
-        """Method, section 4: warm-up and cosine of the learning rate, cosine of the weight decay."""
+        """Method, section 4: warm-up and cosine for the learning rate, cosine for the weight decay."""
         train = self.config.train
         batches_per_epoch = num_batches(len(self.sampler), train.global_batch_size)
         total_steps = train.epochs * batches_per_epoch
@@ -152,10 +152,10 @@ class StageOne(Stage[PairSample]):
 def make_stage(
     config: TrainStageOneConfig, sets: Sequence[TrainingSet], start: Weights, context: TrainContext
 ) -> StageOne:
-    """The stage as a training job asks for it."""
+    """The stage for a training job."""
     return StageOne(config, sets, start, context)
 
 
 def start_weights(config: TrainStageOneConfig) -> Weights:
-    """DINOv2 weights for the encoder, a whole stage-one state dict, or seeded random ones."""
+    """Initial weights: DINOv2's for the encoder, a complete stage-one state dict, or seeded random ones."""
     return stage_one_start_weights(config.model, config.train.start, config.train.seed)

@@ -1,6 +1,6 @@
 """Stage two: global descriptor and pair classifier together (method, section 5).
 
-P places of this rank, N photos of a place, S image side in pixels.
+P places on this rank, N photos per place, S image side in pixels.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class PlaceBatch:
 
 
 class StageTwo(Stage[PlaceSample]):
-    """The whole network, and all that a step of it needs."""
+    """Stage two: the whole network, and all that its step needs."""
 
     number = 2
 
@@ -110,11 +110,11 @@ class StageTwo(Stage[PlaceSample]):
 def make_stage(
     config: TrainStageTwoConfig, sets: Sequence[GsvCities], start: Weights, context: TrainContext
 ) -> StageTwo:
-    """The stage as a training job asks for it."""
+    """The stage for a training job."""
     (places,) = sets
     return StageTwo(config, places, start, context)
 
 
 def start_weights(config: TrainStageTwoConfig) -> Weights:
-    """A stage-one checkpoint, a whole stage-two state dict, or seeded random ones."""
+    """Initial weights: a stage-one checkpoint, a complete stage-two state dict, or seeded random ones."""
     return stage_two_start_weights(config.model, config.train.start, config.train.seed)

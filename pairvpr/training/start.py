@@ -1,4 +1,4 @@
-"""What a stage starts from: weights of the stage before, of DINOv2, or seeded random ones."""
+"""Initial weights of a stage: from the previous stage, from DINOv2, or seeded random ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ONLY_IN_STAGE_TWO = "decoder_clstoken"
 
 
 def stage_one_start_weights(model: ModelConfig, start: str | None, seed: int) -> Weights:
-    """`start`: DINOv2 weights for the encoder, or a whole stage-one state dict; None = random ones from `seed`.
+    """`start`: DINOv2 weights for the encoder, or a complete stage-one state dict; None = random ones from `seed`.
 
     Raises `UserError` for a file that is neither, or of another network.
     """
@@ -38,7 +38,7 @@ def stage_one_start_weights(model: ModelConfig, start: str | None, seed: int) ->
 
 
 def stage_two_start_weights(model: ModelConfig, start: str | None, seed: int) -> Weights:
-    """`start`: a stage-one checkpoint or a whole stage-two state dict; None = random ones from `seed`.
+    """`start`: a stage-one checkpoint or a complete stage-two state dict; None = random ones from `seed`.
 
     Raises `UserError` for a file that is neither, or of another network.
     """
