@@ -40,6 +40,7 @@ from pairvpr.config.schema import (
     EvaluateConfig,
     PlanConfig,
     QueryConfig,
+    ReportConfig,
     UpdateIndexConfig,
 )
 from pairvpr.config.train_schema import (
@@ -210,6 +211,7 @@ JOBS_WITH_WHAT_THEY_NEED: dict[type, list[str]] = {
     PlanConfig: ["plan.num_images=1"],
     CheckBenchmarkConfig: ["benchmark=folders", *FOLDERS],
     CalibrateConfig: ["predictions=/p", "output=/o.json"],
+    ReportConfig: ["run=/r"],
     TrainStageOneConfig: ["train=vitb", "train.root=/r", "output=/o"],
     TrainStageTwoConfig: ["train=vitb", "train.root=/r", "output=/o", "train.validation=toy_city"],
     SearchCheckpointsConfig: ["checkpoints=/c", *TOY],
@@ -570,12 +572,14 @@ def test_help_explains_every_key(job: type) -> None:
     assert set(explained) == expected
     assert [key for key, doc in explained.items() if not doc or " = " in doc.split(" ")[0]] == []
     assert f"usage: pairvpr {JOBS[job]} " in lines[0]
-    has_model = job not in (ExportWeightsConfig, CheckBenchmarkConfig, CalibrateConfig)
+    has_model = job not in (ExportWeightsConfig, CheckBenchmarkConfig, CalibrateConfig, ReportConfig)
     assert ("  model=  one of tiny, vitb, vitg, vitl, vits" in lines) == has_model
     assert any(line.startswith(f"  {section}=  one of amstertime, ") for line in lines) == has_benchmark
     assert (f"with {section}= pitts250k_test, pitts30k_test, pitts30k_val:" in lines) == has_benchmark
     assert ("  datasets_root = null" in lines) == has_benchmark
-    assert ("  output = (required)" in lines) == (job not in (CheckBenchmarkConfig, PlanConfig, UpdateIndexConfig))
+    assert ("  output = (required)" in lines) == (
+        job not in (CheckBenchmarkConfig, PlanConfig, UpdateIndexConfig, ReportConfig)
+    )
 
 
 # Method, section 2: width, blocks, heads, SwiGLU, millions of parameters in all.
