@@ -49,7 +49,8 @@ def train(config: Any, datasets: list[str], make_stage: Any, start_weights: Call
     )
     check_claim(output, job.settings(), "output")
     if steps_done(output) >= num_steps:
-        say(f"training: finished earlier ({num_steps:,} steps), skipped")
+        with published(output, "training"):  # a driver that was killed after its last step left another status
+            say(f"training: finished earlier ({num_steps:,} steps), skipped")
         return
     with ray_session(config.cluster):
         claim(output, job.settings(), "output")

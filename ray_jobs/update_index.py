@@ -94,7 +94,8 @@ def update_index(config: UpdateIndexConfig) -> IndexManifest:
         check_photos_of_file(first.file, {"added": added}, "describe.descriptors")
     remove_leftovers(directory, manifest)
     if added is None and not len(gone) and not config.compact and config.index.kind is None:
-        say("update: finished earlier, nothing to change")
+        with published(directory, "update_index"):  # an update that was killed after its commit left another status
+            say("update: finished earlier, nothing to change")
         return manifest
     prefix = _prefix(manifest, settings, gone, versions, config)
     with published(directory, "update_index"), ray_session(config.cluster):
