@@ -40,7 +40,14 @@ from pairvpr.data.local_cache import LocalCache, cache_directory
 from pairvpr.data.manifest import Manifest, check_photos_are_seen
 from pairvpr.data.photo_batches import PhotoBatch
 from pairvpr.errors import PhotoError, UserError
-from pairvpr.evaluation.confidence import Calibration, Judge, calibrated, check_positions_of_votes, decision_of
+from pairvpr.evaluation.confidence import (
+    Calibration,
+    Judge,
+    calibrated,
+    check_positions_of_votes,
+    decision_of,
+    unlike_the_network,
+)
 from pairvpr.evaluation.predictions import final_order, top_scores
 from pairvpr.index.described import CHANGED, DescribedPhotos
 from pairvpr.index.generations import IndexManifest, check_model, read_generation, read_images, read_manifest
@@ -186,7 +193,8 @@ class Localizer:
         settings = network.settings() | {"weights_sha256": found.sha256}
         check_model(directory, manifest, name=network.name, weights_sha256=found.sha256, model=settings)
         if judged_by is not None:
-            judged_by.check(str(sections[2].calibration), settings)
+            first_stage = unlike_the_network(file_width=None, reduced_to=manifest.reduced_to)
+            judged_by.check(str(sections[2].calibration), settings, first_stage)
         built = build_model(network, load_weights(network, found), on)
         return cls(
             directory,

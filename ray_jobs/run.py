@@ -27,7 +27,13 @@ from pairvpr.data.pairs import candidates_of, read_pairs
 from pairvpr.distributed.dense import KEY as STORE_KEY
 from pairvpr.distributed.dense import WantedStore, check_store
 from pairvpr.errors import UserError
-from pairvpr.evaluation.confidence import Calibration, Judge, check_positions_of_votes, decision_of
+from pairvpr.evaluation.confidence import (
+    Calibration,
+    Judge,
+    check_positions_of_votes,
+    decision_of,
+    unlike_the_network,
+)
 from pairvpr.index.generations import IndexManifest, check_model, read_images, read_manifest
 from pairvpr.index.settings import index_settings
 from pairvpr.models.weights import WeightsSource, find_weights
@@ -268,11 +274,19 @@ def check_descriptors(database: DescriptorFile, queries: DescriptorFile, benchma
 
 
 def check_calibration(run: Run) -> None:
-    """Raise `UserError` unless the run's network is the calibrated one and votes have positions."""
+    """Raise `UserError` unless the run's network and first stage are the calibrated ones and votes have positions."""
     if run.calibration is None:
         return
-    run.calibration.check(str(run.config.rerank.calibration), run.model_settings())
+    first_stage = unlike_the_network(file_width=run.first.file and run.first.width, reduced_to=_reduced_to(run))
+    run.calibration.check(str(run.config.rerank.calibration), run.model_settings(), first_stage)
     check_positions_of_votes(run.decision, run.benchmark.database.utm_m)
+
+
+def _reduced_to(run: Run) -> int | None:
+    """Values of a reduced descriptor in the index that is searched."""
+    if isinstance(run.config, EvaluateConfig):
+        return run.config.index.reduce_to
+    return open_manifest(run.index, run.config.index.path).reduced_to
 
 
 def open_manifest(index: str, given: str) -> IndexManifest:

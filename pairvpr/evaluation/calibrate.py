@@ -19,7 +19,7 @@ from pairvpr.data.claim import FILE as SETTINGS_FILE
 from pairvpr.data.claim import check_writable_file
 from pairvpr.errors import UserError
 from pairvpr.evaluation.bootstrap import bootstrap_interval
-from pairvpr.evaluation.compare import FinishedRun, read_run
+from pairvpr.evaluation.compare import MeasuredRun, read_run
 from pairvpr.evaluation.confidence import (
     Bin,
     Calibration,
@@ -31,6 +31,7 @@ from pairvpr.evaluation.confidence import (
     fit_temperature,
     probability,
     reliability,
+    unlike_the_network,
 )
 from pairvpr.evaluation.fit_decision import (
     Fit,
@@ -88,6 +89,7 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
         num_queries=len(fitted.queries),
         num_candidates=run.metrics["num_candidates"],
         model=settings["model"],
+        first_stage=settings["first_stage"],
         temperature=temperature,
         midpoint=midpoint,
         round_size=round_size,
@@ -134,7 +136,10 @@ def _read_settings(url: str) -> dict[str, Any]:
         raise UserError(
             f"{settings_url}: it lacks the weights or the batch size; expected the settings of an evaluation"
         )
-    return {"model": model, "rerank": rerank, "index": settings.get("index")}
+    first_stage = unlike_the_network(
+        file_width=settings.get("descriptors", {}).get("width"), reduced_to=settings.get("index_reduce_to")
+    )
+    return {"model": model, "rerank": rerank, "index": settings.get("index"), "first_stage": first_stage}
 
 
 def _positions(settings: Mapping[str, Any]) -> NDArray[np.float64] | None:
@@ -147,7 +152,7 @@ def _positions(settings: Mapping[str, Any]) -> NDArray[np.float64] | None:
     return None if utm_m is None or np.isnan(utm_m).all() else utm_m
 
 
-def _read_queries(run: FinishedRun, utm_m: NDArray[np.float64] | None) -> list[LocatedQuery]:
+def _read_queries(run: MeasuredRun, utm_m: NDArray[np.float64] | None) -> list[LocatedQuery]:
     url = storage.join(run.url, "predictions.parquet")
     table = read_predictions(url, COLUMNS)
     try:

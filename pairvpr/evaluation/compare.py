@@ -32,7 +32,7 @@ NEEDED = ("benchmark", "protocol", "model", "recall", "candidate_ceiling", "num_
 
 
 @dataclass(frozen=True)
-class FinishedRun:
+class MeasuredRun:
     """An evaluation with ground truth: its directory as given by the user, and the content of its metrics.json."""
 
     url: str
@@ -60,12 +60,12 @@ def compare(urls: Sequence[str], form: str = "text") -> str:
     return "\n\n".join(sections)
 
 
-def same_tests(urls: Sequence[str]) -> list[list[FinishedRun]]:
+def same_tests(urls: Sequence[str]) -> list[list[MeasuredRun]]:
     """The runs, those of the same test together. Raises `UserError` as `compare`."""
     if len(urls) < 2:
         raise UserError(f"{len(urls)} run given: expected two or more output directories of evaluations")
     all_runs = [read_run(url) for url in urls]
-    tests: list[list[FinishedRun]] = []
+    tests: list[list[MeasuredRun]] = []
     for run in all_runs:
         _check_protocol(run, all_runs)
         same = next((runs for runs in tests if runs[0].protocol == run.protocol), None)
@@ -78,7 +78,7 @@ def same_tests(urls: Sequence[str]) -> list[list[FinishedRun]]:
     return tests
 
 
-def read_run(url: str) -> FinishedRun:
+def read_run(url: str) -> MeasuredRun:
     """The run in the directory `url`. Raises `UserError` unless it is finished and has ground truth."""
     metrics_url = storage.join(url, "metrics.json")
     content = sealed.read_json(metrics_url, "expected the metrics.json of an evaluation")
@@ -91,7 +91,7 @@ def read_run(url: str) -> FinishedRun:
         raise UserError(f"{metrics_url}: no entry {', '.join(missing)}; expected the metrics.json of an evaluation")
     if content["recall"] is None:
         raise UserError(f"{url}: {content['benchmark']} has no ground truth, so there is no recall")
-    run = FinishedRun(url, content)
+    run = MeasuredRun(url, content)
     try:
         heading([run])
         rows_of([run])
@@ -100,14 +100,14 @@ def read_run(url: str) -> FinishedRun:
     return run
 
 
-def _check_protocol(run: FinishedRun, others: Sequence[FinishedRun]) -> None:
+def _check_protocol(run: MeasuredRun, others: Sequence[MeasuredRun]) -> None:
     """Raise `UserError` if another run of the same benchmark has a different protocol."""
     for other in others:
         if other.metrics["benchmark"] == run.metrics["benchmark"] and other.protocol != run.protocol:
             raise _different_tests(run, other)
 
 
-def _different_tests(first: FinishedRun, other: FinishedRun) -> UserError:
+def _different_tests(first: MeasuredRun, other: MeasuredRun) -> UserError:
     found = "; ".join(
         f"{key}: {_short(first.protocol.get(key, 'absent'))} here, {_short(other.protocol.get(key, 'absent'))} there"
         for key in {**first.protocol, **other.protocol}
@@ -120,7 +120,7 @@ def _different_tests(first: FinishedRun, other: FinishedRun) -> UserError:
     )
 
 
-def _differs(first: FinishedRun, other: FinishedRun, key: str) -> bool:
+def _differs(first: MeasuredRun, other: MeasuredRun, key: str) -> bool:
     absent = object()
     return first.protocol.get(key, absent) != other.protocol.get(key, absent)
 
@@ -131,7 +131,7 @@ def _short(value: object) -> str:
     return text[:DIGEST_LENGTH] if is_digest else text
 
 
-def heading(runs: Sequence[FinishedRun]) -> str:
+def heading(runs: Sequence[MeasuredRun]) -> str:
     """Names the test of some runs."""
     protocol = runs[0].protocol
     return (
@@ -140,13 +140,13 @@ def heading(runs: Sequence[FinishedRun]) -> str:
     )
 
 
-def rows_of(runs: Sequence[FinishedRun]) -> list[list[str]]:
+def rows_of(runs: Sequence[MeasuredRun]) -> list[list[str]]:
     """The names of the columns, and a row for each run."""
     recalls = [f"{step}@{n}" for step in ("global", "re-ranked") for n in SHOWN_N]
     return [["run", "model", "weights", "K", *recalls, "ceiling"], *(_row(run) for run in runs)]
 
 
-def _row(run: FinishedRun) -> list[str]:
+def _row(run: MeasuredRun) -> list[str]:
     model, recall = run.metrics["model"], run.metrics["recall"]
     recalls = [recall[step].get(n) for step in ("global", "reranked") for n in SHOWN_N]
     return [
@@ -158,7 +158,7 @@ def _row(run: FinishedRun) -> list[str]:
     ]
 
 
-def paired(first: FinishedRun, second: FinishedRun) -> list[str]:
+def paired(first: MeasuredRun, second: MeasuredRun) -> list[str]:
     """The changes from the first run's best re-ranked answers to the second's, and whether they may be chance."""
     before, after = first_answer_is_right(first), first_answer_is_right(second)
     corrected, broken = int((after & ~before).sum()), int((before & ~after).sum())
@@ -174,7 +174,7 @@ def paired(first: FinishedRun, second: FinishedRun) -> list[str]:
     ]
 
 
-def first_answer_is_right(run: FinishedRun) -> NDArray[np.bool_]:
+def first_answer_is_right(run: MeasuredRun) -> NDArray[np.bool_]:
     """(Q,) whether the best re-ranked answer to each query is a positive, from predictions.parquet."""
     url = storage.join(run.url, "predictions.parquet")
     table = read_predictions(url, ("reranked", "positives"))

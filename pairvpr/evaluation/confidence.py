@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,8 @@ class Calibration:
     """K of that run."""
     model: dict[str, Any]
     """The section `model` of that run's settings."""
+    first_stage: dict[str, int] = field(default_factory=dict)
+    """What `unlike_the_network` says of that run's descriptors."""
     temperature: float
     midpoint: float
     """Best pair score at which half of the answers are right."""
@@ -66,17 +68,19 @@ class Calibration:
         """The content of its file."""
         return {"format_version": FORMAT_VERSION, **asdict(self)}
 
-    def check(self, url: str, model: Mapping[str, Any]) -> None:
-        """Raise `UserError` unless a run's network (section `model` of its settings) is the calibrated one.
+    def check(self, url: str, model: Mapping[str, Any], first_stage: Mapping[str, int]) -> None:
+        """Raise `UserError` unless a run's network and first stage are the calibrated ones.
 
-        Precisions may differ.
+        They are the section `model` of its settings, in which precisions may differ, and `unlike_the_network`.
         """
-        found = differences({"model": self.model}, {"model": model}, ("model.precision",))
-        if found:
-            raise UserError(
-                f"rerank.calibration={url}: it was made for another network: {'; '.join(found)}; "
-                "expected a calibration of this network (ray_jobs.calibrate)"
-            )
+        for what, there, here in (("network", self.model, model), ("first stage", self.first_stage, first_stage)):
+            name = what.replace("network", "model").replace(" ", "_")
+            found = differences({name: there}, {name: here}, ("model.precision",))
+            if found:
+                raise UserError(
+                    f"rerank.calibration={url}: it was made for another {what}: {'; '.join(found)}; "
+                    f"expected a calibration of this {what} (pairvpr calibrate)"
+                )
 
     def decision(self, url: str, rule: DecisionRule, num_candidates: int) -> Decision | None:
         """The decision for a run that re-ranks `num_candidates`; None for `pair`, which needs none.
@@ -117,6 +121,16 @@ class Calibration:
                 f"rerank.adaptive=true: {url} is for rounds of {self.round_size} pairs, but rerank.batch_size is "
                 f"{round_size}; expected the same"
             )
+
+
+def unlike_the_network(*, file_width: int | None, reduced_to: int | None) -> dict[str, int]:
+    """How the descriptors of a run differ from those of the network that scores its pairs; empty where they don't.
+
+    Those of a file have `file_width` values, those of an index with a reduction `reduced_to`. Distances between other
+    descriptors mean other things, and so does their weight in a decision.
+    """
+    found = {"file_width": file_width, "reduced_to": reduced_to}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -190,6 +204,7 @@ def _parsed(content: Mapping[str, Any]) -> Calibration:
         num_queries=int(content["num_queries"]),
         num_candidates=int(content["num_candidates"]),
         model=dict(content["model"]),
+        first_stage={str(name): int(value) for name, value in dict(content.get("first_stage", {})).items()},
         temperature=temperature,
         midpoint=float(content["midpoint"]),
         round_size=int(content["round_size"]),

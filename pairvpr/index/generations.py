@@ -131,6 +131,11 @@ class IndexManifest:
         return self.descriptor_dim if self.reduction is None else self.reduction.descriptor_dim
 
     @property
+    def reduced_to(self) -> int | None:
+        """Values of a reduced descriptor; None where they are indexed as they were described."""
+        return None if self.reduction is None else self.descriptor_dim
+
+    @property
     def num_live(self) -> int:
         """Photos that a search can find."""
         return sum(entry.num_rows - entry.num_removed for entry in self.shards)

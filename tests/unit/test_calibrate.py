@@ -148,6 +148,15 @@ def mistake(url: str, folder: Path) -> str:
     return str(caught.value)
 
 
+def test_the_first_stage_of_the_run_is_kept(tmp_path: Path) -> None:
+    """As evaluate's settings.json says it; without a file and a reduction there is nothing to keep."""
+    of_a_file = {"descriptors": {"width": 8448, "file": "1:2"}, "index_reduce_to": 512}
+    content = calibrated(write_run(tmp_path / "run", queries(), **of_a_file), tmp_path)
+    assert content["first_stage"] == {"file_width": 8448, "reduced_to": 512}
+    assert read_calibration(f"{tmp_path}/calibration.json").first_stage == content["first_stage"]
+    assert calibrated(write_run(tmp_path / "own", queries()), tmp_path)["first_stage"] == {}
+
+
 def test_fits_to_one_half_and_reports_on_the_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     its = queries()
     content = calibrated(write_run(tmp_path / "run", its), tmp_path, max_loss=2.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from pairvpr.evaluation.confidence import (
     probability,
     read_calibration,
     reliability,
+    unlike_the_network,
 )
 from pairvpr.retrieval.decision import Decision, Votes, Weights
 from pairvpr.retrieval.early_stop import stopped_after
@@ -252,10 +254,25 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 
 
 def test_another_network_is_refused() -> None:
-    CALIBRATION.check("c.json", MODEL | {"precision": "bf16"})
+    CALIBRATION.check("c.json", MODEL | {"precision": "bf16"}, {})
     for key, value in (("name", "vitb"), ("weights_sha256", "cd" * 32), ("image_size_px", 56)):
         with pytest.raises(UserError, match=rf"^rerank\.calibration=c\.json: .* model\.{key} .* there, {value} now"):
-            CALIBRATION.check("c.json", MODEL | {key: value})
+            CALIBRATION.check("c.json", MODEL | {key: value}, {})
+
+
+def test_another_first_stage_is_refused() -> None:
+    """A calibration of the network's own descriptors and one of a file's, by runs of any other."""
+    stages = [
+        unlike_the_network(file_width=width, reduced_to=reduced)
+        for width, reduced in ((None, None), (512, None), (8448, None), (8448, 512), (None, 512))
+    ]
+    for calibrated, asked in product(stages, stages):
+        found = Calibration(**{**CALIBRATION.__dict__, "first_stage": calibrated})
+        if calibrated == asked:
+            found.check("c.json", MODEL, asked)
+            continue
+        with pytest.raises(UserError, match=r"^rerank\.calibration=c\.json: .* another first stage: .* there, .* now"):
+            found.check("c.json", MODEL, asked)
 
 
 def test_other_rounds_are_refused() -> None:

@@ -236,6 +236,8 @@ def test_a_calibration_is_part_of_the_settings_and_its_absence_is_not(config: Ev
         ({"stop_margin": None}, "has no stop margin", True),
         ({"format_version": 9}, "format version 9; expected 1", True),
         ({"model": {"name": "vitb"}}, "model.descriptor_dim absent there, 16 now; ", True),
+        ({"first_stage": {"file_width": 8448}}, "another first stage: first_stage.file_width 8448 there, absent", True),
+        ({"first_stage": {"reduced_to": 4}}, "another first stage: first_stage.reduced_to 4 there, absent now", True),
         ({"weights": "cd" * 32}, f"made for another network: model.{WEIGHTS_SHA256} cdcd", False),
     ],
 )
