@@ -1,6 +1,6 @@
 """How well a decision carries over from one city to others: recall, confidence, positions, pairs that need scoring.
 
-    heavy python -m benchmarks.decision --keep DIR --report
+    python -m benchmarks.decision --keep DIR --report
 
 Run it by hand from the root of the checkout; it takes some minutes for each city on two cores. The small network
 re-ranks 100 candidates of every query of some toy cities, none of them seen in its training. One half of the first
@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks import shared
+from benchmarks.shared import markdown_table as table
 from pairvpr.config.compose import load
 from pairvpr.config.schema import EvaluateConfig
 from pairvpr.data.benchmarks import load_benchmark, prepare_benchmark
@@ -50,6 +51,7 @@ NS = (1, 5, 10)
 ROUND_SIZE = 8
 MAX_LOSS = 0.1
 ORDERS = ("global", "pair", "fused", "consensus")
+RECALL_HEAD = ("test", "K", "order", *(f"recall@{n}" for n in NS), *(f"@{n} more than pair" for n in NS))
 
 
 @dataclass(frozen=True)
@@ -289,76 +291,71 @@ def fit_rows(fitted: Test, numbers: Sequence[int]) -> list[list[str]]:
 
 def report(fitted: Test, tests: Sequence[Test], real: Test | None, numbers: Sequence[int], load_at_start: float) -> str:
     """All tables as Markdown."""
-    table = shared.markdown_table
-    recall_head = ("test", "K", "order", *(f"recall@{n}" for n in NS), *(f"@{n} more than pair" for n in NS))
-    largest = max(number for number in numbers if number <= 50)
+    sections = [
+        *recall_sections(fitted, tests, numbers),
+        *decision_sections(fitted, numbers),
+        *answer_sections(fitted, tests, max(number for number in numbers if number <= 50)),
+        *corridor_sections(fitted, real, numbers),
+        shared.circumstances(WHAT, load_at_start),
+    ]
+    return "\n\n".join(sections)
+
+
+def recall_sections(fitted: Test, tests: Sequence[Test], numbers: Sequence[int]) -> list[str]:
+    """Recall of each order, what more candidates cost, and how far confidence is off."""
+    return [
+        "# Decisions: pair score, distance and neighbours together",
+        f"""The small network. Decisions are fitted to one half of {fitted.name}'s {len(fitted.scores)} queries, for
+each number K of candidates, and tested on other cities. Intervals are 95 % percentile bootstraps over queries, of
+paired differences.""",
+        "recall@N in percent:",
+        table(RECALL_HEAD, [row for test in tests for row in recall_rows(test, numbers, fitted)]),
+        "recall@1 with 50 candidates less that with 10, in points:",
+        table(("test", *ORDERS[1:]), harm_rows(tests, fitted)),
+        "Expected calibration error (10 bins) of the confidence:",
+        table(("test", "K", "pair", "fused", "consensus"), error_rows(tests, numbers, fitted)),
+    ]
+
+
+def decision_sections(fitted: Test, numbers: Sequence[int]) -> list[str]:
+    """What each term adds, and the decisions themselves."""
+    head = ("K", "decision", *OWN_TERMS, "radius, m", "softness", "own", "votes", "nothing", "log-likelihood")
+    return [
+        f"""What each term adds: points of recall@1 on the half of {fitted.name} that was not fitted to, with the
+term less without it (the others fitted anew):""",
+        table(("K", "decision", "term", "points"), ablation_rows(fitted, numbers)),
+        "The decisions (docs/decision.md):",
+        table(head, fit_rows(fitted, numbers)),
+    ]
+
+
+def answer_sections(fitted: Test, tests: Sequence[Test], number: int) -> list[str]:
+    """How far answers are from the truth, and recall against pairs scored."""
     points = [f"{share:.0%} of margins" for share in np.linspace(0, 1, 6)]
-    corridor_text = "There were no corridor photos at hand."
-    if real is not None:
-        few = [number for number in numbers if number <= real.scores.shape[1]]
-        corridor_text = f"""The same on {len(real.scores)} real queries of the corridor, with the same network, which
-knows drawn streets only, and the decision of {fitted.name}. No position is known.
-
-{table(recall_head, [row for row in recall_rows(real, few, fitted) if row[2] != "consensus"])}
-
-{table(("test", "K", "pair", "fused"), [row[:4] for row in error_rows([real], few, fitted)])}"""
-    return f"""# Decisions: pair score, distance and neighbours together
-
-The small network. Decisions are fitted to one half of {fitted.name}'s {
-        len(fitted.scores)
-    } queries, for each number K of
-candidates, and tested on other cities. Intervals are 95 % percentile bootstraps over queries, of paired differences.
-
-recall@N in percent:
-
-{table(recall_head, [row for test in tests for row in recall_rows(test, numbers, fitted)])}
-
-recall@1 with 50 candidates less that with 10, in points:
-
-{table(("test", *ORDERS[1:]), harm_rows(tests, fitted))}
-
-Expected calibration error (10 bins) of the confidence:
-
-{table(("test", "K", "pair", "fused", "consensus"), error_rows(tests, numbers, fitted))}
-
-What each term adds: points of recall@1 on the half of {
-        fitted.name
-    } that was not fitted to, with the term less without it
-(the others fitted anew):
-
-{table(("K", "decision", "term", "points"), ablation_rows(fitted, numbers))}
-
-The decisions (docs/decision.md):
-
-{
-        table(
-            (*("K", "decision", *OWN_TERMS), "radius, m", "softness", "own", "votes", "nothing", "log-likelihood"),
-            fit_rows(fitted, numbers),
-        )
-    }
-
-Distance between the answer and where the query was taken, K = {
-        largest
-    }, in metres, and the share of queries within 5, 25
-and 100 m in percent:
-
-{
+    return [
+        f"""Distance between the answer and where the query was taken, K = {number}, in metres, and the share
+of queries within 5, 25 and 100 m in percent:""",
         table(
             ("test", "answer", "median", *(f"{radius} m" for radius in ERROR_RADII_M)),
-            position_rows(tests, largest, fitted),
-        )
-    }
+            position_rows(tests, number, fitted),
+        ),
+        f"""Stopping early, K = {number} in rounds of {ROUND_SIZE}: recall@1 / pairs scored a query at some
+margins, at the one that loses at most {MAX_LOSS} points where decisions were fitted, and with everything scored:""",
+        table(("test", "stops by", *points, "chosen", "all"), stopping_rows(tests, number, fitted)),
+    ]
 
-Stopping early, K = {largest} in rounds of {
-        ROUND_SIZE
-    }: recall@1 / pairs scored a query at some margins, at the one that
-loses at most {MAX_LOSS} points where decisions were fitted, and with everything scored:
 
-{table(("test", "stops by", *points, "chosen", "all"), stopping_rows(tests, largest, fitted))}
-
-{corridor_text}
-
-{shared.circumstances(WHAT, load_at_start)}"""
+def corridor_sections(fitted: Test, real: Test | None, numbers: Sequence[int]) -> list[str]:
+    """The same on real photos, where there are any."""
+    if real is None:
+        return ["There were no corridor photos at hand."]
+    few = [number for number in numbers if number <= real.scores.shape[1]]
+    return [
+        f"""The same on {len(real.scores)} real queries of the corridor, with the same network, which
+knows drawn streets only, and the decision of {fitted.name}. No position is known.""",
+        table(RECALL_HEAD, [row for row in recall_rows(real, few, fitted) if row[2] != "consensus"]),
+        table(("test", "K", "pair", "fused"), [row[:4] for row in error_rows([real], few, fitted)]),
+    ]
 
 
 def main() -> None:

@@ -77,10 +77,12 @@ def measure(folder: Path, options: argparse.Namespace) -> str:
         scorer.logits(scorer.as_first(candidates), candidate_of, memory, query_of)
 
     ways: dict[str, Callable[[], object]] = {
-        "locate": lambda: localizer.locate(photo, k=5),
+        "locate": lambda: localizer.locate(photo, k=min(5, options.candidates)),
         "the network alone: one photo, and pairs both ways": bare,
         "read, decode and resize": lambda: Asked(photo).pixels(network),
-        "retrieve, and make matches of what is found": lambda: localizer.retrieve(descriptor, k=5),
+        "retrieve, and make matches of what is found": lambda: localizer.retrieve(
+            descriptor, k=min(5, options.candidates)
+        ),
     }
     best_ms, best_cpu_ms = dict.fromkeys(ways, np.inf), dict.fromkeys(ways, np.inf)
     for _ in range(options.rounds):

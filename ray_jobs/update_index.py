@@ -25,7 +25,7 @@ from pairvpr.config.compose import load
 from pairvpr.config.schema import UpdateIndexConfig
 from pairvpr.data import stamps, storage
 from pairvpr.data.claim import check_writable
-from pairvpr.data.descriptor_file import check_photos_of_file
+from pairvpr.data.descriptor_file import DescriptorFile, check_photos_of_file
 from pairvpr.data.located import located
 from pairvpr.data.manifest import Manifest, folder_manifest
 from pairvpr.data.photo_listing import IMAGE_SUFFIXES, photos_among
@@ -50,7 +50,8 @@ from pairvpr.index.reader import removed_ids
 from pairvpr.index.settings import index_settings
 from pairvpr.index.update import UPDATES, compacted, remove_leftovers, with_added, without
 from pairvpr.index.versions import are_there, photo_versions, write_versions
-from pairvpr.models.weights import announce, find_weights, load_weights
+from pairvpr.models.weights import WeightsSource, announce, find_weights, load_weights
+from pairvpr.retrieval.first_stage import FirstStage
 from pairvpr.status import published
 from pairvpr.terminal import say
 from ray_jobs.run import check_first_stage, first_stage, open_manifest
@@ -104,13 +105,10 @@ def update_index(config: UpdateIndexConfig) -> IndexManifest:
             threads, runner = config.index.num_build_threads, RayRunner()
             if added is not None:
                 num_shards = config.index.num_shards or choose.default_num_shards(len(added))
-                source = first.file
-                if weights is not None:
-                    source = ModelSource(config.model, ray.put(load_weights(config.model, weights)))
-                assert source is not None
                 below = storage.join(directory, prefix.rstrip("/"))
                 write_versions(below, added, versions)
-                what = Description(added, below, num_shards, source, config.describe, draft.num_images)
+                rows = _rows(config, first, weights)
+                what = Description(added, below, num_shards, rows, config.describe, draft.num_images)
                 describe(what, "added photos", needs_a_readable_photo=True)
                 draft = with_added(directory, draft, prefix, added, num_shards, threads, runner)
                 gone = _less_unreadable(gone, images, added, below)
@@ -130,6 +128,14 @@ def update_index(config: UpdateIndexConfig) -> IndexManifest:
     num_gone = draft.num_removed - manifest.num_removed
     say(f"{about_generation(draft)}: {num_added:,} added, {num_gone:,} removed or replaced")
     return draft
+
+
+def _rows(config: UpdateIndexConfig, first: FirstStage, weights: WeightsSource | None) -> ModelSource | DescriptorFile:
+    """Where descriptors of added photos come from: the file of the first stage, or the network with these weights."""
+    if first.file is not None:
+        return first.file
+    assert weights is not None
+    return ModelSource(config.model, ray.put(load_weights(config.model, weights)))
 
 
 def _check_single_writer(directory: str, single_writer: bool) -> None:

@@ -27,7 +27,7 @@ from pairvpr.data.pairs import hloc_lines
 from pairvpr.data.utm import UtmZone
 from pairvpr.errors import UserError
 from pairvpr.report.finished import FinishedRun, open_run
-from pairvpr.report.outcomes import rows_of
+from pairvpr.report.outcomes import final_answers, rows_of
 from pairvpr.report.zone import zone_of_run
 from pairvpr.secrets import without_secrets
 
@@ -82,9 +82,7 @@ class Export:
 
     def _final(self, row: Mapping[str, Any]) -> list[tuple[int, float]]:
         """Ids and scores of the first answers, best first."""
-        decided = row.get("decided")
-        ids, scores = (row["reranked"], row["pair_scores"]) if decided is None else (decided, row["evidence"])
-        return list(zip(ids, scores, strict=True))[: self.num_answers]
+        return list(zip(*final_answers(row), strict=True))[: self.num_answers]
 
     def _pairs(self, row: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
         queries, database = self._folders

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pairvpr.report.finished import FinishedRun
-from pairvpr.report.outcomes import KINDS, Outcomes, rows_of
+from pairvpr.report.outcomes import KINDS, Outcomes, final_answers, rows_of
 
 NUM_ANSWERS = 3
 """Answers that are pictured before and after re-ranking."""
@@ -124,11 +124,9 @@ def _answers(
 ) -> dict[str, Any]:
     """`retrieved`, `final` and `truth` of a row of predictions.parquet."""
     view = _View(row["positives"], photos, utm_m, query_m)
-    decided = row.get("decided")
-    final, scores = (row["reranked"], row["pair_scores"]) if decided is None else (decided, row["evidence"])
     return {
         "retrieved": view.answers(row["candidates"], row["squared_distances"]),
-        "final": view.answers(final, scores),
+        "final": view.answers(*final_answers(row)),
         "truth": view.truth(row["candidates"]),
     }
 

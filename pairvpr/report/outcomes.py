@@ -5,7 +5,7 @@ Q queries, K re-ranked candidates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -196,6 +196,11 @@ def best_positions(ids: NDArray[np.int64], utm_m: NDArray[np.float64]) -> NDArra
 def error_of(run: FinishedRun, ids: NDArray[np.int64]) -> NDArray[np.float64]:
     """(Q,) metres from answers `ids` (Q,) to the queries: infinite without a position, NaN of a query without one."""
     return errors_m(best_positions(ids, run.database.utm_m), run.queries.utm_m)
+
+
+def final_answers(row: Mapping[str, Any]) -> tuple[Sequence[int], Sequence[float]]:
+    """Ids and scores of a row's answers in their final order: a decision's and its evidence, or the pair scores'."""
+    return (row["reranked"], row["pair_scores"]) if row.get("decided") is None else (row["decided"], row["evidence"])
 
 
 def rows_of(run: FinishedRun, chosen: NDArray[np.int64]) -> Iterator[dict[str, Any]]:

@@ -21,6 +21,7 @@ DECODE_SIDE_PX = 264
 NUM_THREADS = 4
 MOST_REASON = 160
 HEAT_SIDE_PX = 200
+HEAT_QUALITY = 60
 HEAT_COLOUR = (255, 176, 0)
 HEAT_ALPHA = 215
 HEAT_QUANTILES = (0.5, 0.99)
@@ -81,6 +82,4 @@ def heat_uri(weights: NDArray[np.float32], url: str) -> str:
     rgba[..., 3] = np.round(HEAT_ALPHA * strength)
     photo = images.load_upright(url)
     photo.thumbnail((HEAT_SIDE_PX, HEAT_SIDE_PX))
-    file = io.BytesIO()
-    Image.fromarray(rgba).resize(photo.size, Image.Resampling.BICUBIC).save(file, "WEBP", quality=60)
-    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return _encoded(Image.fromarray(rgba).resize(photo.size, Image.Resampling.BICUBIC), HEAT_QUALITY)
