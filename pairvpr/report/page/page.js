@@ -191,6 +191,8 @@
     if (!map) { byId("map").hidden = true; byId("map-link").hidden = true; return; }
     const canvas = byId("canvas");
     const context = canvas.getContext("2d");
+    const picture = document.createElement("canvas"); // the layers, as they were drawn last
+    const paint = picture.getContext("2d");
     const tip = byId("tip");
     const layers = { database: true, lines: true, queries: true };
     const places = map.queries.map((query) => ({ ...query, here: query.at ?? query.answer }));
@@ -200,6 +202,10 @@
     let size = { width: 0, height: 0 };
     let hovered = null;
     let waiting = false;
+    let painted = null; // the view that the picture shows
+    let stale = true;
+    let moving = null; // the timer that ends a movement
+    const isLarge = map.database.length + map.queries.length > 4000;
 
     function extent(points) {
       const box = [Infinity, Infinity, -Infinity, -Infinity];
@@ -220,12 +226,23 @@
         x: (west + east) / 2, y: (south + north) / 2,
         zoom: Math.min((size.width - room) / Math.max(east - west, 50), (size.height - room) / Math.max(north - south, 50)),
       };
-      redraw();
+      repaint();
     }
     function zoomBy(factor, x = size.width / 2, y = size.height / 2) {
       const zoom = Math.min(20, Math.max(1e-6, view.zoom * factor));
       const [east, north] = [view.x + (x - size.width / 2) / view.zoom, view.y - (y - size.height / 2) / view.zoom];
       view = { x: east - (x - size.width / 2) / zoom, y: north + (y - size.height / 2) / zoom, zoom };
+      moved();
+    }
+    // Painting thousands of points takes longer than a frame. While a large map moves, its last picture moves instead.
+    function moved() {
+      stale = true;
+      clearTimeout(moving);
+      moving = setTimeout(() => { moving = null; redraw(); }, 150);
+      redraw();
+    }
+    function repaint() {
+      stale = true;
       redraw();
     }
     function redraw() {
@@ -239,56 +256,67 @@
     };
 
     function draw() {
+      if (!size.width) return;
       const colour = colours();
-      const scale = devicePixelRatio || 1;
-      context.setTransform(scale, 0, 0, scale, 0, 0);
+      if (stale && (!painted || moving === null || !isLarge)) paintLayers(colour);
+      const ratio = view.zoom / painted.zoom;
       context.clearRect(0, 0, size.width, size.height);
+      context.drawImage(
+        picture,
+        (size.width * (1 - ratio)) / 2 + (painted.x - view.x) * view.zoom, (size.height * (1 - ratio)) / 2 - (painted.y - view.y) * view.zoom,
+        size.width * ratio, size.height * ratio,
+      );
+      if (hovered) drawHovered(hovered, colour.ink);
+      drawScale(colour);
+    }
+    function paintLayers(colour) {
+      paint.clearRect(0, 0, size.width, size.height);
       if (map.tiles) drawTiles();
       if (layers.database) drawPoints(map.database, colour.point);
       if (layers.lines) drawLines(colour.wrong);
       if (layers.queries) for (const bad of [false, true]) drawQueries(bad, bad ? colour.wrong : hasTruth ? colour.right : colour.ink, colour.panel);
-      if (hovered) drawHovered(hovered, colour.ink);
-      drawScale(colour);
+      painted = { ...view };
+      stale = false;
     }
     function drawPoints(points, colour) {
       const side = Math.min(5, Math.max(2, view.zoom * 12));
-      context.fillStyle = colour;
+      paint.fillStyle = colour;
       for (const point of points) {
         if (!point) continue;
         const x = toX(point), y = toY(point);
-        if (x > -5 && y > -5 && x < size.width + 5 && y < size.height + 5) context.fillRect(x - side / 2, y - side / 2, side, side);
+        if (x > -5 && y > -5 && x < size.width + 5 && y < size.height + 5) paint.fillRect(x - side / 2, y - side / 2, side, side);
       }
     }
     function drawLines(colour) {
-      context.strokeStyle = colour;
-      context.lineWidth = 1.2;
-      context.globalAlpha = 0.75;
-      context.setLineDash([5, 4]);
-      context.beginPath();
+      paint.strokeStyle = colour;
+      paint.lineWidth = 1.2;
+      paint.globalAlpha = 0.75;
+      paint.setLineDash([5, 4]);
+      paint.beginPath();
       for (const query of places) {
         if (!query.at || !query.answer || (hasTruth && !failed(query))) continue;
-        context.moveTo(toX(query.at), toY(query.at));
-        context.lineTo(toX(query.answer), toY(query.answer));
+        paint.moveTo(toX(query.at), toY(query.at));
+        paint.lineTo(toX(query.answer), toY(query.answer));
       }
-      context.stroke();
-      context.setLineDash([]);
-      context.globalAlpha = 1;
+      paint.stroke();
+      paint.setLineDash([]);
+      paint.globalAlpha = 1;
     }
     function drawQueries(bad, colour, edge) {
       const radius = Math.min(6, Math.max(2.5, view.zoom * 40));
-      context.beginPath();
+      paint.beginPath();
       for (const query of places) {
         if (!query.here || failed(query) !== bad) continue;
         const x = toX(query.here), y = toY(query.here);
         if (x < -9 || y < -9 || x > size.width + 9 || y > size.height + 9) continue;
         if (bad) {
-          context.moveTo(x, y - radius * 1.3); context.lineTo(x + radius * 1.2, y + radius * 0.9);
-          context.lineTo(x - radius * 1.2, y + radius * 0.9); context.closePath();
-        } else { context.moveTo(x + radius, y); context.arc(x, y, radius, 0, 7); }
+          paint.moveTo(x, y - radius * 1.3); paint.lineTo(x + radius * 1.2, y + radius * 0.9);
+          paint.lineTo(x - radius * 1.2, y + radius * 0.9); paint.closePath();
+        } else { paint.moveTo(x + radius, y); paint.arc(x, y, radius, 0, 7); }
       }
-      context.fillStyle = colour;
-      context.fill();
-      if (radius > 3) { context.strokeStyle = edge; context.lineWidth = 1; context.stroke(); }
+      paint.fillStyle = colour;
+      paint.fill();
+      if (radius > 3) { paint.strokeStyle = edge; paint.lineWidth = 1; paint.stroke(); }
     }
     function drawHovered(query, colour) {
       context.strokeStyle = colour;
@@ -330,10 +358,10 @@
       const across = Math.ceil(size.width / pixelsPerMetre / side), down = Math.ceil(size.height / pixelsPerMetre / side);
       for (let x = first; x <= first + across; x += 1) for (let y = top; y <= top + down; y += 1) {
         const address = template.replaceAll("{z}", level).replaceAll("{x}", x).replaceAll("{y}", y);
-        if (!tiles.has(address)) tiles.set(address, element("img", { onload: redraw, src: address }));
+        if (!tiles.has(address)) tiles.set(address, element("img", { onload: repaint, src: address }));
         const image = tiles.get(address);
         if (!image.complete || !image.naturalWidth) continue;
-        context.drawImage(image, (x * side - half - west) * pixelsPerMetre, (north - half + y * side) * pixelsPerMetre, side * pixelsPerMetre, side * pixelsPerMetre);
+        paint.drawImage(image, (x * side - half - west) * pixelsPerMetre, (north - half + y * side) * pixelsPerMetre, side * pixelsPerMetre, side * pixelsPerMetre);
       }
     }
 
@@ -381,7 +409,7 @@
       dragged += Math.hypot(x - before[0], y - before[1]);
       canvas.classList.toggle("dragged", dragged > 4);
       pointers.set(event.pointerId, [x, y]);
-      redraw();
+      moved();
     });
     function up(event) {
       const was = pointers.delete(event.pointerId);
@@ -402,7 +430,7 @@
     }, { passive: false });
     canvas.addEventListener("keydown", (event) => {
       const pan = { ArrowLeft: [-60, 0], ArrowRight: [60, 0], ArrowUp: [0, -60], ArrowDown: [0, 60] }[event.key];
-      if (pan) { view.x += pan[0] / view.zoom; view.y -= pan[1] / view.zoom; redraw(); }
+      if (pan) { view.x += pan[0] / view.zoom; view.y -= pan[1] / view.zoom; moved(); }
       else if (event.key === "+" || event.key === "=") zoomBy(1.4);
       else if (event.key === "-") zoomBy(1 / 1.4);
       else if (event.key === "0") fit();
@@ -429,7 +457,7 @@
       ];
       for (const [name, label, sample] of rows) {
         const box = element("input", { type: "checkbox", checked: true, id: `layer-${name}` });
-        box.addEventListener("change", () => { layers[name] = box.checked; redraw(); });
+        box.addEventListener("change", () => { layers[name] = box.checked; repaint(); });
         byId("map-legend").append(element("label", {}, box, sample, label));
       }
       byId("map-status").textContent = map.notes.join(" ");
@@ -440,12 +468,15 @@
     new ResizeObserver(([entry]) => {
       size = { width: entry.contentRect.width, height: entry.contentRect.height };
       const scale = devicePixelRatio || 1;
-      canvas.width = Math.round(size.width * scale);
-      canvas.height = Math.round(size.height * scale);
-      if (fitted) redraw(); else if (size.width) { fitted = true; fit(); }
+      for (const its of [canvas, picture]) {
+        its.width = Math.round(size.width * scale);
+        its.height = Math.round(size.height * scale);
+        its.getContext("2d").setTransform(scale, 0, 0, scale, 0, 0);
+      }
+      if (fitted) repaint(); else if (size.width) { fitted = true; fit(); }
     }).observe(byId("map-box"));
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
-    addEventListener("beforeprint", draw);
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
+    addEventListener("beforeprint", () => { clearTimeout(moving); moving = null; stale = true; draw(); });
   }
 
   for (const link of document.querySelectorAll(".nav a")) link.hidden = !document.querySelector(link.hash);
