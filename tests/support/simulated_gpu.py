@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar
 from unittest import mock
@@ -22,7 +23,11 @@ from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+import pairvpr
+
 CUDA = torch.device("cuda", 0)
+PACKAGE = f"{Path(pairvpr.__file__).parent}/"
+"""The folder of the checkout may have the same name."""
 WAITING = {
     *("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"),
     *("equal", "is_nonzero", "bincount", "repeat_interleave"),
@@ -224,9 +229,9 @@ def _in_backward() -> bool:
 
 def _line_of_the_project() -> str:
     frame: FrameType | None = sys._getframe()
-    while frame is not None and "/pairvpr/" not in frame.f_code.co_filename:
+    while frame is not None and not frame.f_code.co_filename.startswith(PACKAGE):
         frame = frame.f_back
-    return "?" if frame is None else f"{frame.f_code.co_filename.rsplit('/pairvpr/', 1)[-1]}:{frame.f_lineno}"
+    return "?" if frame is None else f"{frame.f_code.co_filename.removeprefix(PACKAGE)}:{frame.f_lineno}"
 
 
 class _Autocast(torch.autocast):
