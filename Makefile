@@ -47,7 +47,7 @@ docs: setup
 soak: setup
 	$(BIN)/python -m pytest tests -m soak
 
-# On two cores, from nothing to tiny/tiny.safetensors; the same line again goes on where it was killed.
+# On two cores, from nothing to tiny/tiny.safetensors; the same command again goes on where it was killed.
 tiny: setup
 	$(BIN)/python -m pairvpr.toy.training_sets $(TINY)/photos
 	$(BIN)/python -m ray_jobs.train_stage_one train=tiny train.root=$(TINY)/photos output=$(TINY)/stage_one

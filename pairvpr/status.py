@@ -146,12 +146,12 @@ def about(output: str) -> tuple[str, bool]:
     head = {
         State.running: f"running on {where}, for {_text_of(status.took)}",
         State.finished: f"finished at {status.updated} after {_text_of(status.took)}",
-        State.stopped: f"stopped at {status.updated} on {where}: the same line again goes on from what is finished",
+        State.stopped: f"stopped at {status.updated} on {where}: run the same command again to continue",
     }[status.state]
     if not is_alive:
         head = (
-            f"no sign of life since {status.updated} ({where}): killed, or its machine is gone; the same line again "
-            "goes on from what is finished"
+            f"no sign of life since {status.updated} ({where}): killed, or its machine is gone; run the same "
+            "command again to continue"
         )
     lines = [f"{status.job}: {head}", *(f"  {line}" for line in status.lines)]
     return "\n".join(lines), is_alive and status.state is not State.stopped
