@@ -55,6 +55,7 @@ from pairvpr.index.merge import Found
 from pairvpr.index.reader import WarmIndex, search_index
 from pairvpr.index.reduction import Reduction, read_reduction
 from pairvpr.index.search import NO_ID, Effort
+from pairvpr.models.class_attention import attention_grids
 from pairvpr.models.weights import build_model, find_weights, load_weights
 from pairvpr.photo import Asked, Photo, asked, is_many
 from pairvpr.retrieval.decision import Decider
@@ -368,6 +369,18 @@ class Localizer:
             first, second = (self._pair_describer.embedded(each) for each in pixels)
             (scored,) = self._reranker(_given(first), _given(second)).rerank(WorkUnit(0, {0: [0]}))
         return float(scored.pair_scores[0])
+
+    @torch.inference_mode()
+    def attention(self, photo: Photo, other: Photo) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Where the pair decoder looks in two photos: a square grid of patches of each, float32, each sums to 1.
+
+        Weights of the class token's attention, mean over blocks, heads and both directions of the pair. The grid covers
+        the whole photo. Raises `PhotoError` for an unreadable photo.
+        """
+        pixels = [Asked(each).pixels(self._network) for each in (photo, other)]
+        with _torch_threads_kept():
+            first, second = (self._pair_describer.embedded(each)[None] for each in pixels)
+            return attention_grids(self._pair_describer.model, first, second)
 
     @property
     def _network(self) -> ModelConfig:

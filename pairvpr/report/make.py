@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pairvpr.config.schema import ReportConfig
 from pairvpr.data import storage
 from pairvpr.data.claim import check_writable_file
-from pairvpr.data.images import BrokenImageError
+from pairvpr.data.images import BrokenImageError, load_upright
 from pairvpr.data.storage import StorageError
 from pairvpr.errors import UserError
 from pairvpr.evaluation.position_errors import errors_m, position_errors
@@ -146,7 +146,9 @@ def explain(run: FinishedRun, queries: Sequence[ShownQuery], photos: Photos, num
         if done < number and its.final:
             pair = urls[its.photo], urls[its.final[0].photo]
             try:
-                its.heat = dict(zip(("query", "answer"), map(heat_uri, explainer.maps(*pair), pair), strict=True))
+                sizes_px = [load_upright(url).size for url in pair]
+                heat = map(heat_uri, explainer.maps(*pair), sizes_px)
+                its.heat = dict(zip(("query", "answer"), heat, strict=True))
             except (BrokenImageError, StorageError):
                 continue  # the gallery says which photo is gone
             done += 1

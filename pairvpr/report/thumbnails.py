@@ -70,16 +70,16 @@ def _encoded(image: Image.Image, quality: int) -> str:
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def heat_uri(weights: NDArray[np.float32], url: str) -> str:
-    """A grid of weights (rows, columns) as a picture in the shape of the photo at `url`, to lay over it.
+def heat_uri(weights: NDArray[np.float32], size_px: tuple[int, int]) -> str:
+    """A grid of weights (rows, columns) as a picture to lay over an upright photo of width and height `size_px`.
 
-    Its opacity grows with the weight, from none at the median. Raises as `images.load_upright`.
+    Its opacity grows with the weight, from none at the median.
     """
     low, high = np.quantile(weights, HEAT_QUANTILES)
     strength = np.clip((weights - low) / max(high - low, 1e-12), 0, 1)
     rgba = np.empty((*weights.shape, 4), np.uint8)
     rgba[..., :3] = HEAT_COLOUR
     rgba[..., 3] = np.round(HEAT_ALPHA * strength)
-    photo = images.load_upright(url)
-    photo.thumbnail((HEAT_SIDE_PX, HEAT_SIDE_PX))
-    return _encoded(Image.fromarray(rgba).resize(photo.size, Image.Resampling.BICUBIC), HEAT_QUALITY)
+    scale = min(1.0, HEAT_SIDE_PX / max(size_px))
+    width, height = (max(1, round(scale * side)) for side in size_px)
+    return _encoded(Image.fromarray(rgba).resize((width, height), Image.Resampling.BICUBIC), HEAT_QUALITY)

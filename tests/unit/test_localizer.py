@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pairvpr import DescribeConfig, Localizer, PhotoError, RerankConfig, SearchConfig, UserError, Utm
@@ -25,6 +26,10 @@ from pairvpr.data.utm import UtmZone
 from pairvpr.index.generations import commit, read_manifest
 from pairvpr.index.make import LocalRunner, next_generation
 from pairvpr.index.update import without
+from pairvpr.models.class_attention import class_attention
+from pairvpr.models.weights import build_model, load_weights
+from pairvpr.photo import Asked
+from pairvpr.retrieval.describe import Describer
 from pairvpr.toy import city as toy_city
 from tests.support.small import small_model_config
 
@@ -181,6 +186,25 @@ def test_describe_retrieve_and_score_are_the_steps_of_locate(localizer: Localize
     for wrong in (*shapes, cast(Any, "text")):
         with pytest.raises(UserError, match=r"descriptors.*: expected .*\(n, 16\)"):
             localizer.retrieve(wrong)
+
+
+def test_attention_is_that_of_both_directions(localizer: Localizer, queries: list[Path]) -> None:
+    side = NETWORK.image_size_px // NETWORK.patch_size_px
+    both = localizer.attention(queries[0], queries[1].read_bytes())
+    swapped = localizer.attention(queries[1], queries[0])
+    for its, same in zip(both, reversed(swapped), strict=True):
+        assert its.shape == (side, side)
+        assert its.sum() == pytest.approx(1)
+        np.testing.assert_allclose(its, same, rtol=1e-5)
+    assert not np.allclose(*both)
+    model = build_model(NETWORK, load_weights(NETWORK), torch.device("cpu"))
+    describer = Describer(model, 1)
+    first, second = (describer.embedded(Asked(its).pixels(NETWORK))[None] for its in queries[:2])
+    with torch.inference_mode():
+        (over_first, _), (_, again) = class_attention(model, first, second), class_attention(model, second, first)
+    np.testing.assert_allclose(both[0].ravel(), (over_first + again).numpy() / 2, rtol=1e-5)
+    with pytest.raises(PhotoError, match="no-such"):
+        localizer.attention(queries[0], "no-such.jpg")
 
 
 def test_conditions(folder: Path, localizer: Localizer, queries: list[Path]) -> None:

@@ -16,11 +16,13 @@ import torch
 
 from pairvpr import cli
 from pairvpr.config.schema import ReportConfig, ReportSettings
+from pairvpr.data.images import load_upright
 from pairvpr.errors import UserError
+from pairvpr.models.class_attention import class_attention
 from pairvpr.models.pair_decoder import DecoderBlock
 from pairvpr.models.weights import build_model, load_weights
 from pairvpr.report import thumbnails
-from pairvpr.report.attention import Explainer, class_attention
+from pairvpr.report.attention import Explainer
 from pairvpr.report.finished import open_run
 from pairvpr.report.make import make_report
 from pairvpr.report.page import json_in_html, page
@@ -165,7 +167,7 @@ def test_explained_pairs_and_weights_that_are_not_the_runs(tmp_path: Path) -> No
         assert its.shape == (2, 2)
         assert its.sum() == pytest.approx(1)
         np.testing.assert_allclose(its, same, rtol=1e-5)  # which photo comes first does not matter
-    assert thumbnails.heat_uri(both[0], urls[0]).startswith("data:image/webp")
+    assert thumbnails.heat_uri(both[0], load_upright(urls[0]).size).startswith("data:image/webp")
 
 
 def test_the_command_takes_a_directory_and_needs_neither_torch_nor_ray(tmp_path: Path) -> None:
