@@ -21,7 +21,7 @@ _ESCAPED = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
 
 def page(title: str, parts: Mapping[str, str], data: Mapping[str, Any], tiles: str | None = None) -> str:
     """The whole page. `parts` are HTML: `masthead`, `figures`, `sections`, `about`; `tiles` as in the settings."""
-    style, script = (_file(name) for name in ("page.css", "page.js"))
+    style, script = shared_style() + _file("page.css"), shared_script() + _file("page.js")
     filled = {
         "title": escape(title),
         "policy": escape(_policy(script, tiles), quote=True),
@@ -31,6 +31,16 @@ def page(title: str, parts: Mapping[str, str], data: Mapping[str, Any], tiles: s
         **parts,
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda found: filled[found[1]], _file("page.html"))
+
+
+def shared_style() -> str:
+    """CSS of this page and the service's: colours, panels, photos, the map's surroundings."""
+    return _file("base.css")
+
+
+def shared_script() -> str:
+    """JavaScript of this page and the service's: `element` and others, `createMap`."""
+    return _file("elements.js") + _file("map.js")
 
 
 def json_in_html(data: Mapping[str, Any]) -> str:

@@ -2,21 +2,7 @@
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const byId = (id) => document.getElementById(id);
-
-  function element(tag, properties = {}, ...children) {
-    const made = document.createElement(tag);
-    for (const [name, value] of Object.entries(properties)) {
-      if (name === "class") made.className = value;
-      else if (name in made && name !== "role") made[name] = value;
-      else made.setAttribute(name, value);
-    }
-    made.append(...children.filter((child) => child !== null && child !== undefined));
-    return made;
-  }
-
   const count = (number) => number.toLocaleString("en");
-  const metres = (value) => (value === null ? "" : value < 1000 ? `${value.toFixed(1)} m` : `${(value / 1000).toFixed(1)} km`);
   const score = (value) => (value === null ? "" : value.toFixed(2));
 
   // ---- gallery ----
@@ -189,136 +175,64 @@
   function startMap() {
     const map = data.map;
     if (!map) { byId("map").hidden = true; byId("map-link").hidden = true; return; }
-    const canvas = byId("canvas");
-    const context = canvas.getContext("2d");
-    const picture = document.createElement("canvas"); // the layers, as they were drawn last
-    const paint = picture.getContext("2d");
     const tip = byId("tip");
     const layers = { database: true, lines: true, queries: true };
     const places = map.queries.map((query) => ({ ...query, here: query.at ?? query.answer }));
     const failed = (query) => data.kinds[query.kind].right === false;
-    const bounds = extent([...map.database, ...places.flatMap((query) => [query.at, query.answer])]);
-    let view = { x: 0, y: 0, zoom: 1 };
-    let size = { width: 0, height: 0 };
     let hovered = null;
-    let waiting = false;
-    let painted = null; // the view that the picture shows
-    let stale = true;
-    let moving = null; // the timer that ends a movement
-    const isLarge = map.database.length + map.queries.length > 4000;
+    const ground = createMap({
+      box: byId("map-box"), isLarge: map.database.length + map.queries.length > 4000,
+      paint, over: (context, colour) => { if (hovered) drawHovered(context, hovered, colour.ink); }, hover, click,
+    });
+    const { canvas, size, toX, toY } = ground;
 
-    function extent(points) {
-      const box = [Infinity, Infinity, -Infinity, -Infinity];
-      for (const point of points) {
-        if (!point) continue;
-        box[0] = Math.min(box[0], point[0]); box[1] = Math.min(box[1], point[1]);
-        box[2] = Math.max(box[2], point[0]); box[3] = Math.max(box[3], point[1]);
-      }
-      return box;
+    function paint(context, colour) {
+      if (map.tiles) drawTiles(context);
+      if (layers.database) drawPoints(context, map.database, colour.point);
+      if (layers.lines) drawLines(context, colour.wrong);
+      if (layers.queries) for (const bad of [false, true]) drawQueries(context, bad, bad ? colour.wrong : hasTruth ? colour.right : colour.ink, colour.panel);
     }
-    const toX = (point) => (point[0] - view.x) * view.zoom + size.width / 2;
-    const toY = (point) => size.height / 2 - (point[1] - view.y) * view.zoom;
-
-    function fit() {
-      const [west, south, east, north] = bounds;
-      const room = 100;
-      view = {
-        x: (west + east) / 2, y: (south + north) / 2,
-        zoom: Math.min((size.width - room) / Math.max(east - west, 50), (size.height - room) / Math.max(north - south, 50)),
-      };
-      repaint();
-    }
-    function zoomBy(factor, x = size.width / 2, y = size.height / 2) {
-      const zoom = Math.min(20, Math.max(1e-6, view.zoom * factor));
-      const [east, north] = [view.x + (x - size.width / 2) / view.zoom, view.y - (y - size.height / 2) / view.zoom];
-      view = { x: east - (x - size.width / 2) / zoom, y: north + (y - size.height / 2) / zoom, zoom };
-      moved();
-    }
-    // Painting thousands of points takes longer than a frame. While a large map moves, its last picture moves instead.
-    function moved() {
-      stale = true;
-      clearTimeout(moving);
-      moving = setTimeout(() => { moving = null; redraw(); }, 150);
-      redraw();
-    }
-    function repaint() {
-      stale = true;
-      redraw();
-    }
-    function redraw() {
-      if (waiting) return;
-      waiting = true;
-      requestAnimationFrame(() => { waiting = false; draw(); });
-    }
-    const colours = () => {
-      const style = getComputedStyle(document.documentElement);
-      return Object.fromEntries(["point", "right", "wrong", "soft", "ink", "panel"].map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
-    };
-
-    function draw() {
-      if (!size.width) return;
-      const colour = colours();
-      if (stale && (!painted || moving === null || !isLarge)) paintLayers(colour);
-      const ratio = view.zoom / painted.zoom;
-      context.clearRect(0, 0, size.width, size.height);
-      context.drawImage(
-        picture,
-        (size.width * (1 - ratio)) / 2 + (painted.x - view.x) * view.zoom, (size.height * (1 - ratio)) / 2 - (painted.y - view.y) * view.zoom,
-        size.width * ratio, size.height * ratio,
-      );
-      if (hovered) drawHovered(hovered, colour.ink);
-      drawScale(colour);
-    }
-    function paintLayers(colour) {
-      paint.clearRect(0, 0, size.width, size.height);
-      if (map.tiles) drawTiles();
-      if (layers.database) drawPoints(map.database, colour.point);
-      if (layers.lines) drawLines(colour.wrong);
-      if (layers.queries) for (const bad of [false, true]) drawQueries(bad, bad ? colour.wrong : hasTruth ? colour.right : colour.ink, colour.panel);
-      painted = { ...view };
-      stale = false;
-    }
-    function drawPoints(points, colour) {
-      const side = Math.min(5, Math.max(2, view.zoom * 12));
-      paint.fillStyle = colour;
+    function drawPoints(context, points, colour) {
+      const side = Math.min(5, Math.max(2, ground.view.zoom * 12));
+      context.fillStyle = colour;
       for (const point of points) {
         if (!point) continue;
         const x = toX(point), y = toY(point);
-        if (x > -5 && y > -5 && x < size.width + 5 && y < size.height + 5) paint.fillRect(x - side / 2, y - side / 2, side, side);
+        if (x > -5 && y > -5 && x < size.width + 5 && y < size.height + 5) context.fillRect(x - side / 2, y - side / 2, side, side);
       }
     }
-    function drawLines(colour) {
-      paint.strokeStyle = colour;
-      paint.lineWidth = 1.2;
-      paint.globalAlpha = 0.75;
-      paint.setLineDash([5, 4]);
-      paint.beginPath();
+    function drawLines(context, colour) {
+      context.strokeStyle = colour;
+      context.lineWidth = 1.2;
+      context.globalAlpha = 0.75;
+      context.setLineDash([5, 4]);
+      context.beginPath();
       for (const query of places) {
         if (!query.at || !query.answer || (hasTruth && !failed(query))) continue;
-        paint.moveTo(toX(query.at), toY(query.at));
-        paint.lineTo(toX(query.answer), toY(query.answer));
+        context.moveTo(toX(query.at), toY(query.at));
+        context.lineTo(toX(query.answer), toY(query.answer));
       }
-      paint.stroke();
-      paint.setLineDash([]);
-      paint.globalAlpha = 1;
+      context.stroke();
+      context.setLineDash([]);
+      context.globalAlpha = 1;
     }
-    function drawQueries(bad, colour, edge) {
-      const radius = Math.min(6, Math.max(2.5, view.zoom * 40));
-      paint.beginPath();
+    function drawQueries(context, bad, colour, edge) {
+      const radius = Math.min(6, Math.max(2.5, ground.view.zoom * 40));
+      context.beginPath();
       for (const query of places) {
         if (!query.here || failed(query) !== bad) continue;
         const x = toX(query.here), y = toY(query.here);
         if (x < -9 || y < -9 || x > size.width + 9 || y > size.height + 9) continue;
         if (bad) {
-          paint.moveTo(x, y - radius * 1.3); paint.lineTo(x + radius * 1.2, y + radius * 0.9);
-          paint.lineTo(x - radius * 1.2, y + radius * 0.9); paint.closePath();
-        } else { paint.moveTo(x + radius, y); paint.arc(x, y, radius, 0, 7); }
+          context.moveTo(x, y - radius * 1.3); context.lineTo(x + radius * 1.2, y + radius * 0.9);
+          context.lineTo(x - radius * 1.2, y + radius * 0.9); context.closePath();
+        } else { context.moveTo(x + radius, y); context.arc(x, y, radius, 0, 7); }
       }
-      paint.fillStyle = colour;
-      paint.fill();
-      if (radius > 3) { paint.strokeStyle = edge; paint.lineWidth = 1; paint.stroke(); }
+      context.fillStyle = colour;
+      context.fill();
+      if (radius > 3) { context.strokeStyle = edge; context.lineWidth = 1; context.stroke(); }
     }
-    function drawHovered(query, colour) {
+    function drawHovered(context, query, colour) {
       context.strokeStyle = colour;
       context.lineWidth = 2;
       context.beginPath();
@@ -326,42 +240,23 @@
       if (query.at && query.answer) { context.moveTo(toX(query.at), toY(query.at)); context.lineTo(toX(query.answer), toY(query.answer)); }
       context.stroke();
     }
-    function drawScale(colour) {
-      const perPixel = 1 / view.zoom / map.unitsPerMetre;
-      const power = 10 ** Math.floor(Math.log10(120 * perPixel));
-      const length = [5, 2, 1].map((digit) => digit * power).find((value) => value <= 120 * perPixel) ?? power;
-      const width = length / perPixel;
-      context.fillStyle = colour.panel;
-      context.globalAlpha = 0.8;
-      context.fillRect(10, size.height - 38, width + 20, 30);
-      context.globalAlpha = 1;
-      context.strokeStyle = colour.ink;
-      context.lineWidth = 1.5;
-      context.beginPath();
-      context.moveTo(20, size.height - 20); context.lineTo(20, size.height - 15);
-      context.lineTo(20 + width, size.height - 15); context.lineTo(20 + width, size.height - 20);
-      context.stroke();
-      context.fillStyle = colour.ink;
-      context.font = "12px system-ui, sans-serif";
-      context.fillText(length >= 1000 ? `${length / 1000} km` : `${length} m`, 24, size.height - 21);
-    }
 
     const tiles = new Map();
-    function drawTiles() {
-      const half = Math.PI * 6378137, { template, corner, units } = map.tiles;
-      const pixelsPerMetre = view.zoom * units;
+    function drawTiles(context) {
+      const half = Math.PI * 6378137, { template, corner, units } = map.tiles, { x: middleX, y: middleY, zoom } = ground.view;
+      const pixelsPerMetre = zoom * units;
       const level = Math.max(0, Math.min(19, Math.round(Math.log2((2 * half * pixelsPerMetre) / 256))));
       const side = (2 * half) / 2 ** level;
-      const west = corner[0] + view.x / units - size.width / 2 / pixelsPerMetre;
-      const north = corner[1] + view.y / units + size.height / 2 / pixelsPerMetre;
+      const west = corner[0] + middleX / units - size.width / 2 / pixelsPerMetre;
+      const north = corner[1] + middleY / units + size.height / 2 / pixelsPerMetre;
       const [first, top] = [Math.floor((west + half) / side), Math.floor((half - north) / side)];
       const across = Math.ceil(size.width / pixelsPerMetre / side), down = Math.ceil(size.height / pixelsPerMetre / side);
       for (let x = first; x <= first + across; x += 1) for (let y = top; y <= top + down; y += 1) {
         const address = template.replaceAll("{z}", level).replaceAll("{x}", x).replaceAll("{y}", y);
-        if (!tiles.has(address)) tiles.set(address, element("img", { onload: repaint, src: address }));
+        if (!tiles.has(address)) tiles.set(address, element("img", { onload: ground.repaint, src: address }));
         const image = tiles.get(address);
         if (!image.complete || !image.naturalWidth) continue;
-        paint.drawImage(image, (x * side - half - west) * pixelsPerMetre, (north - half + y * side) * pixelsPerMetre, side * pixelsPerMetre, side * pixelsPerMetre);
+        context.drawImage(image, (x * side - half - west) * pixelsPerMetre, (north - half + y * side) * pixelsPerMetre, side * pixelsPerMetre, side * pixelsPerMetre);
       }
     }
 
@@ -389,94 +284,34 @@
         tip.style.left = `${Math.min(toX(found.here) + 14, size.width - 190)}px`;
         tip.style.top = `${Math.max(4, toY(found.here) - 40)}px`;
       }
-      redraw();
+      ground.redraw();
     }
-
-    const pointers = new Map();
-    let dragged = 0;
-    const local = (event) => { const box = canvas.getBoundingClientRect(); return [event.clientX - box.left, event.clientY - box.top]; };
-    canvas.addEventListener("pointerdown", (event) => { canvas.setPointerCapture(event.pointerId); pointers.set(event.pointerId, local(event)); dragged = 0; });
-    canvas.addEventListener("pointermove", (event) => {
-      const [x, y] = local(event);
-      const before = pointers.get(event.pointerId);
-      if (!before) { hover(x, y); return; }
-      const others = [...pointers].filter(([id]) => id !== event.pointerId).map(([, place]) => place);
-      if (others.length) {
-        const [other] = others;
-        const ratio = Math.hypot(x - other[0], y - other[1]) / Math.max(1, Math.hypot(before[0] - other[0], before[1] - other[1]));
-        zoomBy(ratio, other[0], other[1]);
-      } else { view.x -= (x - before[0]) / view.zoom; view.y += (y - before[1]) / view.zoom; }
-      dragged += Math.hypot(x - before[0], y - before[1]);
-      canvas.classList.toggle("dragged", dragged > 4);
-      pointers.set(event.pointerId, [x, y]);
-      moved();
-    });
-    function up(event) {
-      const was = pointers.delete(event.pointerId);
-      canvas.classList.remove("dragged");
-      if (!was || dragged > 4 || event.type !== "pointerup") return;
-      const found = nearest(...local(event));
+    function click(x, y) {
+      const found = nearest(x, y);
       if (!found) return;
       byId("map-status").textContent = describe(found);
       if (!found.pictured) return;
       if (location.hash === `#q=${found.id}`) open(found.id); else location.hash = `q=${found.id}`;
     }
-    for (const name of ["pointerup", "pointercancel"]) canvas.addEventListener(name, up);
-    canvas.addEventListener("pointerleave", () => hover(-1e9, -1e9));
-    canvas.addEventListener("wheel", (event) => {
-      if (!event.ctrlKey && !event.metaKey && document.activeElement !== canvas) return;
-      event.preventDefault();
-      zoomBy(Math.exp(-event.deltaY / 300), ...local(event));
-    }, { passive: false });
-    canvas.addEventListener("keydown", (event) => {
-      const pan = { ArrowLeft: [-60, 0], ArrowRight: [60, 0], ArrowUp: [0, -60], ArrowDown: [0, 60] }[event.key];
-      if (pan) { view.x += pan[0] / view.zoom; view.y -= pan[1] / view.zoom; moved(); }
-      else if (event.key === "+" || event.key === "=") zoomBy(1.4);
-      else if (event.key === "-") zoomBy(1 / 1.4);
-      else if (event.key === "0") fit();
-      else return;
-      event.preventDefault();
-    });
-    byId("zoom-in").addEventListener("click", () => zoomBy(1.4));
-    byId("zoom-out").addEventListener("click", () => zoomBy(1 / 1.4));
-    byId("zoom-all").addEventListener("click", fit);
 
     function legend() {
-      const svg = (name, attributes) => {
-        const made = document.createElementNS("http://www.w3.org/2000/svg", name);
-        for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-        return made;
-      };
-      const key = (...shapes) => { const made = svg("svg", { viewBox: "0 0 26 14", "aria-hidden": "true" }); made.append(...shapes); return made; };
       const rows = [
-        ["database", "Database photos", key(svg("rect", { x: 11, y: 5, width: 4, height: 4, style: "fill: var(--point)" }))],
-        ["queries", hasTruth ? "Queries, right or wrong" : "Queries, where they were answered to be", key(
-          svg("circle", { cx: 7, cy: 7, r: 5, style: `fill: var(--${hasTruth ? "right" : "ink"})` }),
-          ...(hasTruth ? [svg("path", { d: "M19 2l5.5 9.5h-11z", style: "fill: var(--wrong)" })] : []))],
-        ["lines", hasTruth ? "From a wrong query to its answer" : "From a query to its answer", key(svg("path", { d: "M1 7H25", style: "stroke: var(--wrong); stroke-width: 1.5; stroke-dasharray: 5 4" }))],
+        ["database", "Database photos", sample(shape("rect", { x: 11, y: 5, width: 4, height: 4, style: "fill: var(--point)" }))],
+        ["queries", hasTruth ? "Queries, right or wrong" : "Queries, where they were answered to be", sample(
+          shape("circle", { cx: 7, cy: 7, r: 5, style: `fill: var(--${hasTruth ? "right" : "ink"})` }),
+          ...(hasTruth ? [shape("path", { d: "M19 2l5.5 9.5h-11z", style: "fill: var(--wrong)" })] : []))],
+        ["lines", hasTruth ? "From a wrong query to its answer" : "From a query to its answer", sample(shape("path", { d: "M1 7H25", style: "stroke: var(--wrong); stroke-width: 1.5; stroke-dasharray: 5 4" }))],
       ];
-      for (const [name, label, sample] of rows) {
+      for (const [name, label, its] of rows) {
         const box = element("input", { type: "checkbox", checked: true, id: `layer-${name}` });
-        box.addEventListener("change", () => { layers[name] = box.checked; repaint(); });
-        byId("map-legend").append(element("label", {}, box, sample, label));
+        box.addEventListener("change", () => { layers[name] = box.checked; ground.repaint(); });
+        byId("map-legend").append(element("label", {}, box, its, label));
       }
       byId("map-status").textContent = map.notes.join(" ");
       byId("tiles-note").hidden = !map.tiles;
     }
     legend();
-    let fitted = false;
-    new ResizeObserver(([entry]) => {
-      size = { width: entry.contentRect.width, height: entry.contentRect.height };
-      const scale = devicePixelRatio || 1;
-      for (const its of [canvas, picture]) {
-        its.width = Math.round(size.width * scale);
-        its.height = Math.round(size.height * scale);
-        its.getContext("2d").setTransform(scale, 0, 0, scale, 0, 0);
-      }
-      if (fitted) repaint(); else if (size.width) { fitted = true; fit(); }
-    }).observe(byId("map-box"));
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
-    addEventListener("beforeprint", () => { clearTimeout(moving); moving = null; stale = true; draw(); });
+    ground.show([...map.database, ...places.flatMap((query) => [query.at, query.answer])], map.unitsPerMetre);
   }
 
   for (const link of document.querySelectorAll(".nav a")) link.hidden = !document.querySelector(link.hash);
