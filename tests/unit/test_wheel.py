@@ -53,9 +53,10 @@ def run(environment: Path, *command: str, cwd: Path) -> subprocess.CompletedProc
 def test_what_is_in_it(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     configs = {f"pairvpr/configs/{path.relative_to(ROOT / 'configs')}" for path in (ROOT / "configs").rglob("*.*")}
-    page = {f"pairvpr/report/page/{name}" for name in ("page.html", "page.css", "page.js", "base.css", "elements.js", "map.js")}
+    pages = {str(path.relative_to(ROOT)) for path in (ROOT / "pairvpr").rglob("page/*.*")}
+    assert "pairvpr/report/page/page.html" in pages
     others = {"pairvpr/py.typed", "pairvpr/configs/model/tiny.safetensors", "ray_jobs/evaluate.py"}
-    assert others | configs | page <= names
+    assert others | configs | pages <= names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
 
 
