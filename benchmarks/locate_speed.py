@@ -61,7 +61,7 @@ def measure(folder: Path, options: argparse.Namespace) -> str:
     photo = folder / "photos" / shared.photo_name(5)
     matches = localizer.locate(photo, k=options.candidates)  # from here on their features are cached
 
-    describer: Describer = localizer._pair_describer
+    describer: Describer = localizer._network._pair_describer  # pyright: ignore[reportAttributeAccessIssue]
     network = describer.model.config
     pixels = Asked(photo).pixels(network)
     descriptor = localizer.describe(photo)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pairvpr.config.schema import DescribeConfig, ModelConfig, RerankConfig, SearchConfig
     from pairvpr.errors import PhotoError, UserError
-    from pairvpr.localizer import Localizer, Match
+    from pairvpr.localizer import Localizer
+    from pairvpr.located import Located, Match
     from pairvpr.photo import Photo
     from pairvpr.where import Position, Utm
 
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DescribeConfig",
     "Localizer",
+    "Located",
     "Match",
     "ModelConfig",
     "Photo",
@@ -35,7 +37,8 @@ __all__ = [
 _MODULES = {
     **dict.fromkeys(("DescribeConfig", "ModelConfig", "RerankConfig", "SearchConfig"), "pairvpr.config.schema"),
     **dict.fromkeys(("PhotoError", "UserError"), "pairvpr.errors"),
-    **dict.fromkeys(("Localizer", "Match"), "pairvpr.localizer"),
+    "Localizer": "pairvpr.localizer",
+    **dict.fromkeys(("Located", "Match"), "pairvpr.located"),
     "Photo": "pairvpr.photo",
     **dict.fromkeys(("Position", "Utm"), "pairvpr.where"),
 }

@@ -75,6 +75,9 @@ class Where:
         return self.near is None and self.box is None and self.heading_deg is None
 
 
+ANYWHERE = Where()
+
+
 class Map:
     """Positions of an index's photos. `epsg` is the code of their UTM zone, if known."""
 
@@ -94,9 +97,13 @@ class Map:
 
     def degrees(self, image_ids: NDArray[np.int64]) -> NDArray[np.float64]:
         """(n, 2) latitude and longitude of photos; NaN where unknown."""
+        return self.degrees_of(self.places.utm_m[image_ids])
+
+    def degrees_of(self, utm_m: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(n, 2) latitude and longitude of positions (n, 2) in metres; NaN where the zone is unknown."""
         if self.zone is None:
-            return np.full((len(image_ids), 2), np.nan)
-        return utm.to_degrees(self.places.utm_m[image_ids], self.zone)
+            return np.full(utm_m.shape, np.nan)
+        return utm.to_degrees(utm_m, self.zone)
 
     def filters(self, where: Where, num_asked: int) -> tuple[Filters, Places] | None:
         """Conditions for each query photo; None without any.

@@ -23,7 +23,7 @@ from pairvpr.data import sealed
 from pairvpr.data.claim import differences
 from pairvpr.data.sealed import DamagedFileError
 from pairvpr.errors import UserError
-from pairvpr.retrieval.decision import Decision
+from pairvpr.retrieval.decision import Decision, Weights
 from pairvpr.retrieval.early_stop import margin
 
 FORMAT_VERSION = 2
@@ -148,6 +148,31 @@ class Judge:
     def in_map(self, confidence: NDArray[np.float32]) -> NDArray[np.bool_] | None:
         """(Q,) whether queries with these confidences (Q,) are in this map; None without a threshold."""
         return None if self.not_in_map_below is None else confidence.astype(np.float64) >= self.not_in_map_below
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How pair scores become answers: their order, their confidence, and when scoring stops early."""
+
+    decision: Decision | None = None
+    """None = the order of pair scores."""
+    judge: Judge | None = None
+    stop_margin: float | None = None
+
+    @classmethod
+    def of(cls, config: RerankConfig, calibration: Calibration | None) -> Rules:
+        """Those of the settings. Raises `UserError` if the calibration lacks what they ask for."""
+        if calibration is None:
+            return cls()
+        decision = decision_of(config, calibration)
+        fitted = decision or calibration
+        judge = Judge(fitted.temperature, fitted.midpoint, config.not_in_map_below)
+        return cls(decision, judge, fitted.stop_margin if config.adaptive else None)
+
+    @property
+    def weights(self) -> Weights | None:
+        """Those of the evidence, if it is more than the pair score."""
+        return None if self.decision is None else self.decision.weights
 
 
 def read_calibration(url: str) -> Calibration:

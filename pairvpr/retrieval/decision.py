@@ -169,6 +169,20 @@ def _log_sum(evidence: NDArray[np.float64]) -> float:
     return float(highest) if np.isneginf(highest) else float(highest + np.log(np.exp(evidence - highest).sum()))
 
 
+def position_of_best(
+    scores: NDArray[np.float32], utm_m: NDArray[np.float64], nats_per_score: float
+) -> tuple[float, float, float]:
+    """East, north and spread in metres from pair scores (K,) alone, best first, of candidates at (K, 2) metres.
+
+    As a decision without votes: the mean of those near the best one. All NaN if its position is unknown, or if no
+    candidate was scored.
+    """
+    if not len(scores) or not np.isfinite(scores[0]):
+        return float("nan"), float("nan"), float("nan")
+    evidence = nats_per_score * scores.astype(np.float64)
+    return _position(evidence, nearness(utm_m, PLACE_RADIUS_M)[0], utm_m)
+
+
 def _position(
     evidence: NDArray[np.float64], is_place: NDArray[np.bool_], utm_m: NDArray[np.float64]
 ) -> tuple[float, float, float]:

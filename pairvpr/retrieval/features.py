@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from threading import Lock
 from typing import Generic, TypeVar
 
@@ -67,6 +68,25 @@ class FeatureCache:
             self.behind.put(key, in_memory(features))
 
 
+@dataclass(frozen=True)
+class FeaturesOf:
+    """The features of one index's photos in a cache that several indices share."""
+
+    index: Hashable
+    cache: FeatureCache
+
+    def __contains__(self, image_id: int) -> bool:
+        return (self.index, image_id) in self.cache
+
+    def get(self, image_id: int, device: torch.device) -> Tensor | None:
+        """As `FeatureCache.get`."""
+        return self.cache.get((self.index, image_id), device)
+
+    def put(self, image_id: int, features: Tensor) -> None:
+        """As `FeatureCache.put`."""
+        self.cache.put((self.index, image_id), features)
+
+
 def held_bytes(features: Tensor) -> int:
     """The memory that features take: torch rounds pinned memory up to a power of two."""
     return 1 << (features.nbytes - 1).bit_length() if features.is_pinned() else features.nbytes
@@ -97,7 +117,7 @@ class PhotoFeatures(Generic[Loaded]):
         *,
         device: torch.device,
         num_threads: int = 1,
-        cache: FeatureCache | None = None,
+        cache: FeatureCache | FeaturesOf | None = None,
         lost: Collection[int] = (),
     ) -> None:
         self._load = load

@@ -1,0 +1,1 @@
+"""The HTTP service around a Localizer: plain FastAPI, without Ray (docs/serving.md)."""
