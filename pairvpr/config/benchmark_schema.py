@@ -70,32 +70,58 @@ class PositionColumns:
 
 
 @dataclass(kw_only=True, slots=True)
-class FoldersConfig(BenchmarkConfig):
+class PhotosConfig(BenchmarkConfig):
+    """Settings of every layout of real photos: their matches and positions may come from files of their own."""
+
+    positives: str | None = None
+    """CSV or Parquet with columns query,database (relative paths; MSLS also keys): a row per pair of the same place."""
+    database_table: str | None = None
+    """CSV or Parquet (path or URL) with the positions of database photos; in folders, also the list of them."""
+    queries_table: str | None = None
+    """The same for query photos; in folders it is optional without a radius."""
+    columns: PositionColumns = field(default_factory=PositionColumns)
+
+    def __post_init__(self) -> None:
+        BenchmarkConfig.__post_init__(self)
+        require_text(self, "benchmark.", "positives", "database_table", "queries_table")
+
+
+@dataclass(kw_only=True, slots=True)
+class DownloadConfig(PhotosConfig):
+    """Settings of every layout of a public download, which has positions or matches of its own."""
+
+    def __post_init__(self) -> None:
+        PhotosConfig.__post_init__(self)
+        tables = ("database_table", "queries_table")
+        given = [key for key in tables if getattr(self, key) is not None]
+        require(
+            len(given) != 1,
+            f"benchmark.{''.join(given[:1])} is set alone: expected benchmark.database_table and "
+            "benchmark.queries_table together",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class FoldersConfig(PhotosConfig):
     """Two folders of photos. Positives come from a table, from positions and a radius, or there are none."""
 
     database: str = "???"
     """Folder of database photos (path or URL), searched recursively."""
     queries: str = "???"
     """Folder of query photos (path or URL), searched recursively."""
-    positives: str | None = None
-    """CSV or Parquet with columns query,database (relative paths): one row per pair that shows the same place."""
     radius_m: float | None = None
     """Photos at most this far apart show the same place; needs positions."""
     positions: PositionSource = PositionSource.names
     """Source of positions: names (`@utm_east@utm_north@...`, read only with a radius), table, or exif (GPS tags)."""
-    database_table: str | None = None
-    """CSV or Parquet (path or URL) of database photos and their positions; photos not listed are ignored."""
-    queries_table: str | None = None
-    """The same for query photos; optional without a radius."""
-    columns: PositionColumns = field(default_factory=PositionColumns)
 
     def __post_init__(self) -> None:
-        BenchmarkConfig.__post_init__(self)
-        require_text(self, "benchmark.", "database", "queries", "positives", "database_table", "queries_table")
+        PhotosConfig.__post_init__(self)
+        require_text(self, "benchmark.", "database", "queries")
         require_positive(self, "benchmark", "radius_m")
         require(
             self.positives is None or self.radius_m is None,
-            "benchmark.positives and benchmark.radius_m are both set: expected one source of positives",
+            "benchmark.positives and benchmark.radius_m are both set: expected one source of positives "
+            "(benchmark.radius_m=null leaves the list alone)",
         )
         for key, is_needed in (("database_table", True), ("queries_table", self.radius_m is not None)):
             has_table, reads_tables = getattr(self, key) is not None, self.positions is PositionSource.table
@@ -147,22 +173,22 @@ class MslsSubtask(StrEnum):
 
 
 @dataclass(kw_only=True, slots=True)
-class MslsConfig(BenchmarkConfig):
+class MslsConfig(DownloadConfig):
     """Mapillary Street-Level Sequences from its CSV files: several cities in one index."""
 
     root: str = "???"
     """Folder (path or URL) that contains train_val/ and test/."""
     split: MslsSplit = MslsSplit.train_val
-    """train_val or test; test has neither positions nor ground truth."""
+    """train_val or test; the ground truth of test is that of its tables, where they hold positions."""
     cities: list[str] = field(default_factory=list)
     """City folders of the split; their order determines photo ids."""
     subtask: MslsSubtask = MslsSubtask.all
     """Rows of the CSV files to use: all, s2w, w2s, o2n, n2o, d2n or n2d."""
     radius_m: float = 25.0
-    """Photos of one city at most this far apart show the same place (train_val)."""
+    """Photos of one city at most this far apart show the same place."""
 
     def __post_init__(self) -> None:
-        BenchmarkConfig.__post_init__(self)
+        DownloadConfig.__post_init__(self)
         require_text(self, "benchmark.", "root")
         require_positive(self, "benchmark", "radius_m")
         cities = f"benchmark.cities=[{','.join(self.cities)}]"
@@ -175,7 +201,7 @@ class MslsConfig(BenchmarkConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class NordlandConfig(BenchmarkConfig):
+class NordlandConfig(DownloadConfig):
     """Nordland: frames of one railway journey in two seasons, numbered from 0."""
 
     database: str = "???"
@@ -188,14 +214,14 @@ class NordlandConfig(BenchmarkConfig):
     """Reference frames at most this far from the query's frame show the same place."""
 
     def __post_init__(self) -> None:
-        BenchmarkConfig.__post_init__(self)
+        DownloadConfig.__post_init__(self)
         require_text(self, "benchmark.", "database", "queries")
         require_positive(self, "benchmark", "frames_per_query")
         require(self.tolerance_frames >= 0, f"benchmark.tolerance_frames={self.tolerance_frames}: expected 0 or more")
 
 
 @dataclass(kw_only=True, slots=True)
-class PittsburghConfig(BenchmarkConfig):
+class PittsburghConfig(DownloadConfig):
     """Pittsburgh: photos and positions listed in a MATLAB file."""
 
     root: str = "???"
@@ -206,6 +232,6 @@ class PittsburghConfig(BenchmarkConfig):
     """Photos at most this far apart show the same place."""
 
     def __post_init__(self) -> None:
-        BenchmarkConfig.__post_init__(self)
+        DownloadConfig.__post_init__(self)
         require_text(self, "benchmark.", "root", "db_struct")
         require_positive(self, "benchmark", "radius_m")

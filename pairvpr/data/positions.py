@@ -141,6 +141,8 @@ class PositionsTable:
     key: str
     url: str
     photos: Manifest
+    have_keys: bool = False
+    """Whether rows may name a photo by its key (`find_photos`)."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -171,7 +173,7 @@ def positions_from_tables(
     for source in sources:
         if source.key in files:
             with problems.gathered():
-                located.append(_read_table(files[source.key], columns, pair, source.photos, problems))
+                located.append(_read_table(files[source.key], columns, pair, source, problems))
     if len(located) < len(sources):
         problems.raise_if_any()
     is_utm = pair == _pairs(columns)[0]
@@ -260,12 +262,12 @@ def _check_one_zone(files: list[TableFile], problems: Problems) -> None:
 
 
 def _read_table(
-    file: TableFile, columns: PositionColumns, pair: tuple[str, str], photos: Manifest, problems: Problems
+    file: TableFile, columns: PositionColumns, pair: tuple[str, str], source: PositionsTable, problems: Problems
 ) -> _Located:
     """The usable rows, ordered by path; the others are problems."""
     has_heading = file.has(columns.heading)
     rows = file.read([columns.path, *pair, *([columns.heading] if has_heading else [])], problems)
-    image_ids, is_usable = _listed(rows, columns.path, photos, problems)
+    image_ids, is_usable = _listed(rows, columns.path, source, problems)
     coordinates = np.empty((len(rows), 2))
     for axis, name in enumerate(pair):
         is_degrees = pair == _pairs(columns)[1]
@@ -286,19 +288,21 @@ def _read_table(
     usable = np.flatnonzero(is_usable)
     usable = usable[np.argsort(image_ids[usable])]
     return _Located(
-        photos=photos.only(image_ids[usable]),
+        photos=source.photos.only(image_ids[usable]),
         coordinates=coordinates[usable],
         heading_deg=heading_deg[usable] % 360.0,
         where=lambda i: rows.where(usable[i]),
     )
 
 
-def _listed(rows: Rows, name: str, photos: Manifest, problems: Problems) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def _listed(
+    rows: Rows, name: str, source: PositionsTable, problems: Problems
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """(n,) ids of the photos that the rows name, and whether each exists and is named for the first time."""
     if not len(rows):
         problems.add(f"{rows.url}: no row that can be used; expected one for each photo")
-    paths = rows.texts(name)
-    image_ids = find_photos(paths, photos)
+    paths, photos = rows.texts(name), source.photos
+    image_ids = find_photos(paths, photos, have_keys=source.have_keys)
     is_known = image_ids >= 0
     for i in np.flatnonzero(~is_known).tolist():
         why = no_photo_text(paths[i].as_py() or "", image_ids[i], photos.root)

@@ -246,13 +246,18 @@ def _as_texts(rows: Rows, name: str, column_name: str) -> pa.ChunkedArray:
         raise
 
 
-def find_photos(paths: pa.ChunkedArray, photos: Manifest) -> NDArray[np.int64]:
+def find_photos(paths: pa.ChunkedArray, photos: Manifest, *, have_keys: bool = False) -> NDArray[np.int64]:
     """(n,) ids of the photos that cells of a table name, relative to their folder; those of `Spellings` without one.
 
-    A name that is there as it is written stands for itself.
+    A name that is there as it is written stands for itself. If photos `have_keys`, a name may also be a photo's key:
+    its file name without ending.
     """
     ids = photos.ids_of(paths)
     unknown = np.flatnonzero(ids < 0)
+    if len(unknown) and have_keys:
+        keys = pc.replace_substring_regex(photos.path_column, r"(?s)^(?:.*/)?([^/]*)\.[^/.]*$", r"\1")
+        ids[unknown] = Manifest.of(photos.root, keys).ids_of(paths.take(pa.array(unknown)))
+        unknown = np.flatnonzero(ids < 0)
     if len(unknown):
         spellings = Spellings(photos.path_column.to_pylist())
         ids[unknown] = [spellings.find(paths[i].as_py()) for i in unknown.tolist()]

@@ -1,4 +1,4 @@
-"""Submission files for a challenge without public ground truth (MSLS): the photos found for each query."""
+"""Submission files for a challenge (MSLS): the photos found for each query."""
 
 from __future__ import annotations
 

@@ -70,8 +70,10 @@ class _Row:
         return hashlib.sha256(self.photo.path.encode()).hexdigest()[:22]
 
 
-def write_msls(root: str, seed: int = 0, num_places: int = 4) -> None:
+def write_msls(root: str, seed: int = 0, num_places: int = 4, *, test_has_positions: bool = False) -> None:
     """MSLS below `root`; its cities, of seeds `seed`, `seed` + 1, ..., stand on the same ground.
+
+    With `test_has_positions`, the test cities have the tables of positions that their owners published in 2026.
 
     Each city has two database photos and a query of each place, a panorama in either part, and further queries: one
     at a place without database photos, and one that is in no subtask. By night are the queries of places 0 and 1; d2n
@@ -86,7 +88,8 @@ def write_msls(root: str, seed: int = 0, num_places: int = 4) -> None:
                 ("query", _msls_queries(city_seed, num_places)),
             ):
                 kept = [row for row in rows if split == "train_val" or not row.pano]
-                _write_msls_part(storage.join(root, split, city, part), kept, with_positions=split == "train_val")
+                has_positions = test_has_positions or split == "train_val"
+                _write_msls_part(storage.join(root, split, city, part), kept, with_positions=has_positions)
 
 
 def _msls_database(seed: int, num_places: int) -> list[_Row]:

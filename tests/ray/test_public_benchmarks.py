@@ -36,11 +36,12 @@ def test_sfxl_runs_over_one_index(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "are different tests, so their numbers can't be compared: queries_paths_sha256: " in capsys.readouterr().err
 
 
-def test_a_challenge_gets_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_msls(f"{tmp_path}/msls", num_places=1)
+@pytest.mark.parametrize("is_published", [False, True], ids=["no truth", "truth"])
+def test_a_challenge_gets_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], is_published: bool) -> None:
+    write_msls(f"{tmp_path}/msls", num_places=1, test_has_positions=is_published)
     line = ["benchmark=msls_test", f"datasets_root={tmp_path}", f"output={tmp_path}/out", *SMALL_NETWORK, *ONE_THREAD]
     (report,) = evaluate(load_evaluations([*line, "rerank.num_candidates=5"]))
-    assert report["recall"] is report["audit"] is None
+    assert (report["recall"] is None) == (report["audit"] is None) == (not is_published)
     assert (
         "predictions.parquet, submission_global.txt, submission_reranked.txt, metrics.json" in capsys.readouterr().out
     )
@@ -52,3 +53,7 @@ def test_a_challenge_gets_its_files(tmp_path: Path, capsys: pytest.CaptureFixtur
             " ".join([Path(row["query_path"]).stem, *(keys[image_id] for image_id in row[column][:20])]) for row in rows
         ]
         assert {len(line.split()) for line in lines} == {1 + min(20, len(rows[0][column]))}
+        if is_published:
+            right = [row[column][0] in row["positives"] for row in rows]
+            which = {"candidates": "global", "reranked": "reranked"}[column]
+            assert report["recall"][which]["1"] == pytest.approx(100 * sum(right) / len(right))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import math
+import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -335,3 +339,121 @@ def test_photos_are_found_by_the_rule_of_tables(by_hand: Path) -> None:
     after = load(by_hand, cities=["sf"])
     assert after.database.paths == [path.replace(".jpg", ".JPG") for path in before.database.paths]
     np.testing.assert_array_equal(after.database.utm_m, before.database.utm_m)
+
+
+# The test cities with the ground truth that their owners published, in their tables or in a file of its own.
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("published")
+    write_msls(str(root), num_places=4, test_has_positions=True)
+    return root
+
+
+def the_test(root: Path, **settings: object) -> Benchmark:
+    return load(root, **({"split": MslsSplit.test, "cities": list(MSLS_CITIES["test"])} | settings))
+
+
+def positions_by_key(root: Path, city: str, part: str) -> dict[str, tuple[float, float]]:
+    with (root / "test" / city / part / "postprocessed.csv").open(newline="") as file:
+        return {row["key"]: (float(row["easting"]), float(row["northing"])) for row in csv.DictReader(file)}
+
+
+def matches_by_hand(benchmark: Benchmark, root: Path) -> list[list[int]]:
+    """By distance, one pair at a time, from the tables and the cities in the photos' paths."""
+    parts = (("database", benchmark.database), ("query", benchmark.queries))
+    tables = {(city, part): positions_by_key(root, city, part) for city in MSLS_CITIES["test"] for part, _ in parts}
+
+    def place(path: str) -> tuple[str, float, float]:
+        city, part, _, name = path.split("/")
+        return (city, *tables[city, part][name.removesuffix(".jpg")])
+
+    database, queries = ([place(path) for path in photos.paths] for _, photos in parts)
+    return [
+        [i for i, (at, e, n) in enumerate(database) if at == city and math.hypot(e - east, n - north) <= 25]
+        for city, east, north in queries
+    ]
+
+
+def test_published_positions_are_the_truth_of_the_challenge(published: Path, miniature: Path) -> None:
+    benchmark, before = the_test(published), the_test(miniature)
+    expected = matches_by_hand(benchmark, published)
+    assert positives_of(benchmark) == expected
+    assert sum(map(len, expected)) == 6 * 4 * 2
+    assert [ids for ids in expected if not ids] == [[]] * 6  # each city has a query where no database photo is
+    # The challenge's photos stay what they were, so its submission keeps a line for each query.
+    assert (benchmark.queries.paths, benchmark.database.paths) == (before.queries.paths, before.database.paths)
+    assert benchmark.has_submission
+    stamp = benchmark.stamp()
+    assert (stamp["positives"], stamp["radius_m"]) == ("radius, within the city", 25.0)
+    assert (stamp["num_queries"], stamp["num_queries_with_positives"]) == (30, 24)
+    assert stamp["queries_without_positives"] == "count as a miss"
+
+
+@pytest.mark.parametrize("part", ["query", "database"])
+def test_half_of_a_published_truth_is_said(published: Path, tmp_path: Path, part: str) -> None:
+    root = tmp_path / "msls"
+    shutil.copytree(published, root)
+    file = root / "test" / "bengaluru" / part / "postprocessed.csv"
+    file.write_text(file.read_text().replace("northing", "north"))
+    with pytest.raises(UserError, match=rf"bengaluru/{part}/postprocessed.csv: no table with easting, northing, but "):
+        the_test(root)
+    assert positives_of(the_test(root, cities=["miami", "athens"])) == positives_of(
+        the_test(published, cities=["miami", "athens"])
+    )
+    for city in MSLS_CITIES["test"]:
+        (root / "test" / city / part / "postprocessed.csv").unlink()
+    assert the_test(root).positives is None
+
+
+@pytest.mark.parametrize("names", ["keys", "paths"])
+def test_a_truth_in_files_of_its_own(published: Path, miniature: Path, tmp_path: Path, names: str) -> None:
+    """Pairs in one file, and positions in two, for the download without positions."""
+    known = the_test(published)
+
+    def name(path: str) -> str:
+        return Path(path).stem if names == "keys" else path
+
+    pairs = tmp_path / "pairs.csv"
+    lines = [
+        f"{name(known.queries.path(query))},{name(known.database.path(image_id))}"
+        for query, ids in enumerate(positives_of(known))
+        for image_id in ids
+    ]
+    random.Random(0).shuffle(lines)
+    pairs.write_text("\n".join(["query,database", *lines]))
+    listed = the_test(miniature, positives=str(pairs))
+    assert positives_of(listed) == positives_of(known)
+    assert (listed.stamp()["positives"], listed.stamp()["radius_m"]) == ("list", None)
+
+    tables = {}
+    for part, photos in (("database", known.database), ("queries", known.queries)):
+        tables[part] = tmp_path / f"{part}.csv"
+        rows = [f"{name(path)},{e},{n}" for path, (e, n) in zip(photos.paths, photos.utm_m.tolist(), strict=True)]
+        random.Random(1).shuffle(rows)
+        tables[part].write_text("\n".join(["path,utm_east,utm_north", *rows]))
+    settings = {"database_table": str(tables["database"]), "queries_table": str(tables["queries"])}
+    placed = the_test(miniature, **settings)
+    assert positives_of(placed) == positives_of(known)
+    assert np.array_equal(placed.database.utm_m, known.database.utm_m)
+    lines = tables["queries"].read_text().splitlines()
+    tables["queries"].write_text("\n".join(lines[:-1]))
+    with pytest.raises(UserError, match=r"queries.csv: no position of .* and 0 others; expected a row for each photo"):
+        the_test(miniature, **settings)
+    with pytest.raises(UserError, match="database_table is set alone"):
+        the_test(miniature, database_table=str(tables["database"]))
+
+
+def test_a_listed_truth_takes_the_place_of_positions(by_hand: Path, tmp_path: Path) -> None:
+    """The validation cities drop a query without a match, whoever says so."""
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("query,database\nlonely,far\nzzz,sf/database/images/near.jpg\n")
+    benchmark = load(by_hand, cities=["sf"], positives=str(pairs))
+    assert [Path(path).stem for path in benchmark.queries.paths] == ["zzz", "lonely"]
+    assert positives_of(benchmark) == [[0], [1]]
+    stamp = benchmark.stamp()
+    assert (stamp["positives"], stamp["num_queries_dropped"]) == ("list", 1)
+    pairs.write_text("query,database\nlonely,far\nzzz,nearer\n")
+    with pytest.raises(UserError, match=r"pairs.csv, row 3: no database photo 'nearer' in "):
+        load(by_hand, cities=["sf"], positives=str(pairs))

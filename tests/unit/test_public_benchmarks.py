@@ -215,3 +215,43 @@ def test_miniatures_keep_off_the_streets_of_training_sets(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="expected 0 to 999, because training sets show the streets of larger ones"):
         write_benchmarks(str(tmp_path), seed=999)
     assert list(tmp_path.iterdir()) == []
+
+
+def with_keys(root: Path | str, name: str, *keys: str) -> Benchmark:
+    config = load(CheckBenchmarkConfig, [f"benchmark={name}", f"datasets_root={root}", *keys])
+    return load_benchmark(config.benchmark, "unused")
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_any_layout_takes_a_truth_from_files(root: Path, tmp_path: Path, name: str) -> None:
+    """Random pairs, and random places: matches equal the file's, and those of every distance counted by hand."""
+    rng = np.random.default_rng(len(name))
+    plain = benchmark_of(root, name)
+    is_folders = not name.startswith(("msls", "nordland", "pitts"))
+    pairs = sorted({(int(q), int(d)) for q, d in rng.integers(0, (len(plain.queries), len(plain.database)), (20, 2))})
+    file = tmp_path / "pairs.csv"
+    rows = [f"{plain.queries.path(query)},{plain.database.path(image_id)}" for query, image_id in pairs]
+    file.write_text("\n".join(["query,database", *rng.permutation(rows)]))
+    listed = with_keys(root, name, f"benchmark.positives={file}", *["benchmark.radius_m=null"] * is_folders)
+    found = [(query, int(i)) for query, ids in enumerate(listed.positives or []) for i in ids]
+    assert [(listed.queries.path(query), i) for query, i in found] == [(plain.queries.path(q), i) for q, i in pairs]
+
+    places, keys = {}, ["benchmark.positions=table"] * is_folders
+    for part, photos in (("database", plain.database), ("queries", plain.queries)):
+        places[part] = 500_000 + rng.uniform(0, 60, (len(photos), 2)).round(3)
+        rows = [f"{path},{e},{n}" for path, (e, n) in zip(photos.paths, places[part].tolist(), strict=True)]
+        (tmp_path / f"{part}.csv").write_text("\n".join(["path,utm_east,utm_north", *rng.permutation(rows)]))
+        keys.append(f"benchmark.{part}_table={tmp_path}/{part}.csv")
+    if name == "msls_val":
+        return  # its 25 m drop queries, which the tests of MSLS look at
+    placed = with_keys(root, name, *keys)
+    assert np.array_equal(placed.database.utm_m, places["database"])
+    assert np.array_equal(placed.queries.utm_m, places["queries"])
+    near = np.hypot(*(places["queries"][:, None] - places["database"]).transpose(2, 0, 1)) <= 25
+    if name == "msls_test":
+        city = [np.array([path.split("/")[0] for path in its.paths]) for its in (placed.queries, placed.database)]
+        near &= city[0][:, None] == city[1]
+    expected = plain.positives if name.startswith("nordland") else [np.flatnonzero(row) for row in near]
+    assert placed.positives is not None
+    assert expected is not None
+    assert [ids.tolist() for ids in placed.positives] == [ids.tolist() for ids in expected]

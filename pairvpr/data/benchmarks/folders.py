@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
-
 from pairvpr.config.benchmark_schema import FoldersConfig, PositionSource
+from pairvpr.data.benchmarks.truth import positives_from_table
 from pairvpr.data.manifest import Benchmark, Manifest, folder_manifest
 from pairvpr.data.positions import (
     PositionsTable,
@@ -16,8 +14,6 @@ from pairvpr.data.positions import (
 )
 from pairvpr.data.positives import within_radius
 from pairvpr.data.problems import Problems
-from pairvpr.data.spellings import no_photo_text
-from pairvpr.data.tables import Rows, TableFile, find_photos
 
 
 def load(config: FoldersConfig, problems: Problems) -> Benchmark:
@@ -70,28 +66,3 @@ def _with_positions(
                 positions_from_names(database, "benchmark.database", problems),
                 positions_from_names(queries, "benchmark.queries", problems, zone_of_names(database)),
             )
-
-
-def positives_from_table(
-    url: str, queries: Manifest, database: Manifest, problems: Problems
-) -> list[NDArray[np.int64]]:
-    """Ids of the positives of each query, ascending, from the columns `query`, `database` (relative paths).
-
-    A row that names an unknown photo is a problem. Raises `UserError`, naming the file, for a missing column.
-    """
-    rows = TableFile.open(url, "benchmark.positives").read(["query", "database"], problems)
-    if not len(rows):
-        problems.add(f"{url}: no row that can be used; expected one for each pair")
-    query_ids, database_ids = _ids(rows, "query", queries, problems), _ids(rows, "database", database, problems)
-    is_known = (query_ids >= 0) & (database_ids >= 0)
-    pairs = np.unique(np.stack([query_ids, database_ids], axis=1)[is_known], axis=0)
-    return np.split(pairs[:, 1], np.searchsorted(pairs[:, 0], np.arange(1, len(queries))))
-
-
-def _ids(rows: Rows, name: str, photos: Manifest, problems: Problems) -> NDArray[np.int64]:
-    paths = rows.texts(name)
-    image_ids = find_photos(paths, photos)
-    for i in np.flatnonzero(image_ids < 0).tolist():
-        why = no_photo_text(paths[i].as_py() or "", image_ids[i], photos.root, f"{name} photo")
-        problems.add(f"{rows.where(i)}: {why}")
-    return image_ids

@@ -1,14 +1,14 @@
 """Mapillary Street-Level Sequences, read from the CSV files of its download.
 
 Each `<split>/<city>/{query,database}/` holds `images/<key>.jpg` and tables whose rows are matched by row number:
-seq_info.csv (key), subtask_index.csv (a column per subtask) and, only for train_val, postprocessed.csv (key, easting,
-northing) and raw.csv (key, pano). Other columns are ignored.
+seq_info.csv (key), subtask_index.csv (a column per subtask), postprocessed.csv (key, easting, northing; in test only
+with its ground truth) and, only read for train_val, raw.csv (key, pano). Other columns are ignored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import numpy as np
@@ -18,21 +18,25 @@ from numpy.typing import NDArray
 from pairvpr.config.benchmark_schema import MslsConfig, MslsSplit
 from pairvpr.data import storage
 from pairvpr.data.benchmarks.listed import listed_paths
+from pairvpr.data.benchmarks.truth import positives_from_table, with_tables
 from pairvpr.data.manifest import Benchmark, Manifest
 from pairvpr.data.positives import within_radius
 from pairvpr.data.problems import Problems
 from pairvpr.data.tables import Rows, TableFile
 from pairvpr.errors import UserError
 
+POSITIONS, AXES = "postprocessed.csv", ("easting", "northing")
+"""The table of positions, and its columns."""
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 
 @dataclass(frozen=True, eq=False)
 class _Photos:
-    """Paths below the split's folder, in row order, and (n, 2) UTM east, north; NaN where unknown."""
+    """Photos of one city's database or queries, in row order: paths below the split's folder."""
 
     paths: list[str]
     utm_m: NDArray[np.float64]
+    """(n, 2) UTM east, north; NaN where the tables hold no positions."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -41,85 +45,128 @@ class _Photos:
         return _Photos([path for path, is_kept in zip(self.paths, kept, strict=True) if is_kept], self.utm_m[kept])
 
 
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """The database or the queries of all cities."""
+
+    photos: Manifest
+    city: NDArray[np.int64]
+    """(n,) place of each photo's city in benchmark.cities."""
+
+    def only(self, ids: NDArray[np.int64]) -> _Part:
+        return _Part(self.photos.only(ids).with_positions(self.photos.utm_m[ids]), self.city[ids])
+
+
 def load(config: MslsConfig, problems: Problems) -> Benchmark:
     """The cities in sequence, with rows in table order.
 
-    train_val: without panoramas; positives within a radius and the city, since cities lie in different UTM zones;
-    queries without a positive are dropped. test: all rows of the subtask, no ground truth.
+    train_val: without panoramas, and queries without a positive are dropped. test: all rows of the subtask, since a
+    submission has a line for each. Positives are the listed ones, or those within a radius and the city, since cities
+    lie in different UTM zones. Only test may hold neither: then there is no ground truth.
     """
     root = storage.join(storage.absolute(config.root), config.split)
     if not _is_there(root):
         raise UserError(f"benchmark.root={config.root}: it has no folder {config.split}/; expected the MSLS download")
-    database, queries = (
-        {city: _read_photos(root, city, part, config, problems) for city in config.cities}
-        for part in ("database", "query")
-    )
-    num_listed = sum(map(len, queries.values()))
-    positives = None
+    found: dict[str, _Part] = {}
+    for part in ("database", "query"):
+        with problems.gathered():
+            found[part] = _read_part(root, part, config, problems)
+    if len(found) < 2:
+        problems.raise_if_any()
+    database, queries = _with_tables(found["database"], found["query"], config, problems)
+    positives, rule = _positives(queries, database, config, problems)
+    protocol: dict[str, object] = {**rule, "subtask": str(config.subtask), "cities": list(config.cities)}
     if config.split is MslsSplit.train_val:
-        positives, has_positive = _positives(queries, database, config.radius_m)
-        queries = {city: photos.only(has_positive[city]) for city, photos in queries.items()}
-    for what, photos in (("database", database), ("query", queries)):
-        if not sum(map(len, photos.values())):
-            problems.raise_if_any()
-            with_positive = " with a positive" if what == "query" and num_listed else ""
-            raise UserError(
-                f"{root}: no {what} photo{with_positive} of benchmark.subtask={config.subtask} in "
-                f"{', '.join(config.cities)}; expected another subtask or more cities"
-            )
+        assert positives is not None, "its tables hold positions"
+        kept = np.flatnonzero([len(ids) > 0 for ids in positives])
+        if not len(kept):
+            raise _nothing_left(root, "query photo with a positive", config, problems)
+        num_dropped = len(positives) - len(kept)
+        protocol |= {"queries_without_positives": "dropped", "num_queries_dropped": num_dropped}
+        queries, positives = queries.only(kept), [positives[i] for i in kept]
     return Benchmark(
         name=config.name,
-        database=_manifest(root, database),
-        queries=_manifest(root, queries),
+        database=database.photos,
+        queries=queries.photos,
         positives=positives,
-        protocol=_protocol(config, num_listed - sum(map(len, queries.values()))),
-        query_groups=[city for city, photos in queries.items() for _ in photos.paths],
+        protocol=protocol,
+        query_groups=[config.cities[i] for i in queries.city],
         has_submission=config.split is MslsSplit.test,
     )
 
 
-def _protocol(config: MslsConfig, num_dropped: int) -> dict[str, object]:
-    which: dict[str, object] = {"subtask": str(config.subtask), "cities": list(config.cities)}
-    if config.split is MslsSplit.test:
-        return {"positives": "none", "radius_m": None, **which}
-    return {
-        "positives": "radius, within the city",
-        "radius_m": config.radius_m,
-        **which,
-        "queries_without_positives": "dropped",
-        "num_queries_dropped": num_dropped,
-    }
+def _with_tables(database: _Part, queries: _Part, config: MslsConfig, problems: Problems) -> tuple[_Part, _Part]:
+    placed = with_tables(config, database.photos, queries.photos, problems, have_keys=True)
+    return replace(database, photos=placed[0]), replace(queries, photos=placed[1])
 
 
 def _positives(
-    queries: dict[str, _Photos], database: dict[str, _Photos], radius_m: float
-) -> tuple[list[NDArray[np.int64]], dict[str, NDArray[np.bool_]]]:
-    """Positives of the queries that have some, and for each city (n,) which queries these are."""
+    queries: _Part, database: _Part, config: MslsConfig, problems: Problems
+) -> tuple[list[NDArray[np.int64]] | None, dict[str, object]]:
+    """Positives of each query, and the rule that they follow; None where nothing says who shows the same place."""
+    if config.positives is not None:
+        found = positives_from_table(config.positives, queries.photos, database.photos, problems, have_keys=True)
+        return found, {"positives": "list", "radius_m": None}
+    query_m, database_m = queries.photos.utm_m, database.photos.utm_m
+    if np.isnan(query_m).any() or np.isnan(database_m).any():
+        return None, {"positives": "none", "radius_m": None}
     positives: list[NDArray[np.int64]] = []
-    has_positive: dict[str, NDArray[np.bool_]] = {}
-    first_id = 0
-    for city, photos in queries.items():
-        found = within_radius(photos.utm_m, database[city].utm_m, radius_m)
-        has_positive[city] = np.array([len(ids) > 0 for ids in found], bool)
-        positives += [ids + first_id for ids in found if len(ids)]
-        first_id += len(database[city])
-    return positives, has_positive
+    for city in range(len(config.cities)):
+        here = np.flatnonzero(database.city == city)
+        found = within_radius(query_m[queries.city == city], database_m[here], config.radius_m)
+        positives += [here[ids] for ids in found]
+    return positives, {"positives": "radius, within the city", "radius_m": config.radius_m}
 
 
-def _manifest(root: str, photos: dict[str, _Photos]) -> Manifest:
-    paths = [path for city in photos.values() for path in city.paths]
-    return Manifest.of(root, paths, np.concatenate([city.utm_m for city in photos.values()]))
+def _read_part(root: str, part: str, config: MslsConfig, problems: Problems) -> _Part:
+    """The photos of all cities' database or queries. Raises `UserError` if there are none."""
+    has_positions = _have_positions(root, part, config, problems)
+    cities = [_read_photos(root, city, part, config, has_positions, problems) for city in config.cities]
+    if not sum(map(len, cities)):
+        raise _nothing_left(root, f"{part} photo", config, problems)
+    paths = [path for its in cities for path in its.paths]
+    photos = Manifest.of(root, paths, np.concatenate([its.utm_m for its in cities]))
+    return _Part(photos, np.repeat(np.arange(len(cities)), [len(its) for its in cities]))
 
 
-def _read_photos(root: str, city: str, part: str, config: MslsConfig, problems: Problems) -> _Photos:
+def _have_positions(root: str, part: str, config: MslsConfig, problems: Problems) -> bool:
+    """Whether the tables of a part hold positions: always in train_val, in test where its ground truth was added.
+
+    A city without, where others have them, is a problem.
+    """
+    if config.split is MslsSplit.train_val:
+        return True
+    urls = [storage.join(root, city, part, POSITIONS) for city in config.cities]
+    found = [_is_there(url) and TableFile.open(url).has(*AXES) for url in urls]
+    if any(found) and not all(found):
+        problems.add(
+            f"{urls[found.index(False)]}: no table with {', '.join(AXES)}, but {urls[found.index(True)]} is one; "
+            "expected it in all of benchmark.cities, or in none"
+        )
+    return all(found)
+
+
+def _nothing_left(root: str, what: str, config: MslsConfig, problems: Problems) -> UserError:
+    problems.raise_if_any()
+    return UserError(
+        f"{root}: no {what} of benchmark.subtask={config.subtask} in {', '.join(config.cities)}; expected another "
+        "subtask or more cities"
+    )
+
+
+def _read_photos(
+    root: str, city: str, part: str, config: MslsConfig, has_positions: bool, problems: Problems
+) -> _Photos:
     """The photos of a city's database or queries that take part; none if a table is unusable."""
     folder = storage.join(root, city, part)
     if not _is_there(folder):
         problems.add(f"{folder}: no such folder; expected images/ and CSV files for a city of benchmark.cities")
         return _Photos([], np.empty((0, 2)))
     columns = {"seq_info.csv": ["key"], "subtask_index.csv": [str(config.subtask)]}
+    if has_positions:
+        columns[POSITIONS] = ["key", *AXES]
     if config.split is MslsSplit.train_val:
-        columns |= {"postprocessed.csv": ["key", "easting", "northing"], "raw.csv": ["key", "pano"]}
+        columns["raw.csv"] = ["key", "pano"]
     tables = _read_tables(folder, columns, problems)
     if len(tables) < len(columns):
         return _Photos([], np.empty((0, 2)))
@@ -129,14 +176,11 @@ def _read_photos(root: str, city: str, part: str, config: MslsConfig, problems: 
     for i in np.flatnonzero(~takes_part):
         problems.add(f"{rows.where(int(i))}: {rows.cell('key', int(i))}; expected the name of a photo")
     takes_part &= _flags(tables["subtask_index.csv"], str(config.subtask), problems)
-    utm_m = np.full((len(rows), 2), np.nan)
-    if config.split is MslsSplit.train_val:
+    if "raw.csv" in tables:
         takes_part &= ~_flags(tables["raw.csv"], "pano", problems)
-        positions = tables["postprocessed.csv"]
-        utm_m = np.stack([positions.floats("easting"), positions.floats("northing")], axis=1)
-        for i, axis in np.argwhere(np.isnan(utm_m) & takes_part[:, None]).tolist():
-            name = ("easting", "northing")[axis]
-            problems.add(f"{positions.where(i)}: {positions.cell(name, i)}; expected a number")
+    utm_m = np.full((len(rows), 2), np.nan)
+    if has_positions:
+        utm_m = _positions_of(tables[POSITIONS], takes_part, problems)
         takes_part &= ~np.isnan(utm_m).any(axis=1)
     taken = np.flatnonzero(takes_part)
     names = [f"images/{keys[i]}.jpg" for i in taken]
@@ -146,6 +190,14 @@ def _read_photos(root: str, city: str, part: str, config: MslsConfig, problems: 
         photos = _Photos([f"{city}/{part}/{path}" for path in paths], utm_m[taken])
         return photos.only(np.array([path is not None for path in paths], bool))
     return _Photos([], np.empty((0, 2)))
+
+
+def _positions_of(rows: Rows, takes_part: NDArray[np.bool_], problems: Problems) -> NDArray[np.float64]:
+    """(n, 2) UTM east, north; a row that takes part without a number is a problem."""
+    utm_m = np.stack([rows.floats(name) for name in AXES], axis=1)
+    for i, axis in np.argwhere(np.isnan(utm_m) & takes_part[:, None]).tolist():
+        problems.add(f"{rows.where(i)}: {rows.cell(AXES[axis], i)}; expected a number")
+    return utm_m
 
 
 def _is_there(url: str) -> bool:

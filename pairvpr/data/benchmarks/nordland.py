@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pairvpr.config.benchmark_schema import NordlandConfig
+from pairvpr.data.benchmarks.truth import positives_from_table, with_tables
 from pairvpr.data.manifest import Benchmark, Manifest, folder_manifest
 from pairvpr.data.problems import Problems
 
@@ -23,7 +24,7 @@ _NAME_PRECISION_M = 0.11  # such names are truncated to one decimal
 
 
 def load(config: NordlandConfig, problems: Problems) -> Benchmark:
-    """Photos sorted by path; positives by frame number."""
+    """Photos sorted by path; positives by frame number, or as benchmark.positives lists them."""
     found: dict[str, Manifest] = {}
     for part, folder in (("database", config.database), ("queries", config.queries)):
         with problems.gathered():
@@ -34,19 +35,20 @@ def load(config: NordlandConfig, problems: Problems) -> Benchmark:
     queries, query_numbers = _numbered(found["queries"], "benchmark.queries", problems)
     if not len(database) or not len(queries):
         problems.raise_if_any()
-    query_frames = query_numbers * config.frames_per_query
-    return Benchmark(
-        name=config.name,
-        database=database,
-        queries=queries,
-        positives=within_frames(query_frames, database_frames, config.tolerance_frames),
-        protocol={
+    database, queries = with_tables(config, database, queries, problems)
+    if config.positives is not None:
+        positives = positives_from_table(config.positives, queries, database, problems)
+        protocol: dict[str, object] = {"positives": "list", "radius_m": None}
+    else:
+        query_frames = query_numbers * config.frames_per_query
+        positives = within_frames(query_frames, database_frames, config.tolerance_frames)
+        protocol = {
             "positives": "frames",
             "radius_m": None,
             "tolerance_frames": config.tolerance_frames,
             "frames_per_query": config.frames_per_query,
-        },
-    )
+        }
+    return Benchmark(name=config.name, database=database, queries=queries, positives=positives, protocol=protocol)
 
 
 def within_frames(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pairvpr.config.benchmark_schema import PittsburghConfig
 from pairvpr.data import storage
 from pairvpr.data.benchmarks.listed import listed_paths
+from pairvpr.data.benchmarks.truth import positives_from_table, with_tables
 from pairvpr.data.manifest import Benchmark, Manifest
 from pairvpr.data.mat_file import MatError, MatValue, NewerMatError, read_variable
 from pairvpr.data.positives import within_radius
@@ -33,7 +34,7 @@ class ListedPhotos:
 
 
 def load(config: PittsburghConfig, problems: Problems) -> Benchmark:
-    """Photos in list order; positives within a radius."""
+    """Photos in list order; positives within a radius, or as benchmark.positives lists them."""
     listed: dict[str, ListedPhotos] = {}
     with problems.gathered():
         listed = read_db_struct(config.db_struct)
@@ -56,13 +57,14 @@ def load(config: PittsburghConfig, problems: Problems) -> Benchmark:
     queries = _manifest(storage.join(root, QUERIES_FOLDER), in_queries, listed["queries"], problems)
     if not len(database) or not len(queries):
         problems.raise_if_any()
-    return Benchmark(
-        name=config.name,
-        database=database,
-        queries=queries,
-        positives=within_radius(queries.utm_m, database.utm_m, config.radius_m),
-        protocol={"positives": "radius", "radius_m": config.radius_m},
-    )
+    database, queries = with_tables(config, database, queries, problems)
+    if config.positives is not None:
+        positives = positives_from_table(config.positives, queries, database, problems)
+        protocol: dict[str, object] = {"positives": "list", "radius_m": None}
+    else:
+        positives = within_radius(queries.utm_m, database.utm_m, config.radius_m)
+        protocol = {"positives": "radius", "radius_m": config.radius_m}
+    return Benchmark(name=config.name, database=database, queries=queries, positives=positives, protocol=protocol)
 
 
 def read_db_struct(url: str) -> dict[str, ListedPhotos]:
