@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from pyarrow import compute
 
 from pairvpr.data import utm
 from pairvpr.data.manifest import Manifest
-from pairvpr.data.positions import zone_of_names
+from pairvpr.data.positions import zone_of_metres
 from pairvpr.data.utm import UtmZone
 from pairvpr.errors import UserError
 from pairvpr.index.filters import Filters, Places
 
-pc: Any = compute  # its functions are generated at run time, so their types are unknown
-
-_EPSG_NORTH, _EPSG_SOUTH, _NUM_ZONES = 32600, 32700, 60
-_PAIR = r"(?P<first>-?\d+(?:\.\d+)?)@(?P<second>-?\d+(?:\.\d+)?)"
-_METRES = rf"(?s)^(?:.*/)?@{_PAIR}@[^/]*$"
-_DEGREES = rf"(?s)^(?:.*/)?@[^/@]*@[^/@]*@[^/@]*@[^/@]*@{_PAIR}@[^/]*$"
-_METRES_AGREE_M = 1.0
-"""How far a photo's metres may lie from those in its name, if these are where they come from."""
-_DEGREES_AGREE_M = 50.0
-"""How far a name's degrees may lie from its metres, both of which are rounded."""
 _MOST_LATITUDE_DEG, _MOST_LONGITUDE_DEG = 90.0, 180.0
 
 
@@ -86,14 +75,23 @@ class Map:
         self._images = images
         self._epsg = epsg
         if epsg is not None:
-            _zone_of_epsg(epsg)
+            self._zone_given(epsg)
 
     @cached_property
     def zone(self) -> UtmZone | None:
-        """The UTM zone of the index's metres: as it was given, or as the names of its photos state it."""
-        if self._epsg is not None:
-            return _zone_of_epsg(self._epsg)
-        return _zone_of_names(self._images)
+        """The UTM zone of the index's metres: as it was given, or as its photos say it."""
+        return zone_of_metres(self._images) if self._epsg is None else self._zone_given(self._epsg)
+
+    def _zone_given(self, epsg: int) -> UtmZone:
+        """Raises `UserError` for the code of no zone, and of another zone than the index records."""
+        try:
+            zone = UtmZone.of_epsg(epsg)
+        except ValueError as error:
+            raise UserError(f"utm_epsg={epsg}: {error}") from error
+        recorded = self._images.zone
+        if recorded not in (None, zone):
+            raise UserError(f"utm_epsg={epsg}: the index's positions are in EPSG:{recorded.epsg}; expected it or none")
+        return zone
 
     def degrees(self, image_ids: NDArray[np.int64]) -> NDArray[np.float64]:
         """(n, 2) latitude and longitude of photos; NaN where unknown."""
@@ -192,38 +190,3 @@ def _is_pair(value: object) -> bool:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _zone_of_epsg(epsg: int) -> UtmZone:
-    """Raises `UserError` for what is no UTM zone's code."""
-    for first, south in ((_EPSG_NORTH, False), (_EPSG_SOUTH, True)):
-        if isinstance(epsg, int) and first < epsg <= first + _NUM_ZONES:
-            return UtmZone(epsg - first, south)
-    raise UserError(
-        f"utm_epsg={epsg}: expected a WGS84 UTM zone: {_EPSG_NORTH} + its number in the north, {_EPSG_SOUTH} + its "
-        "number in the south"
-    )
-
-
-def _zone_of_names(images: Manifest) -> UtmZone | None:
-    """The zone that the names `@east@north@zone@band@latitude@longitude@...` of most located photos state.
-
-    None where these are not the names' positions: most metres are others, or a name's degrees are another place.
-    """
-    rows = np.flatnonzero(~np.isnan(images.utm_m[:, 0]))
-    located = images.only(rows).with_positions(images.utm_m[rows])
-    zone, apart_m = zone_of_names(located), _apart_m(located, _METRES, lambda metres: metres)
-    if zone is None or not len(apart_m) or np.median(apart_m) > _METRES_AGREE_M:
-        return None
-    apart_m = _apart_m(located, _DEGREES, lambda degrees: utm.to_utm(degrees[:, 0], degrees[:, 1], zone))
-    return None if apart_m.max(initial=0.0) > _DEGREES_AGREE_M else zone
-
-
-def _apart_m(
-    images: Manifest, pattern: str, to_metres: Callable[[NDArray[np.float64]], NDArray[np.float64]]
-) -> NDArray[np.float64]:
-    """(n,) how far photos are from what their names say in the groups `first` and `second`, of names that do."""
-    found = pc.extract_regex(images.path_column, pattern)
-    rows = np.flatnonzero(found.is_valid().to_numpy())
-    first, second = (pc.struct_field(found.take(rows), name).cast("float64").to_numpy() for name in ("first", "second"))
-    return np.abs(to_metres(np.stack([first, second], axis=1)) - images.utm_m[rows]).max(axis=1)

@@ -22,8 +22,6 @@ from pairvpr.data.claim import check_claim, check_writable, claim
 from pairvpr.data.descriptor_file import check_photos_of_file
 from pairvpr.data.located import located
 from pairvpr.data.manifest import Benchmark, Manifest, folder_manifest
-from pairvpr.data.positions import zone_of_names
-from pairvpr.data.utm import UtmZone
 from pairvpr.distributed.runtime import ModelSource, ray_session
 from pairvpr.errors import UserError
 from pairvpr.evaluation.confidence import calibrated
@@ -134,7 +132,7 @@ def _filters(config: FilterConfig, benchmark: Benchmark) -> tuple[Filters, Place
                 "exif, or "
                 "by evaluate"
             )
-    near, heading_deg = _priors(config, benchmark.queries, zone_of_names(benchmark.database))
+    near, heading_deg = _priors(config, benchmark.queries, benchmark.database)
     return (
         Filters.of(
             len(benchmark.queries),
@@ -149,18 +147,15 @@ def _filters(config: FilterConfig, benchmark: Benchmark) -> tuple[Filters, Place
 
 
 def _priors(
-    config: FilterConfig, queries: Manifest, zone: UtmZone | None
+    config: FilterConfig, queries: Manifest, database: Manifest
 ) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
-    """Prior position (2,) or (Q, 2) and heading () or (Q,), if there is a condition on them.
-
-    `zone` is the UTM zone of the index's positions, if their names give it.
-    """
+    """Prior position (2,) or (Q, 2) and heading () or (Q,), if there is a condition on them."""
     near = None if config.center is None else np.array(config.center)
     heading_deg = None if config.heading_deg is None else np.array(config.heading_deg)
     if not config.needs_priors:
         return near, heading_deg
     source = PositionSource.names if config.priors is None else PositionSource.table
-    known = located(queries, PositionsConfig(positions=source, positions_table=config.priors), "queries", zone)
+    known = located(queries, PositionsConfig(positions=source, positions_table=config.priors), "queries", database)
     rows = known.ids_of(queries.path_column)
     own = {"position": known.utm_m[rows], "heading": known.heading_deg[rows]}
     if config.near_m is not None and near is None:

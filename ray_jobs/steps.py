@@ -65,7 +65,7 @@ def ensure_index(
     if finished is not None and not storage.has_atomic_creation(directory):
         raise UserError(
             f"{directory}: the finished index is {finished.kind} ({finished.factory}); this storage can't keep "
-            "two writers apart; expected python -m ray_jobs.update_index index.kind=... single_writer=true"
+            "two writers apart; expected pairvpr update_index index.kind=... single_writer=true"
         )
     check_width(index.reduce_to, first.width)
     budget_bytes = memory_budget_bytes(index)

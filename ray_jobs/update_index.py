@@ -29,7 +29,6 @@ from pairvpr.data.descriptor_file import DescriptorFile, check_photos_of_file
 from pairvpr.data.located import located
 from pairvpr.data.manifest import Manifest, folder_manifest
 from pairvpr.data.photo_listing import IMAGE_SUFFIXES, photos_among
-from pairvpr.data.positions import zone_of_names
 from pairvpr.data.problems import Problems
 from pairvpr.data.spellings import NO_PHOTO, SEVERAL, Spellings, no_photo_text
 from pairvpr.data.tables import TableFile, find_photos
@@ -175,7 +174,7 @@ def _added(config: UpdateIndexConfig, images: Manifest) -> Manifest | None:
     else:
         folder = _below_root(config.add, "add", images.root)
         paths = [f"{folder}{path}" for path in folder_manifest(config.add, "add").paths]
-    return located(Manifest.of(images.root, sorted(set(paths))), config, "add", zone_of_names(images))
+    return located(Manifest.of(images.root, sorted(set(paths))), config, "add", images)
 
 
 def _as_spelt_there(paths: Sequence[str], root: str) -> list[str]:

@@ -403,7 +403,7 @@ class RerankConfig:
     second_direction: int | None = None
     """Also score (candidate, query) for this many candidates of best logit(query, candidate); null = all."""
     calibration: str | None = None
-    """File (path or URL) from ray_jobs.calibrate; adds a confidence (probability of being right) to each answer."""
+    """File (path or URL) from pairvpr calibrate; adds a confidence (probability of being right) to each answer."""
     not_in_map_below: float | None = None
     """Answer "not in this map" (in_map) if the confidence is below this; needs rerank.calibration."""
     adaptive: bool = False
@@ -482,7 +482,7 @@ class RerankConfig:
         ):
             require(
                 not is_used or self.calibration is not None,
-                f"rerank.{setting} is set without rerank.calibration: expected also a file from ray_jobs.calibrate",
+                f"rerank.{setting} is set without rerank.calibration: expected also a file from pairvpr calibrate",
             )
         require(
             not self.adaptive or self.second_direction is None,
@@ -507,7 +507,7 @@ class ClusterConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig(BenchmarkJobConfig):
-    """`python -m ray_jobs.evaluate`: describe, index, retrieve, re-rank, report."""
+    """`pairvpr evaluate`: describe, index, retrieve, re-rank, report."""
 
     output: str = "???"
     """Output directory (path or URL) of the run; run the same command again to resume."""
@@ -527,7 +527,7 @@ class EvaluateConfig(BenchmarkJobConfig):
 
 @dataclass(kw_only=True, slots=True)
 class CheckBenchmarkConfig(BenchmarkJobConfig):
-    """`python -m ray_jobs.check_benchmark`: is a download complete? Prints counts, and one line per problem."""
+    """`pairvpr check_benchmark`: is a download complete? Prints counts, and one line per problem."""
 
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     num_opened: int = 100
@@ -543,7 +543,7 @@ class CheckBenchmarkConfig(BenchmarkJobConfig):
 
 @dataclass(kw_only=True, slots=True)
 class CalibrateConfig:
-    """`python -m ray_jobs.calibrate`: fit confidences and the rule for early stopping to an evaluation."""
+    """`pairvpr calibrate`: fit confidences and the rule for early stopping to an evaluation."""
 
     predictions: str = "???"
     """Output directory (path or URL) of a finished evaluation with ground truth and all pairs scored both ways."""
@@ -618,7 +618,7 @@ class PositionsConfig:
 
 @dataclass(kw_only=True)
 class BuildIndexConfig(PositionsConfig):
-    """`python -m ray_jobs.build_index`: describe a folder of photos and index it."""
+    """`pairvpr build_index`: describe a folder of photos and index it."""
 
     database: str = "???"
     """Folder of database photos (path or URL), searched recursively."""
@@ -662,7 +662,7 @@ class ChangedIndexConfig(ShardsConfig):
 
 @dataclass(kw_only=True)
 class UpdateIndexConfig(PositionsConfig):
-    """`python -m ray_jobs.update_index`: add or remove photos of an index; each change is a new generation."""
+    """`pairvpr update_index`: add or remove photos of an index; each change is a new generation."""
 
     add: str | None = None
     """Subfolder of the index's photos, or a list of photos in it (.txt: one per line; .csv, .parquet: column path)."""
@@ -684,10 +684,6 @@ class UpdateIndexConfig(PositionsConfig):
             self.add is not None or self.remove is not None or self.compact or self.index.kind is not None,
             "nothing to do: expected one or more of add=..., remove=..., compact=true, index.kind=...",
         )
-        require(
-            self.positions is not PositionSource.exif,
-            "positions=exif: added photos need metres in the index's UTM zone; expected names, or a table with UTM",
-        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -699,7 +695,7 @@ class FilterConfig:
     center: list[float] | None = None
     """[utm_east, utm_north] in metres: the prior position of all queries."""
     priors: str | None = None
-    """CSV or Parquet of priors per query (path, utm_east, utm_north, heading); null = read from `@` names if needed."""
+    """CSV or Parquet of priors: path, utm_east, utm_north (or latitude, longitude), heading; null = from `@` names."""
     box: list[float] | None = None
     """[west, south, east, north] in UTM metres: search only this box."""
     heading_deg: float | None = None
@@ -747,7 +743,7 @@ class FilterConfig:
 
 @dataclass(kw_only=True, slots=True)
 class QueryConfig:
-    """`python -m ray_jobs.query`: where was each of these photos taken? Searches an existing index."""
+    """`pairvpr query`: where was each of these photos taken? Searches an existing index."""
 
     queries: str = "???"
     """Folder of query photos (path or URL), searched recursively."""
@@ -797,7 +793,7 @@ class PlanSettings:
 
 @dataclass(kw_only=True, slots=True)
 class PlanConfig(BenchmarkJobConfig):
-    """`python -m ray_jobs.plan`: estimate the size, memory and hours of an index before building it."""
+    """`pairvpr plan`: estimate the size, memory and hours of an index before building it."""
 
     output: str | None = None
     """File (path or URL) for the plan as JSON; on several machines, temporary calibration photos are put next to it."""

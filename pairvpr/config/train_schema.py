@@ -207,21 +207,21 @@ class TrainJobConfig(BenchmarkJobConfig):
 
 @dataclass(kw_only=True, slots=True)
 class TrainStageOneConfig(TrainJobConfig):
-    """`python -m ray_jobs.train_stage_one`: place-aware pre-training of encoder and decoder."""
+    """`pairvpr train_stage_one`: place-aware pre-training of encoder and decoder."""
 
     train: StageOneConfig = field(default_factory=StageOneConfig)
 
 
 @dataclass(kw_only=True, slots=True)
 class TrainStageTwoConfig(TrainJobConfig):
-    """`python -m ray_jobs.train_stage_two`: global descriptor and pair classifier together."""
+    """`pairvpr train_stage_two`: global descriptor and pair classifier together."""
 
     train: StageTwoConfig = field(default_factory=StageTwoConfig)
 
 
 @dataclass(kw_only=True, slots=True)
 class SearchCheckpointsConfig(BenchmarkJobConfig):
-    """`python -m ray_jobs.search_checkpoints`: the two-stage evaluation of every stage-two checkpoint."""
+    """`pairvpr search_checkpoints`: the two-stage evaluation of every stage-two checkpoint."""
 
     checkpoints: str = "???"
     """Folder (path or URL) of stage-two checkpoints or exported weights."""
@@ -262,7 +262,7 @@ class SearchCheckpointsConfig(BenchmarkJobConfig):
 
 @dataclass(kw_only=True, slots=True)
 class ExportWeightsConfig:
-    """`python -m ray_jobs.export_weights`: convert a stage-two checkpoint to weights for evaluate."""
+    """`pairvpr export_weights`: convert a stage-two checkpoint to weights for evaluate."""
 
     checkpoint: str = "???"
     """Stage-two checkpoint (path or URL)."""

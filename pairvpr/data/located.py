@@ -5,27 +5,46 @@ from __future__ import annotations
 from pairvpr.config.benchmark_schema import PositionSource
 from pairvpr.config.schema import PositionsConfig
 from pairvpr.data.manifest import Manifest
-from pairvpr.data.positions import PositionsTable, positions_from_exif, positions_from_names, positions_from_tables
+from pairvpr.data.positions import (
+    PositionsTable,
+    positions_from_exif,
+    positions_from_names,
+    positions_from_tables,
+    zone_of_metres,
+    zone_of_names,
+)
 from pairvpr.data.problems import Problems
-from pairvpr.data.utm import UtmZone
+from pairvpr.errors import UserError
 
 
-def located(photos: Manifest, config: PositionsConfig, key: str, zone: UtmZone | None = None) -> Manifest:
+def located(photos: Manifest, config: PositionsConfig, key: str, index: Manifest | None = None) -> Manifest:
     """The photos with positions from the source in `config`, without those that have no position.
 
-    `zone`, if known, is the UTM zone to compare them in; names of other zones are projected into it.
-    Raises `UserError` for the first photo, row or file that can't be used.
+    `index`, if given, are photos of an index: the positions are then in the UTM zone of its metres. A table of metres
+    must be in that zone; all other sources are projected into it.
+
+    Raises `UserError` for the first photo, row or file that can't be used, and for degrees if the zone of the index's
+    metres is unknown.
     """
     if config.positions is None:
         return photos
-    problems = Problems()
+    problems, zone, zone_of_its_names = Problems(), None, None
+    if index is not None:
+        zone, zone_of_its_names = zone_of_metres(index), index.zone or zone_of_names(index)
     match config.positions:
         case PositionSource.names:
-            placed = positions_from_names(photos, key, problems, zone)
+            placed = positions_from_names(photos, key, problems, zone_of_its_names)
         case PositionSource.table:
             table = PositionsTable("positions_table", str(config.positions_table), photos)
-            placed = positions_from_tables([table], config.columns, "columns", problems)[0]
+            placed = positions_from_tables([table], config.columns, "columns", problems, zone)[0]
         case PositionSource.exif:
-            placed = positions_from_exif([photos], problems)[0]
+            placed = positions_from_exif([photos], problems, zone)[0]
     problems.raise_if_any()
-    return placed
+    if index is None or not index.has_positions:
+        return placed
+    if zone is None and placed.zone is not None:
+        raise UserError(
+            f"positions={config.positions}: latitude and longitude, but the UTM zone of the index's metres is unknown; "
+            "expected a table of metres in that zone"
+        )
+    return placed.in_zone(index.zone)

@@ -23,6 +23,7 @@ from pyarrow import compute
 
 from pairvpr.data import sealed, storage
 from pairvpr.data.photo_listing import IMAGE_SUFFIXES, photos_among
+from pairvpr.data.utm import UtmZone
 from pairvpr.errors import UserError
 from pairvpr.secrets import without_secrets
 from pairvpr.terminal import say
@@ -38,6 +39,8 @@ SCHEMA = pa.schema(
         ("heading_deg", pa.float64()),
     ]
 )
+_ZONE = b"utm_epsg"
+"""Metadata of a table of photos: the EPSG code of the UTM zone of its metres, where a source in degrees decided it."""
 _PATHS_AT_A_TIME = 1 << 16
 
 
@@ -63,10 +66,11 @@ class Manifest:
         paths: Sequence[str] | pa.ChunkedArray,
         utm_m: NDArray[np.float64] | None = None,
         heading_deg: NDArray[np.float64] | None = None,
+        zone: UtmZone | None = None,
     ) -> Manifest:
-        """Photos at `paths` (relative to `root`, in the order of their ids); `utm_m` (n, 2) is east, north.
+        """Photos at `paths` (relative to `root`, in the order of their ids); `utm_m` (n, 2) is east, north in `zone`.
 
-        NaN = unknown.
+        NaN and None = unknown.
         """
         num_images = len(paths)
         nulls = pa.nulls(num_images, pa.float64())
@@ -80,15 +84,36 @@ class Manifest:
             ],
             schema=SCHEMA,
         )
-        return cls(root, table)
+        return cls(root, table).in_zone(zone)
 
     def only(self, image_ids: NDArray[np.int64]) -> Manifest:
         """Some of the photos, without positions and with new ids."""
         return Manifest.of(self.root, self.path_column.take(pa.array(image_ids, pa.int64())))
 
-    def with_positions(self, utm_m: NDArray[np.float64], heading_deg: NDArray[np.float64] | None = None) -> Manifest:
-        """The same photos with positions `utm_m` (n, 2) and headings `heading_deg` (n,), clockwise from north."""
-        return Manifest.of(self.root, self.path_column, utm_m, heading_deg)
+    def with_positions(
+        self,
+        utm_m: NDArray[np.float64],
+        heading_deg: NDArray[np.float64] | None = None,
+        zone: UtmZone | None = None,
+    ) -> Manifest:
+        """The same photos with positions `utm_m` (n, 2) in `zone`, and headings (n,), clockwise from north."""
+        return Manifest.of(self.root, self.path_column, utm_m, heading_deg, zone)
+
+    def in_zone(self, zone: UtmZone | None) -> Manifest:
+        """The same photos, whose metres are those of `zone`; nothing is projected."""
+        metadata = None if zone is None else {_ZONE: str(zone.epsg).encode()}
+        return Manifest(self.root, self.table.replace_schema_metadata(metadata))
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether the position of any photo is known."""
+        return self.table.column("utm_east_m").null_count < len(self)
+
+    @property
+    def zone(self) -> UtmZone | None:
+        """The recorded UTM zone of the metres; None where their source does not state one, and for names, which do."""
+        code = (self.table.schema.metadata or {}).get(_ZONE)
+        return None if code is None else UtmZone.of_epsg(int(code))
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -164,7 +189,11 @@ class Manifest:
         if paths.null_count or pc.any(pc.match_substring_regex(paths, storage.OUTSIDE)).as_py():
             outside = paths.filter(pc.fill_null(pc.match_substring_regex(paths, storage.OUTSIDE), True))[0].as_py()
             raise sealed.DamagedFileError(url, f"the path {outside!r} points outside the photo folder", remedy)
-        return cls(root, table)
+        found = cls(root, table)
+        try:
+            return found.in_zone(found.zone)
+        except ValueError as error:
+            raise sealed.DamagedFileError(url, f"no EPSG code of a UTM zone: {error}", remedy) from error
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -36,6 +36,14 @@ _NAME = (
 
 _ZONE = r"(?s)^(?:.*/)?@[^/@]*@[^/@]*@0?(?P<zone>[1-9]|[1-5]\d|60)@(?P<band>[C-HJ-NP-Xc-hj-np-x])@[^/]*$"
 
+_PAIR = r"(?P<first>-?\d+(?:\.\d+)?)@(?P<second>-?\d+(?:\.\d+)?)"
+_METRES = rf"(?s)^(?:.*/)?@{_PAIR}@[^/]*$"
+_DEGREES = rf"(?s)^(?:.*/)?@[^/@]*@[^/@]*@[^/@]*@[^/@]*@{_PAIR}@[^/]*$"
+_METRES_AGREE_M = 1.0
+"""How far a photo's metres may lie from those in its name, if these are where they come from."""
+_DEGREES_AGREE_M = 50.0
+"""How far a name's degrees may lie from its metres, both of which are rounded."""
+
 _NUM_READERS = 16
 _PHOTOS_AT_A_TIME = 256
 
@@ -69,6 +77,33 @@ def positions_from_names(photos: Manifest, key: str, problems: Problems, zone: U
 def zone_of_names(photos: Manifest) -> UtmZone | None:
     """The zone of most of the photos' names; None if no name gives one."""
     return _most_stated(_stated_zones(photos))
+
+
+def zone_of_metres(photos: Manifest) -> UtmZone | None:
+    """The UTM zone of the photos' metres: as it was recorded, or as the names of most located photos state it.
+
+    None where neither is known, and where these are not the names' positions: most metres are others, or a name's
+    degrees are another place.
+    """
+    if photos.zone is not None:
+        return photos.zone
+    rows = np.flatnonzero(~np.isnan(photos.utm_m[:, 0]))
+    located = photos.only(rows).with_positions(photos.utm_m[rows])
+    zone, apart_m = zone_of_names(located), _apart_m(located, _METRES, lambda metres: metres)
+    if zone is None or not len(apart_m) or np.median(apart_m) > _METRES_AGREE_M:
+        return None
+    apart_m = _apart_m(located, _DEGREES, lambda degrees: utm.to_utm(degrees[:, 0], degrees[:, 1], zone))
+    return None if apart_m.max(initial=0.0) > _DEGREES_AGREE_M else zone
+
+
+def _apart_m(
+    photos: Manifest, pattern: str, to_metres: Callable[[NDArray[np.float64]], NDArray[np.float64]]
+) -> NDArray[np.float64]:
+    """(n,) how far photos are from what their names say in the groups `first` and `second`, of names that do."""
+    found = pc.extract_regex(photos.path_column, pattern)
+    rows = np.flatnonzero(found.is_valid().to_numpy())
+    first, second = (pc.struct_field(found.take(rows), name).cast("float64").to_numpy() for name in ("first", "second"))
+    return np.abs(to_metres(np.stack([first, second], axis=1)) - photos.utm_m[rows]).max(axis=1)
 
 
 _NOT_STATED = 0
@@ -157,12 +192,17 @@ class _Located:
 
 
 def positions_from_tables(
-    sources: Sequence[PositionsTable], columns: PositionColumns, columns_key: str, problems: Problems
+    sources: Sequence[PositionsTable],
+    columns: PositionColumns,
+    columns_key: str,
+    problems: Problems,
+    zone: UtmZone | None = None,
 ) -> list[Manifest]:
     """The photos that the tables list, with their positions; the first table is the database's.
 
-    Unreadable tables and unusable rows are problems; raises `UserError` if too little is left. `columns_key` is the
-    setting that renames columns.
+    Degrees become metres of `zone`, by default of the zone that holds most of the database. Unreadable tables and
+    unusable rows are problems; raises `UserError` if too little is left. `columns_key` is the setting that renames
+    columns.
     """
     files = dict[str, TableFile]()
     for source in sources:
@@ -179,27 +219,28 @@ def positions_from_tables(
     is_utm = pair == _pairs(columns)[0]
     if is_utm:
         _check_one_zone(list(files.values()), problems)
-    return [_in_utm(part) for part in located] if is_utm else _in_one_zone(located, problems)
+    return [_in_utm(part) for part in located] if is_utm else _in_one_zone(located, problems, zone)
 
 
-def positions_from_exif(parts: Sequence[Manifest], problems: Problems) -> list[Manifest]:
+def positions_from_exif(parts: Sequence[Manifest], problems: Problems, zone: UtmZone | None = None) -> list[Manifest]:
     """The photos with the positions and headings (from true north) of their EXIF; database first.
 
-    A photo without a position is a problem; raises `UserError` if no database photo has one.
+    Metres are of `zone`, by default of the zone that holds most of the database. A photo without a position is a
+    problem; raises `UserError` if no database photo has one.
     """
-    return _in_one_zone([_read_exif(photos, problems) for photos in parts], problems)
+    return _in_one_zone([_read_exif(photos, problems) for photos in parts], problems, zone)
 
 
 def _in_utm(located: _Located) -> Manifest:
     return located.photos.with_positions(located.coordinates, located.heading_deg)
 
 
-def _in_one_zone(located: list[_Located], problems: Problems) -> list[Manifest]:
-    """Convert database (and queries) from degrees to metres in the zone that holds most of the database."""
+def _in_one_zone(located: list[_Located], problems: Problems, zone: UtmZone | None) -> list[Manifest]:
+    """Convert database (and queries) from degrees to metres in `zone`, or that which holds most of the database."""
     database = located[0]
     if not len(database.photos):
         problems.raise_if_any()
-    zone = utm.zone_of(database.coordinates[:, 0], database.coordinates[:, 1])
+    zone = zone or utm.zone_of(database.coordinates[:, 0], database.coordinates[:, 1])
     placed = []
     for part in located:
         utm_m = utm.to_utm(part.coordinates[:, 0], part.coordinates[:, 1], zone)
@@ -212,7 +253,7 @@ def _in_one_zone(located: list[_Located], problems: Problems) -> list[Manifest]:
                 f"{utm.MOST_EAST_M / 1000:.0f} km of longitude {zone.central_meridian_deg:g}"
             )
         near = np.flatnonzero(is_near)
-        placed.append(part.photos.only(near).with_positions(utm_m[near], part.heading_deg[near]))
+        placed.append(part.photos.only(near).with_positions(utm_m[near], part.heading_deg[near], zone))
     return placed
 
 

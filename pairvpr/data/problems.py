@@ -40,5 +40,5 @@ class Problems:
         """Raise `FoundProblemsError`, a `UserError` with the first line and the number of others."""
         if self.lines:
             more = len(self.lines) - 1
-            ending = f" (and {more:,} more; ray_jobs.check_benchmark lists them)" if more else ""
+            ending = f" (and {more:,} more; pairvpr check_benchmark lists them)" if more else ""
             raise FoundProblemsError(self.lines[0] + ending)

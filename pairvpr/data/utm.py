@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+_EPSG_NORTH, _EPSG_SOUTH, _NUM_ZONES = 32600, 32700, 60
+
 MOST_EAST_M = 900_000.0
 """Beyond this distance from the central meridian, distances on the map are more than 1 % too long."""
 
@@ -63,6 +65,22 @@ class UtmZone:
     def central_meridian_deg(self) -> float:
         """Longitude at which east is 500 km."""
         return 6.0 * self.number - 183.0
+
+    @property
+    def epsg(self) -> int:
+        """Its EPSG code: 32601 to 32660 in the north, 32701 to 32760 in the south."""
+        return (_EPSG_SOUTH if self.south else _EPSG_NORTH) + self.number
+
+    @classmethod
+    def of_epsg(cls, code: int) -> UtmZone:
+        """The zone with this EPSG code. Raises `ValueError` for the code of anything else."""
+        for first, south in ((_EPSG_NORTH, False), (_EPSG_SOUTH, True)):
+            if isinstance(code, int) and first < code <= first + _NUM_ZONES:
+                return cls(code - first, south)
+        raise ValueError(
+            f"expected a WGS84 UTM zone: {_EPSG_NORTH} + its number in the north, {_EPSG_SOUTH} + its number in the "
+            "south"
+        )
 
 
 def zone_of(latitude_deg: NDArray[np.float64], longitude_deg: NDArray[np.float64]) -> UtmZone:

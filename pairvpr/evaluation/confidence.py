@@ -39,7 +39,7 @@ NUM_THRESHOLDS = 101
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """The result of `ray_jobs.calibrate` for one benchmark and network; docs/formats.md describes its file."""
+    """The result of `pairvpr calibrate` for one benchmark and network; docs/formats.md describes its file."""
 
     benchmark: str
     num_queries: int
@@ -177,15 +177,15 @@ class Rules:
 
 def read_calibration(url: str) -> Calibration:
     """Read a calibration file (path or URL). Raises `UserError` if it is not one."""
-    expected = "expected a file of ray_jobs.calibrate"
+    expected = "expected a file of pairvpr calibrate"
     try:
         content = sealed.read_json(url, expected)
     except UserError as error:
         raise UserError(f"rerank.calibration={error}") from error
     if content is None:
-        raise UserError(f"rerank.calibration={url}: no such file; expected one from ray_jobs.calibrate")
+        raise UserError(f"rerank.calibration={url}: no such file; expected one from pairvpr calibrate")
     if "format_version" not in content:
-        raise UserError(f"rerank.calibration={url}: not a calibration; expected a file from ray_jobs.calibrate")
+        raise UserError(f"rerank.calibration={url}: not a calibration; expected a file from pairvpr calibrate")
     if content["format_version"] not in range(OLDEST_FORMAT_VERSION, FORMAT_VERSION + 1):
         raise UserError(
             f"rerank.calibration={url}: format version {content['format_version']}; expected "
@@ -194,7 +194,7 @@ def read_calibration(url: str) -> Calibration:
     try:
         return _parsed(content)
     except (KeyError, TypeError, ValueError, DamagedFileError) as error:
-        raise UserError(f"rerank.calibration={url}: damaged; expected a file from ray_jobs.calibrate") from error
+        raise UserError(f"rerank.calibration={url}: damaged; expected a file from pairvpr calibrate") from error
 
 
 def calibrated(config: RerankConfig) -> Calibration | None:

@@ -227,16 +227,23 @@ def read_images(directory: str, manifest: IndexManifest) -> Manifest:
 
     Raises `UserError` if a table is missing or damaged.
     """
-    tables = []
+    tables, zones = [], []
     for part in manifest.images:
         url = storage.join(directory, part.file.path)
-        table = Manifest.parse(read_checked(directory, part.file), url, manifest.images_root).table
-        if len(table) != part.count:
-            raise UserError(f"{url}: {len(table):,} photos, but the manifest has {part.count:,}; build the index again")
-        tables.append(table)
+        photos = Manifest.parse(read_checked(directory, part.file), url, manifest.images_root)
+        if len(photos) != part.count:
+            raise UserError(
+                f"{url}: {len(photos):,} photos, but the manifest has {part.count:,}; build the index again"
+            )
+        tables.append(photos.table.replace_schema_metadata(None))
+        if photos.has_positions:
+            zones.append(photos.zone)
+            if photos.zone != zones[0]:
+                raise UserError(f"{url}: its metres are of another UTM zone than the index's; build the index again")
     together = pa.concat_tables(tables)
     ids = pa.array(np.arange(len(together)))
-    return Manifest(manifest.images_root, together.set_column(0, SCHEMA.field(0), ids))
+    images = Manifest(manifest.images_root, together.set_column(0, SCHEMA.field(0), ids))
+    return images.in_zone(zones[0] if zones else None)
 
 
 def check_model(

@@ -28,8 +28,8 @@ from pairvpr.data.utm import UtmZone
 from pairvpr.errors import UserError
 from pairvpr.report.finished import FinishedRun, open_run
 from pairvpr.report.outcomes import final_answers, rows_of
-from pairvpr.report.zone import zone_of_run
 from pairvpr.secrets import without_secrets
+from pairvpr.where import Map
 
 FILES = {
     "hloc": "pairs-hloc.txt",
@@ -186,7 +186,7 @@ def export(
     target = output or storage.join(url, FILES[form])
     check_writable_file(target, "--output", "the export")
     run = open_run(url)
-    zone = zone_of_run(run, epsg) if form in ("geojson", "csv") else None
+    zone = Map(run.database, epsg).zone if form in ("geojson", "csv") else None
     if form == "geojson" and np.isnan(run.database.utm_m).all():
         raise UserError(f"{url}: the run knows no photo's position, which --to geojson needs")
     if form == "geojson" and zone is None:

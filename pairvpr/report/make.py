@@ -24,8 +24,8 @@ from pairvpr.report.gallery import Photos, ShownQuery, shown_queries
 from pairvpr.report.outcomes import KINDS, MEANING, Kind, Outcomes, best_positions, error_of, read_outcomes
 from pairvpr.report.page import page
 from pairvpr.report.thumbnails import heat_uri, pictures
-from pairvpr.report.zone import zone_of_run
 from pairvpr.terminal import say
+from pairvpr.where import Map
 
 BYTES_PER_PICTURED_QUERY = 40_000
 """Of thumbnails: 8 MB for 200 queries."""
@@ -157,7 +157,7 @@ def explain(run: FinishedRun, queries: Sequence[ShownQuery], photos: Photos, num
 def _tiles(run: FinishedRun, template: str | None, epsg: int | None) -> Tiles | None:
     if template is None:
         return None
-    zone = zone_of_run(run, epsg)
+    zone = Map(run.database, epsg).zone
     if zone is None:
         raise UserError(
             "report.tiles: the run knows metres, but not of which UTM zone; expected report.utm_epsg=..., the zone's "

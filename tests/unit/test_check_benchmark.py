@@ -121,7 +121,7 @@ def test_every_fault_at_once_is_found_in_one_pass(tmp_path: Path, capsys: pytest
     config = load(CheckBenchmarkConfig, ["benchmark=msls_val", f"datasets_root={tmp_path}"])
     with pytest.raises(UserError) as caught:
         load_benchmark(config.benchmark, "unused")
-    assert str(caught.value) == f"{found[0]} (and 7 more; ray_jobs.check_benchmark lists them)"  # photos aren't opened
+    assert str(caught.value) == f"{found[0]} (and 7 more; pairvpr check_benchmark lists them)"  # photos aren't opened
 
 
 def test_a_table_of_positions_with_every_fault(tmp_path: Path) -> None:

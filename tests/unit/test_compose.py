@@ -166,7 +166,7 @@ def test_the_last_of_two_equal_keys_wins() -> None:
         ("rerank.batch_size=0", ["rerank.batch_size=0: expected a number above 0"]),
         ("rerank.cache_gib=-1", ["rerank.cache_gib=-1.0: expected 0 or more"]),
         ("rerank.cache_gib=nan", ["rerank.cache_gib=nan"]),
-        ("rerank.adaptive=true", ["rerank.adaptive is set without rerank.calibration", "ray_jobs.calibrate"]),
+        ("rerank.adaptive=true", ["rerank.adaptive is set without rerank.calibration", "pairvpr calibrate"]),
         ("rerank.not_in_map_below=0.5", ["rerank.not_in_map_below is set without rerank.calibration"]),
         ("rerank.not_in_map_below=1.5", ["rerank.not_in_map_below=1.5: expected a probability, 0 to 1"]),
         ("rerank.not_in_map_below=nan", ["rerank.not_in_map_below=nan: expected a probability, 0 to 1"]),

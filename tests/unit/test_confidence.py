@@ -243,7 +243,7 @@ def test_what_is_no_calibration(tmp_path: Path, changes: dict[str, Any], words: 
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
-    assert "no such file; expected one from ray_jobs.calibrate" in mistake(f"{tmp_path}/none.json")
+    assert "no such file; expected one from pairvpr calibrate" in mistake(f"{tmp_path}/none.json")
     assert "can't be read" in mistake(str(tmp_path))
     assert "not JSON" in mistake(write(tmp_path, "{"))
     assert "not a JSON object" in mistake(write(tmp_path, [1]))

@@ -155,7 +155,7 @@ def test_what_is_wrong_with_frames_is_listed(tmp_path: Path) -> None:
         f"{query}: no frame 0 before 0000001.jpg; expected 0, 1, 2, ...",
     ]
     assert (len(benchmark.database), len(benchmark.queries)) == (3, 1)
-    with pytest.raises(UserError, match=r"are both frame 2; expected one \(and 4 more; ray_jobs\.check_benchmark"):
+    with pytest.raises(UserError, match=r"are both frame 2; expected one \(and 4 more; pairvpr check_benchmark"):
         load_benchmark(config, "unused")
 
 

@@ -167,7 +167,7 @@ def test_all_that_is_wrong_with_rows_is_found(root: Path) -> None:
         f"{mat}, qImageFns row 1: 001/x.jpg has the position [nan, 4477000.0]; expected numbers",
     ]
     assert (benchmark.database.paths, benchmark.queries.paths) == (["001/b.jpg"], ["000/y.jpg"])
-    with pytest.raises(UserError, match=r"'000/gone\.jpg' in .* \(and 2 more; ray_jobs\.check_benchmark lists them\)"):
+    with pytest.raises(UserError, match=r"'000/gone\.jpg' in .* \(and 2 more; pairvpr check_benchmark lists them\)"):
         load(root)
 
 

@@ -226,7 +226,7 @@ def test_every_name_without_coordinates_is_a_problem() -> None:
         f"benchmark.queries: {name}" for name in wrong
     ]
     assert rows_of(found) == [("@1@2@.jpg", 1.0, 2.0, None)]
-    with pytest.raises(FoundProblemsError, match=r"^benchmark\.queries: plain\.jpg .* \(and 6 more; ray_jobs"):
+    with pytest.raises(FoundProblemsError, match=r"^benchmark\.queries: plain\.jpg .* \(and 6 more; pairvpr"):
         problems.raise_if_any()
 
 
@@ -363,7 +363,7 @@ def test_all_that_is_wrong_is_found_in_one_pass(tmp_path: Path) -> None:
         "database.csv, row 12: latitude 48, longitude 139 is too far from UTM zone 32, where the database lies; "
         "expected photos within 900 km of longitude 9",
     ]
-    with pytest.raises(UserError, match=r"database\.csv, row 13: 2 cells, expected 4 \(and 11 more; ray_jobs\.check"):
+    with pytest.raises(UserError, match=r"database\.csv, row 13: 2 cells, expected 4 \(and 11 more; pairvpr check"):
         load(tmp_path)
 
 
@@ -911,7 +911,7 @@ def test_photos_that_do_not_say_where_are_named_one_by_one(tmp_path: Path) -> No
     for line, (_, message) in zip(found, wrong.values(), strict=False):
         assert line.split(": ", 1)[1].startswith(message)
     assert "can't be read: " in found[-1]
-    with pytest.raises(UserError, match=r"a\.jpg: its EXIF has no GPS position.* \(and 8 more; ray_jobs"):
+    with pytest.raises(UserError, match=r"a\.jpg: its EXIF has no GPS position.* \(and 8 more; pairvpr"):
         load(tmp_path, "exif")
 
 

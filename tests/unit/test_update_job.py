@@ -72,7 +72,7 @@ def update(root: Path, *line: str) -> Callable[[], object]:
         (["add=ROOT/outside.txt"], "outside.txt: ../a.png is not a path inside ROOT/photos"),
         (["add=ROOT/list.txt", "remove=ROOT/dotted.txt"], "add and remove both name a.png"),
         (["remove=ROOT/list.txt", "index.num_lists=8"], "is set without index.kind: expected also index.kind=..."),
-        (["add=ROOT/photos", "positions=exif"], "positions=exif: added photos need metres"),
+        (["add=ROOT/photos", "positions=exif"], "photos/a.png: its EXIF has no GPS position"),
         (["add=ROOT/photos", "positions=names"], "add: a.png has no coordinates in its name"),
         (["add=ROOT/photos", "positions=table"], "expected positions=table and positions_table=FILE together"),
         (["compact=true", "index.compact_share=1.5"], "index.compact_share=1.5: expected 0 to below 1"),
