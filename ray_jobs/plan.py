@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import tempfile
 import time
@@ -17,7 +18,7 @@ import ray
 
 from pairvpr.cli import run_job
 from pairvpr.config.compose import load
-from pairvpr.config.schema import PlanConfig
+from pairvpr.config.schema import IVF_KINDS, IndexKind, ModelConfig, PlanConfig
 from pairvpr.data import storage
 from pairvpr.data.benchmarks import load_benchmark
 from pairvpr.data.claim import check_writable_file
@@ -27,8 +28,11 @@ from pairvpr.distributed.capacity import room
 from pairvpr.distributed.describe import Description, describe
 from pairvpr.distributed.runtime import ModelSource, plan_actors, ray_session
 from pairvpr.errors import UserError
-from pairvpr.index.plan import Room, plan_index, table
+from pairvpr.index.plan import Plan, Room, plan_index, table
+from pairvpr.index.plan_cost import KINDS as COSTED_KINDS
+from pairvpr.index.plan_cost import KindCost, Machines, Rates, Store, Work, cost_table, plan_cost
 from pairvpr.index.plan_dense import dense_table, plan_dense
+from pairvpr.index.speed import measured_cpu_rates
 from pairvpr.models.weights import Weights, untrained_state
 from pairvpr.terminal import say
 from pairvpr.toy import city as toy_city
@@ -94,20 +98,75 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     problems, dense = made.problems(there), None
     if num_queries is not None:
         dense = plan_dense(num_images, num_queries, config.plan.num_candidates, config.model, images_per_s)
+    costs = None if config.plan.price_per_hour is None else _Costs.of(config, made, model, there, num_queries)
     content = made.as_json() | {
         "calibration": None if calibration is None else asdict(calibration),
         "nodes": [asdict(node) for node in there.nodes],
         "dense_run": None if dense is None else asdict(dense),
+        "costs": None if costs is None else costs.as_json(),
         "problems": problems,
     }
     print(table(made, str(calibration or "plan.images_per_s")))
     if dense is not None:
         print(f"\n{dense_table(dense)}")
+    if costs is not None:
+        print(f"\n{costs.table()}")
     print("".join(f"no room: {problem}\n" for problem in problems))
     print(json.dumps(content, indent=2), flush=True)
     if config.output is not None:
         _write(config.output, content)
     return content
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """What the planned index costs as each kind, and what that was reckoned from."""
+
+    kinds: list[KindCost]
+    machines: Machines
+    store: Store
+    rates: Rates
+
+    @classmethod
+    def of(cls, config: PlanConfig, made: Plan, model: ModelConfig, there: Room, num_queries: int | None) -> _Costs:
+        """Measures how fast a CPU of this machine compares descriptors."""
+        asked = config.plan
+        assert asked.price_per_hour is not None
+        machines = Machines(
+            number=asked.num_machines or len(there.nodes) or 1,
+            cpus_each=asked.cpus_per_machine
+            or max((node.num_cpus for node in there.nodes), default=os.cpu_count() or 1),
+            price_per_hour=asked.price_per_hour,
+        )
+        store = Store(
+            photo_bytes=asked.photo_kib * 1024,
+            price_per_gib_read=asked.price_per_gib_read,
+            price_per_gib_month=asked.price_per_gib_month,
+        )
+        kinds = [each.kind for each in made.kinds if each.kind in COSTED_KINDS and each.num_lists <= made.num_images]
+        say("costs: measuring how fast a CPU compares descriptors")
+        cpu = measured_cpu_rates(made.descriptor_dim, kinds)
+        rates = Rates(images_per_s=made.images_per_s, pairs_per_s=asked.pairs_per_s, cpu=cpu)
+        work = Work(num_queries, asked.num_candidates, config.index.num_build_threads)
+        plans = [_as_kind(kind, config, made, model) for kind in kinds]
+        return cls([plan_cost(each, machines, store, rates, work) for each in plans], machines, store, rates)
+
+    def table(self) -> str:
+        return cost_table(self.kinds, self.machines, self.store)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _as_kind(kind: IndexKind, config: PlanConfig, made: Plan, model: ModelConfig) -> Plan:
+    num_lists = config.index.num_lists if kind in IVF_KINDS else None
+    return plan_index(
+        made.num_images,
+        model,
+        replace(config.index, kind=kind, num_lists=num_lists),
+        budget_bytes=made.budget_bytes,
+        images_per_s=made.images_per_s,
+    )
 
 
 def _numbers(config: PlanConfig) -> tuple[int, int | None]:

@@ -20,6 +20,14 @@ def require_positive(config: object, prefix: str, *names: str) -> None:
         )
 
 
+def require_not_negative(config: object, prefix: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(
+            value is None or 0 <= value < math.inf, f"{prefix}.{name}={value}: expected 0 or a number above, and finite"
+        )
+
+
 def require_text(config: object, prefix: str, *names: str) -> None:
     for name in names:
         value = getattr(config, name)

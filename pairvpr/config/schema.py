@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 from pairvpr.config.benchmark_schema import BenchmarkConfig, BenchmarkJobConfig, PositionColumns, PositionSource
-from pairvpr.config.checks import require, require_positive, require_text
+from pairvpr.config.checks import require, require_not_negative, require_positive, require_text
 
 NUM_CANDIDATES = 100
 """Default number K of candidates to re-rank for each query."""
@@ -772,7 +772,7 @@ class QueryConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PlanSettings:
-    """The size of the planned index, and the speed of the cluster."""
+    """The size of the planned index, the speed of the cluster, and what machines and storage cost."""
 
     num_images: int | None = None
     """Number of database photos; null = counted in benchmark=..."""
@@ -784,11 +784,46 @@ class PlanSettings:
     """Number of queries, to plan dense features; null = counted in benchmark=..., or not planned without one."""
     num_candidates: int = NUM_CANDIDATES
     """Candidates to re-rank per query."""
+    price_per_hour: float | None = None
+    """Dollars that a machine costs an hour: adds hours and dollars by step; null = no costs are planned."""
+    num_machines: int | None = None
+    """Machines of the cluster, with plan.images_per_s; null = those that are there, or 1 where no Ray is started."""
+    cpus_per_machine: int | None = None
+    """CPUs of each, with plan.images_per_s; null = those that are there, or this machine's."""
+    pairs_per_s: float | None = None
+    """Pairs of photos per second that the whole cluster scores; null = unknown, and left out of the costs."""
+    photo_kib: float = 100.0
+    """Mean size of a photo's file, to plan what is read from the store."""
+    price_per_gib_read: float = 0.0
+    """Dollars for a GiB read from the store (egress); 0 = machines and store are in one region."""
+    price_per_gib_month: float = 0.023
+    """Dollars for a GiB kept for a month; the default is S3's first price in us-east-1."""
 
     def __post_init__(self) -> None:
         require_positive(
-            self, "plan", "num_images", "images_per_s", "calibration_photos", "num_queries", "num_candidates"
+            self,
+            "plan",
+            "num_images",
+            "images_per_s",
+            "calibration_photos",
+            "num_queries",
+            "num_candidates",
         )
+        require_positive(self, "plan", "num_machines", "cpus_per_machine", "pairs_per_s", "photo_kib")
+        require_not_negative(self, "plan", "price_per_hour", "price_per_gib_read", "price_per_gib_month")
+        for name in ("num_machines", "cpus_per_machine", "pairs_per_s"):
+            value = getattr(self, name)
+            require(
+                value is None or self.price_per_hour is not None,
+                f"plan.{name}={value} counts in costs only; expected plan.price_per_hour=..., too",
+            )
+        for name in ("num_machines", "cpus_per_machine"):
+            value = getattr(self, name)
+            require(
+                value is None or self.images_per_s is not None,
+                f"plan.{name}={value}: without plan.images_per_s=... the speed is that of the cluster at hand, and "
+                "so are its machines; expected both or neither",
+            )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -25,9 +25,7 @@ from pairvpr.index.generations import StoredFile
 
 ROWS_PER_RUN = 8
 """Consecutive rows per run of a sample: remote files are read run by run."""
-NUM_HELD_OUT = 256
 TRAINING_SEED = 1234
-NUM_ITERATIONS = 10
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def read_sample(urls: Sequence[str], counts: Sequence[int], runs: Sequence[range
 
 def held_out_runs(num_rows: int) -> list[range]:
     """Evenly spread rows that no index is trained on; they serve as queries when its recall is measured."""
-    return spread_runs(num_rows, max(1, min(NUM_HELD_OUT, num_rows // 4)), run=1)
+    return spread_runs(num_rows, max(1, min(choose.NUM_HELD_OUT, num_rows // 4)), run=1)
 
 
 def read_training_sample(
@@ -111,7 +109,7 @@ def train(spec: IndexSpec, sample: NDArray[np.float32], num_threads: int) -> Any
     faiss.omp_set_num_threads(num_threads)
     index: Any = faiss.index_factory(sample.shape[1], spec.factory, faiss.METRIC_L2)
     if spec.num_lists:
-        index.cp.seed, index.cp.niter = TRAINING_SEED, NUM_ITERATIONS
+        index.cp.seed, index.cp.niter = TRAINING_SEED, choose.NUM_ITERATIONS
         index.cp.min_points_per_centroid = 1
         index.cp.max_points_per_centroid = max(1, len(sample) // spec.num_lists + 1)
     index.train(sample)

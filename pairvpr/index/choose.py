@@ -24,6 +24,10 @@ BYTES_TOGETHER, ROWS_OF_A_LIST_TOGETHER = 512 << 20, 256
 MOST_TRAINING_BYTES = 640 << 20
 ROWS_PER_LIST, FEWEST_TRAINING_ROWS = 64, 1 << 16
 """The most bytes of the sample that an index is trained on."""
+NUM_ITERATIONS = 10
+"""Of k-means, when lists are learnt."""
+NUM_HELD_OUT = 256
+"""The most rows that an index is not trained on, and that measure its recall."""
 
 
 @dataclass(frozen=True)
