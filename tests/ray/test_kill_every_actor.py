@@ -5,7 +5,6 @@ The classes are not listed here: Ray says which actors a job has while it runs u
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import random
@@ -14,7 +13,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,29 +23,14 @@ import pytest
 import ray
 from ray._private import state
 
-from pairvpr.config.compose import load, load_evaluations
-from pairvpr.config.schema import BuildIndexConfig, QueryConfig, UpdateIndexConfig
-from pairvpr.config.train_schema import SearchCheckpointsConfig
 from pairvpr.errors import IncompleteRunError
-from pairvpr.training import checkpoint
-from pairvpr.training.metrics_log import read_metrics
-from ray_jobs.build_index import build_index
-from ray_jobs.evaluate import evaluate
-from ray_jobs.query import query
-from ray_jobs.search_checkpoints import search_checkpoints
-from ray_jobs.train_stage_one import train_stage_one
-from ray_jobs.train_stage_two import train_stage_two
-from ray_jobs.update_index import update_index
-from tests.support import training
-from tests.support.runs import SMALL_NETWORK, arguments
+from tests.support.all_jobs import Case, all_cases
 
 pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(1500)]
 
 NUM_KILLS = 20
 LONGEST_RUN_S = 600.0
 POLL_S = 0.02
-DESCRIBE = (*SMALL_NETWORK, "describe.batch_size=4", "describe.num_threads_per_actor=1")
-TRAIN = {1: train_stage_one, 2: train_stage_two}
 
 
 @dataclass
@@ -133,147 +117,50 @@ def table() -> Iterator[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def index(city: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished index of two thirds of the city's photos, which lie in `photos` beside it, as do the others."""
-    root = tmp_path_factory.mktemp("index")
-    shutil.copytree(city / "database", root / "photos")
-    (root / "later.txt").write_text("\n".join(sorted(path.name for path in (root / "photos").iterdir())[::3]))
-    for name in (root / "later.txt").read_text().split():
-        (root / "photos" / name).rename(root / name)
-    _build(root / "photos", root / "index")
-    for name in (root / "later.txt").read_text().split():
-        (root / name).rename(root / "photos" / name)
-    return root
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    return all_cases(tmp_path_factory.mktemp("jobs"))
 
 
-@pytest.fixture(scope="module")
-def photos_to_train(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("training")
-    training.draw_training_set(folder)
-    return folder
-
-
-def _check(
-    job: str,
-    run: Callable[[Path], object],
-    result: Callable[[Path], object],
-    killer: Killer,
-    table: list[str],
-    folder: Path,
-) -> None:
-    """`run(output)`, undisturbed and then with kills until every class has had enough: always the same `result`."""
-    killer.watch(lambda: run(folder / "undisturbed"))
-    expected, num_runs, longest_s = result(folder / "undisturbed"), 0, 0.0
+@pytest.mark.parametrize(
+    ("name", "latest_s", "most"),
+    [
+        ("build_index", 2.0, 3),
+        ("update_index", 2.0, 3),
+        ("evaluate, recompute", 1.5, 3),
+        ("evaluate, cache", 1.5, 3),
+        ("evaluate, store", 1.5, 3),
+        ("query", 1.5, 3),
+        ("plan", 2.0, 3),
+        ("train_stage_one", 6.0, 4),
+        ("train_stage_two", 6.0, 4),
+        ("search_checkpoints", 2.0, 3),
+    ],
+)
+def test_kills(name: str, latest_s: float, most: int, cases: dict[str, Case], table: list[str], tmp_path: Path) -> None:
+    """A job, undisturbed and then with kills until every class has had enough: always the same result."""
+    case, killer = cases[name], Killer(latest_s, most, random.Random(name))
+    case.prepare(tmp_path / "undisturbed")
+    killer.watch(lambda: case.run(tmp_path / "undisturbed"))
+    expected, num_runs, longest_s = case.result(tmp_path / "undisturbed"), 0, 0.0
     while killer.missing():
-        output = folder / f"killed_{num_runs}"
+        output = tmp_path / f"killed_{num_runs}"
+        case.prepare(output)
         for _ in range(50):
             num_runs += 1
             try:
-                longest_s = max(longest_s, killer.disturb(lambda output=output: run(output)))
+                longest_s = max(longest_s, killer.disturb(lambda output=output: case.run(output)))
                 break
             except IncompleteRunError as error:
-                print(f"{job}: {error}")
-        assert result(output) == expected
+                print(f"{name}: {error}")
+        assert case.result(output) == expected
         assert longest_s < LONGEST_RUN_S
         shutil.rmtree(output)
-        print(f"{job}: {num_runs} runs, to be killed yet: {killer.missing()}", flush=True)
-    table += [f"| {job} | `{name}` | {killer.hits[name]} |" for name in sorted(killer.lives_s)]
-    table.append(f"| {job} | {num_runs} runs, the longest {longest_s:.0f} s | {sum(killer.hits.values())} |")
+        print(f"{name}: {num_runs} runs, to be killed yet: {killer.missing()}", flush=True)
+    table += [f"| {name} | `{one}` | {killer.hits[one]} |" for one in sorted(killer.lives_s)]
+    table.append(f"| {name} | {num_runs} runs, the longest {longest_s:.0f} s | {sum(killer.hits.values())} |")
 
 
-def _bytes_of(*names: str) -> Callable[[Path], object]:
-    """The contents of some files of an output."""
-    return lambda output: [(output / name).read_bytes() for name in names]
-
-
-def _index_bytes(index: Path) -> object:
-    """Every file that the newest generation names, and which."""
-    files = [path for path in sorted(index.rglob("*")) if path.suffix in (".npy", ".faiss", ".parquet")]
-    return [(str(path.relative_to(index)), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
-
-
-def _build(photos: Path, output: Path) -> None:
-    line = [f"database={photos}", f"output={output}", "positions=names", "index.num_shards=3", *DESCRIBE]
-    build_index(load(BuildIndexConfig, [*line, "describe.num_actors=2", "index.kind=ivf_rabitq", "index.num_lists=4"]))
-
-
-def test_build_index(city: Path, table: list[str], tmp_path: Path) -> None:
-    killer = Killer(2.0, 3, random.Random(1))
-    _check("build_index", lambda output: _build(city / "database", output), _index_bytes, killer, table, tmp_path)
-
-
-def test_update_index(index: Path, table: list[str], tmp_path: Path) -> None:
-    def run(output: Path) -> None:
-        if not output.exists():
-            shutil.copytree(index / "index", output)
-        line = [f"index.path={output}", "positions=names", f"add={index}/later.txt", "index.num_shards=2", *DESCRIBE]
-        update_index(load(UpdateIndexConfig, line))
-
-    killer = Killer(2.0, 3, random.Random(2))
-    _check("update_index", run, _index_bytes, killer, table, tmp_path)
-
-
-@pytest.mark.parametrize("features", ["recompute", "cache", "store"])
-def test_evaluate(city: Path, table: list[str], tmp_path: Path, features: str) -> None:
-    def run(output: Path) -> None:
-        more = [f"rerank.dense_features={features}", "rerank.num_actors=2", "rerank.queries_per_unit=1"]
-        evaluate(load_evaluations(arguments(city, output, *more, "index.num_shards=3")))
-
-    killer = Killer(1.5, 3, random.Random(3))
-    _check(f"evaluate, {features}", run, _bytes_of("predictions.parquet"), killer, table, tmp_path)
-
-
-def test_query(city: Path, index: Path, table: list[str], tmp_path: Path) -> None:
-    def run(output: Path) -> None:
-        line = [f"index.path={index}/index", f"queries={city}/queries", f"output={output}", *DESCRIBE]
-        more = ["rerank.num_candidates=10", "rerank.num_threads_per_actor=1", "index.num_threads_per_actor=1"]
-        query(load(QueryConfig, [*line, *more, "rerank.num_actors=2", "rerank.queries_per_unit=1"]))
-
-    killer = Killer(1.5, 3, random.Random(4))
-    _check("query", run, _bytes_of("predictions.parquet"), killer, table, tmp_path)
-
-
-def _train(stage: int, photos: Path, output: Path, *more: str) -> None:
-    line = training.arguments(stage, photos, output, "train.num_workers=2", "train.checkpoint_every_steps=1", *more)
-    TRAIN[stage](load(training.CONFIGS[stage], line))  # pyright: ignore[reportArgumentType]
-
-
-def _trained(stage: int) -> Callable[[Path], object]:
-    """The losses, and every weight."""
-
-    def result(output: Path) -> object:
-        found = checkpoint.load(checkpoint.last_url(str(output)), stage, "output")
-        digests = {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in found.model.items()}
-        return training.losses(read_metrics(str(output))), found.position, digests
-
-    return result
-
-
-@pytest.mark.parametrize("stage", training.STAGES)
-def test_train(photos_to_train: Path, table: list[str], tmp_path: Path, stage: int) -> None:
-    killer = Killer(6.0, 4, random.Random(5 + stage))
-    run: Callable[[Path], object] = lambda output: _train(stage, photos_to_train, output)  # noqa: E731
-    _check(training.JOBS[stage], run, _trained(stage), killer, table, tmp_path)
-
-
-def test_search_checkpoints(city: Path, photos_to_train: Path, table: list[str], tmp_path: Path) -> None:
-    _train(2, photos_to_train, tmp_path / "trained", "train.epochs=4")
-
-    def run(output: Path) -> None:
-        line: Sequence[Any] = [
-            word for word in arguments(city, output, "rerank.num_actors=2") if not word.startswith("model.weights")
-        ]
-        more = [f"checkpoints={tmp_path}/trained/checkpoints", "rerank.queries_per_unit=1"]
-        kept = [
-            word for word in line if word.split("=")[0] not in ("index.num_retrieved", "index.num_threads_per_actor")
-        ]
-        search_checkpoints(load(SearchCheckpointsConfig, [*kept, *more]))
-
-    killer = Killer(2.0, 3, random.Random(8))
-    _check("search_checkpoints", run, _bytes_of("checkpoints.csv"), killer, table, tmp_path)
-
-
-def test_ray_knows_every_class(city: Path) -> None:
+def test_ray_knows_every_class() -> None:
     """The look at Ray's actors is no stub: an actor made here is seen, with its process."""
 
     @ray.remote(num_cpus=0)

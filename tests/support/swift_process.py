@@ -158,7 +158,7 @@ def write_rings(root: Path, ports: Mapping[str, int]) -> None:
     """Map every partition to the one device, as `swift-ring-builder` would."""
     from swift.common.ring import RingBuilder
 
-    (root / "devices" / "disk").mkdir(parents=True)
+    (root / "devices" / "disk").mkdir(parents=True, exist_ok=True)
     for kind in STORAGE_SERVERS:
         builder = RingBuilder(part_power=8, replicas=1, min_part_hours=0)
         device = {

@@ -50,11 +50,12 @@ class SwiftServer:
 def running_swift(root: Path) -> Iterator[SwiftServer]:
     """Start Swift, yield how to reach it, stop it.
 
-    `root` is created if need be and must be empty; it holds all of the server's files and has to be on a file
-    system with extended attributes. The server also stops when this process dies.
+    `root` holds all of the server's files and has to be on a file system with extended attributes. It is created if
+    need be, and is empty or what an earlier server left, whose objects are then there again. The server also stops when
+    this process dies.
     """
     root.mkdir(parents=True, exist_ok=True)
-    if any(root.iterdir()):
+    if any(root.iterdir()) and not (root / "swift.conf").exists():
         raise ValueError(f"{root} is not empty")
     process = subprocess.Popen(
         [sys.executable, str(PROCESS_SCRIPT), str(root.resolve()), json.dumps(ACCOUNT)],

@@ -280,7 +280,7 @@ def test_a_text_setting_gets_the_characters_that_were_typed(num_texts: int) -> N
     assert sum(arrived) >= num_texts - 1  # `${` is refused
 
 
-@pytest.mark.parametrize("num_examples", [10, pytest.param(4_000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("num_examples", [10, pytest.param(4_000, marks=[pytest.mark.soak, pytest.mark.timeout(7200)])])
 def test_any_text_arrives_or_is_refused(num_examples: int) -> None:
     """Some texts are refused by the setting that they are for, or by another one that it excludes."""
     keys = text_settings()
