@@ -18,7 +18,7 @@ help:
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[cpu,dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[cpu,dev,serve]"
 	@touch $@
 
 setup: .venv/installed

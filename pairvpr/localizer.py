@@ -24,6 +24,7 @@ from pairvpr.config.benchmark_schema import PositionSource
 from pairvpr.config.networks import named_network
 from pairvpr.config.schema import (
     BuildConfig,
+    DecisionRule,
     DenseFeatures,
     DescribeConfig,
     IndexKind,
@@ -36,7 +37,7 @@ from pairvpr.config.schema import (
 from pairvpr.data import storage
 from pairvpr.data.local_cache import LocalCache, cache_directory
 from pairvpr.deadline import Deadline
-from pairvpr.engines import LocalNetwork, LocalShards, Network, Shards, torch_threads_kept
+from pairvpr.engines import Described, LocalNetwork, LocalShards, Network, Shards, torch_threads_kept
 from pairvpr.errors import PhotoError, UserError
 from pairvpr.evaluation.confidence import Rules, calibrated, check_positions_of_votes, unlike_the_network
 from pairvpr.index.filters import Filters, Places
@@ -194,6 +195,21 @@ class Localizer:
         return self._now.generation
 
     @property
+    def network(self) -> ModelConfig:
+        """The shape of the network."""
+        return self._network.config
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether answers have a confidence."""
+        return self._rules.judge is not None
+
+    @property
+    def decision(self) -> DecisionRule:
+        """What orders the matches."""
+        return self._rerank.decision
+
+    @property
     def num_photos(self) -> int:
         """Number of photos that can be found."""
         return self._now.generation.manifest.num_live
@@ -281,11 +297,12 @@ class Localizer:
         `num_candidates` photos are re-ranked (None = `rerank.num_candidates`, which is also the most).
         Raises `PhotoError` for an unreadable photo, and `TooLateError` after the deadline, between two forward passes.
         """
-        numbers = self._numbers(k, num_candidates)
-        (answer,) = self._located(asked(photo), numbers, where, deadline or Deadline())
-        if isinstance(answer, PhotoError):
-            raise answer
-        return answer
+        return answer_together([self], photo, k=k, num_candidates=num_candidates, where=where, deadline=deadline)[0]
+
+    def check(self, *, k: int = 5, num_candidates: int | None = None, where: Where = ANYWHERE) -> None:
+        """Raise the `UserError` that `answer` would raise for these conditions, whatever the photo."""
+        self._numbers(k, num_candidates)
+        self._now.generation.map.filters(where, 1)
 
     def _numbers(self, k: int, num_candidates: int | None) -> tuple[int, int]:
         """How many photos to return, and how many to re-rank."""
@@ -360,17 +377,34 @@ class Localizer:
         self, photos: Sequence[Asked], numbers: tuple[int, int], where: Where, deadline: Deadline
     ) -> list[Located | PhotoError]:
         """The steps of the job `query`, with the same photos in each forward pass."""
-        now, (k, num_candidates) = self._now, numbers
         clock = _Clock()
-        filters = now.generation.map.filters(where, len(photos))
-        if len(photos) == 1:
-            try:
-                photos = [Asked(photos[0].pixels(self._network.config), photos[0].place)]
-            except PhotoError as error:
-                return [error]
+        photos = self._decoded(photos)
         clock.next("decode")
         described = self._network.describe(photos, deadline)
         clock.next("describe")
+        return self._searched(photos, described, numbers, where, deadline, clock)
+
+    def _decoded(self, photos: Sequence[Asked]) -> Sequence[Asked]:
+        """A single photo is decoded once; several are when they are needed, and again."""
+        if len(photos) > 1:
+            return photos
+        try:
+            return [Asked(photo.pixels(self._network.config), photo.place) for photo in photos]
+        except PhotoError:
+            return photos
+
+    def _searched(
+        self,
+        photos: Sequence[Asked],
+        described: Described,
+        numbers: tuple[int, int],
+        where: Where,
+        deadline: Deadline,
+        clock: _Clock,
+    ) -> list[Located | PhotoError]:
+        """Searching and scoring of described photos, in one generation."""
+        now, (k, num_candidates) = self._now, numbers
+        filters = now.generation.map.filters(where, len(photos))
         num_kept = self._search.num_kept(num_candidates)
         rows = self._nearest(now, described.descriptors, described.places, num_kept, filters, deadline)
         found = {place: _found(*row) for place, *row in zip(described.places.tolist(), *rows, strict=True)}
@@ -404,6 +438,34 @@ class Localizer:
         return now.shards.search(descriptors, k, filters, deadline)
 
 
+def answer_together(
+    localizers: Sequence[Localizer],
+    photo: Photo,
+    *,
+    k: int = 5,
+    num_candidates: int | None = None,
+    where: Where = ANYWHERE,
+    deadline: Deadline | None = None,
+) -> list[Located]:
+    """The answer of each of several indices that share one network, which describes the photo once.
+
+    Arguments and errors are those of `Localizer.answer`.
+    """
+    deadline, clock, first = deadline or Deadline(), _Clock(), localizers[0]
+    numbers = [localizer._numbers(k, num_candidates) for localizer in localizers]
+    photos = first._decoded(asked(photo))
+    clock.next("decode")
+    described = first._network.describe(photos, deadline)
+    clock.next("describe")
+    located = []
+    for localizer, its in zip(localizers, numbers, strict=True):
+        (answer,) = localizer._searched(photos, described, its, where, deadline, clock.copy())
+        if isinstance(answer, PhotoError):
+            raise answer
+        located.append(answer)
+    return located
+
+
 class _Clock:
     """The seconds of steps that follow each other."""
 
@@ -415,6 +477,12 @@ class _Clock:
         """The step ends here."""
         now_s = time.perf_counter()
         self.seconds[step], self._since_s = now_s - self._since_s, now_s
+
+    def copy(self) -> _Clock:
+        """Another one with the same steps behind it, which goes on now."""
+        copy = _Clock()
+        copy.seconds = dict(self.seconds)
+        return copy
 
 
 def local_shards(search: SearchConfig, budget_bytes: float) -> OpenShards:

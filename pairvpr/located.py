@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pairvpr.data.utm import UtmZone
 from pairvpr.evaluation.confidence import Rules
 from pairvpr.evaluation.predictions import final_order, top_scores
 from pairvpr.opened import Generation
@@ -86,6 +87,8 @@ class Located:
     position: Estimate | None
     """None if the best match has no known position."""
     generation: int
+    zone: UtmZone | None
+    """The UTM zone of the index's metres, if known."""
     seconds: Seconds
 
 
@@ -97,7 +100,7 @@ def located(now: Generation, answer: Answer, k: int, rules: Rules, seconds: Seco
         top = rules.judge.confidence(top_scores([answer]))
         confidence, is_there = known(top[0]), rules.judge.in_map(top)
         in_map = None if is_there is None or confidence is None else bool(is_there[0])
-    return Located(matches, confidence, in_map, _estimate(now, answer, rules), now.number, seconds)
+    return Located(matches, confidence, in_map, _estimate(now, answer, rules), now.number, now.map.zone, seconds)
 
 
 def _best(now: Generation, answer: Answer, k: int, rules: Rules) -> list[Match]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
 
 from pairvpr.config.networks import named_network, network_names, network_of_settings
 from pairvpr.config.schema import ModelConfig
@@ -11,6 +14,7 @@ from pairvpr.data.manifest import Manifest
 from pairvpr.errors import UserError
 from pairvpr.index.described import DescribedPhotos
 from pairvpr.index.generations import IndexManifest, read_generation, read_images, read_manifest
+from pairvpr.index.reader import removed_ids
 from pairvpr.index.reduction import Reduction, read_reduction
 from pairvpr.where import Map
 
@@ -33,6 +37,16 @@ class Generation:
         described = DescribedPhotos(directory, manifest, photos)
         reduction = read_reduction(directory, manifest)
         return cls(directory, manifest, photos, described, Map(photos, utm_epsg), reduction)
+
+    @cached_property
+    def has_positions(self) -> bool:
+        """Whether any photo's position is known."""
+        return not bool(np.isnan(self.photos.utm_m).all())
+
+    @cached_property
+    def removed(self) -> frozenset[int]:
+        """Ids of the photos that can't be found any more."""
+        return frozenset(removed_ids(self.directory, self.manifest).tolist())
 
     @property
     def number(self) -> int:

@@ -33,6 +33,10 @@ Position: TypeAlias = "tuple[float, float] | Utm"
 """(latitude, longitude) in degrees of WGS84, or `Utm`."""
 
 
+class TooFarError(UserError):
+    """A position so far from the index that it has no place in the index's UTM zone."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Where:
     """Conditions on the photos that may be found; all must hold; None = no condition.
@@ -169,7 +173,7 @@ class Map:
             )
         metres = utm.to_utm(values[:1], values[1:], self.zone)
         if not utm.is_near(metres)[0]:
-            raise UserError(f"{key}={position}: too far from UTM zone {self.zone.number}, which the index is in")
+            raise TooFarError(f"{key}={position}: too far from UTM zone {self.zone.number}, which the index is in")
         return metres[0]
 
 

@@ -56,6 +56,10 @@ class BrokenImageError(Exception):
     """A photo that can't be read; the message says why."""
 
 
+class ForeignFormatError(BrokenImageError):
+    """Bytes that do not begin like an image of a known format."""
+
+
 @dataclass(frozen=True)
 class Photo:
     """Upright RGB; `remark` is a warning about the file (`NO_END`, or a text that begins with `NARROW`)."""
@@ -135,6 +139,24 @@ def _opened(data: bytes, use: Callable[[Image.Image, int], Photo], max_megapixel
         raise
     except UnidentifiedImageError as error:
         raise BrokenImageError(f"UnidentifiedImageError: expected one of {', '.join(FORMATS)}") from error
+    except Exception as error:  # Pillow's decoders raise nearly anything on foreign bytes
+        raise BrokenImageError(f"{type(error).__name__}: {error}") from error
+
+
+def size_px(data: bytes) -> tuple[int, int]:
+    """Width and height of a photo as its header states them, without decoding it.
+
+    Raises `ForeignFormatError` for bytes that are no image, and `BrokenImageError` for a damaged header.
+    """
+    try:
+        pixels = without_metadata(data).pixels
+        known = webp_size_px(pixels)
+        if known is not None:
+            return known
+        with opened(pixels) as image:
+            return image.size
+    except UnidentifiedImageError as error:
+        raise ForeignFormatError(f"expected one of {', '.join(FORMATS)}") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on foreign bytes
         raise BrokenImageError(f"{type(error).__name__}: {error}") from error
 

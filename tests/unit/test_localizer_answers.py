@@ -25,7 +25,7 @@ def test_equals_locate(localizer: Localizer, queries: list[Path]) -> None:
 
 
 def test_fewer_candidates_equal_a_localizer_of_so_many(folder: Path, localizer: Localizer, queries: list[Path]) -> None:
-    fewer = Localizer.open(folder / "index", **OPTIONS | {"rerank": replace(FEW, num_candidates=3)})
+    fewer = Localizer.open(folder / "index", **{**OPTIONS, "rerank": replace(FEW, num_candidates=3)})
     assert localizer.answer(queries[0], k=3, num_candidates=3).matches == fewer.locate(queries[0], k=3)
     with pytest.raises(UserError, match=r"num_candidates=7: expected 1 to rerank\.num_candidates=6"):
         localizer.answer(queries[0], num_candidates=7)
@@ -76,9 +76,9 @@ class Countdown(Deadline):
 def test_work_stops_between_forward_passes(folder: Path, queries: list[Path]) -> None:
     """Each check lets at most one more photo through the network; the next answer is that of an undisturbed one."""
     rerank = RerankConfig(num_candidates=6, batch_size=1, num_threads_per_actor=1)
-    localizer = Localizer.open(folder / "index", **OPTIONS | {"rerank": rerank})
+    localizer = Localizer.open(folder / "index", **{**OPTIONS, "rerank": rerank})
     whole = Countdown(1000)
-    expected = Localizer.open(folder / "index", **OPTIONS | {"rerank": rerank}).answer(queries[0], deadline=whole)
+    expected = Localizer.open(folder / "index", **{**OPTIONS, "rerank": rerank}).answer(queries[0], deadline=whole)
     num_checks = 1000 - whole.left
     assert num_checks == 1 + 1 + 6  # describe, search, each candidate
     features = localizer._network._features  # pyright: ignore[reportAttributeAccessIssue]

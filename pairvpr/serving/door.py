@@ -1,0 +1,121 @@
+"""What stands before every route: a request's id, its token, how many are open, and the form of errors and logs."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import logging
+import re
+import time
+import traceback
+import uuid
+from typing import Any
+from urllib.parse import parse_qsl
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pairvpr.serving.errors import RequestError, busy
+from pairvpr.serving.metrics import Metrics
+
+LOG = logging.getLogger("pairvpr.serving")
+REQUEST_ID, ARRIVED_S = "pairvpr.request_id", "pairvpr.arrived_s"
+FREE = ("/healthz", "/", "/favicon.ico")
+FREE_FOLDERS = ("/page/",)
+"""The page holds nothing of the index; it asks for the token and sends it."""
+SECRETS_IN_QUERY = ("token", "access_token", "api_key", "apikey", "authorization", "bearer")
+OWN_HEADERS = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
+
+
+class Door:
+    """Pure ASGI: nothing is read of a request that it refuses."""
+
+    def __init__(self, app: ASGIApp, *, token: str | None, max_connections: int, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+        self._digest = None if token is None else hashlib.sha256(token.encode()).digest()
+        self._max_connections, self._num_open = max_connections, 0
+        metrics.watch({"open_requests": ("Requests that are open.", lambda: self._num_open)})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        scope[REQUEST_ID], scope[ARRIVED_S] = _request_id(scope), time.monotonic()
+        status = 0
+
+        async def sent(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                own = [(b"x-request-id", scope[REQUEST_ID].encode()), *OWN_HEADERS]
+                message = {**message, "headers": [*message.get("headers", []), *own]}
+            await send(message)
+
+        self._num_open += 1
+        try:
+            self._check(scope)
+            await self._app(scope, receive, sent)
+        except RequestError as error:
+            await _refuse(scope, sent, error)
+        except Exception as error:  # a bug: its place in the code is logged, and nothing of it is answered
+            LOG.error("request %s: bug in the program: %s", scope[REQUEST_ID], _where(error))
+            if status == 0:
+                await _refuse(scope, sent, RequestError(500, "internal", "bug in the program; the log has its place"))
+        finally:
+            self._num_open -= 1
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.requests.labels(route, str(status)).inc()
+            took_ms = 1000 * (time.monotonic() - scope[ARRIVED_S])
+            LOG.info("request %s: %s %s %d in %.0f ms", scope[REQUEST_ID], scope["method"], route, status, took_ms)
+
+    def _check(self, scope: Scope) -> None:
+        if self._num_open > self._max_connections:
+            raise busy(f"{self._max_connections} requests are open already (serve.max_connections)", 1)
+        query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+        if any(name.lower() in SECRETS_IN_QUERY for name, _ in query):
+            why = "a token in the address ends up in logs; expected the header Authorization: Bearer TOKEN"
+            raise RequestError(400, "token_in_query", why)
+        path = scope["path"]
+        if self._digest is None or path in FREE or path.startswith(FREE_FOLDERS):
+            return
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        scheme, _, token = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
+        is_right = hmac.compare_digest(hashlib.sha256(token.strip()).digest(), self._digest)
+        if scheme.lower() != b"bearer" or not is_right:
+            raise RequestError(401, "unauthorized", "expected the header Authorization: Bearer TOKEN, with its token")
+
+
+def error_body(request_id: str, error: RequestError) -> dict[str, Any]:
+    """The JSON of every error."""
+    return {"error": {"code": error.code, "message": error.message, "request_id": request_id}}
+
+
+def error_headers(error: RequestError) -> dict[str, str]:
+    """Its headers."""
+    if error.status == 401:
+        return {"WWW-Authenticate": "Bearer"}
+    return {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+
+
+async def _refuse(scope: Scope, send: Send, error: RequestError) -> None:
+    body = json.dumps(error_body(scope[REQUEST_ID], error)).encode()
+    headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **error_headers(error)}
+    encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": encoded})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's, if it is a plain one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and re.fullmatch(rb"[A-Za-z0-9_.-]{1,64}", value):
+            return value.decode()
+    return uuid.uuid4().hex[:16]
+
+
+def _where(error: BaseException) -> str:
+    """The kind of an error and where in this project it was raised, without any text that may hold paths."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "pairvpr" in frame.filename]
+    place = f"{frames[-1].filename.rpartition('pairvpr/')[2]}:{frames[-1].lineno}" if frames else "a library"
+    return f"{type(error).__name__} in {place}"
