@@ -1,0 +1,419 @@
+"""Asks a service (`pairvpr serve`) where photos were taken. Needs the standard library alone.
+
+    client = Client("http://127.0.0.1:8000")
+    answer = client.locate("photo.jpg", near=(37.78, -122.41), radius_m=200)
+    print(answer.answer.path, answer.confidence)
+
+A service that is busy or can't be reached is asked again until the deadline (docs/serving.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import email.utils
+import io
+import json
+import os
+import random
+import selectors
+import socket
+import time
+import uuid
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypedDict, TypeVar, Unpack
+from urllib.parse import SplitResult, urlencode, urlsplit
+
+from pairvpr.errors import UserError
+
+T = TypeVar("T")
+
+AGAIN = {408, 429, 502, 503, 504}
+"""Statuses of a service, or of a proxy before it, that another attempt may mend."""
+FIRST_WAIT_S, MOST_WAIT_S = 0.1, 5.0
+"""The random wait before attempt n + 1 is below `FIRST_WAIT_S` times 2 to the n, and below `MOST_WAIT_S`."""
+UNREACHABLE, NO_SERVICE = "unreachable", "no_service"
+"""Codes where there is no service that could give one."""
+
+
+class ServiceError(UserError):
+    """The service refused: its one line for people."""
+
+    def __init__(self, message: str, code: str, status: int | None = None, request_id: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        """The service's word for it, such as broken_image."""
+        self.status = status
+        """HTTP status, None without an answer."""
+        self.request_id = request_id
+        """Finds the request in the service's log."""
+
+    def __reduce__(self) -> tuple[type[ServiceError], tuple[str, str, int | None, str | None]]:
+        return type(self), (str(self), self.code, self.status, self.request_id)
+
+
+class NoAnswerError(ServiceError):
+    """No answer before the deadline; code, status and request id are those of the last attempt."""
+
+
+class Conditions(TypedDict, total=False):
+    """What may be asked with a photo; what is left out is as the service has it."""
+
+    index: str
+    """Name of one of the service's indices; `*` asks all of them together."""
+    k: int
+    """How many candidates are answered."""
+    num_candidates: int
+    """How many of the nearest photos are re-ranked."""
+    near: tuple[float, float]
+    """(latitude, longitude) in degrees, from which photos may be `radius_m` away."""
+    radius_m: float
+    box: tuple[tuple[float, float], tuple[float, float]]
+    """South-west and north-east corner, (latitude, longitude) in degrees each."""
+    heading_deg: float
+    """Viewing direction, clockwise from north, from which those of photos may differ by `within_deg`."""
+    within_deg: float
+    min_confidence: float
+    """Below it the answer is that the photo is not in the map."""
+
+
+@dataclass(frozen=True, slots=True)
+class UtmPosition:
+    """Metres in a UTM zone; `zone` and `is_south` are None where the index's zone is unknown."""
+
+    zone: int | None
+    is_south: bool | None
+    east_m: float
+    north_m: float
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A photo of the map that may show the same place."""
+
+    rank: int
+    """From 1, best first."""
+    index: str
+    photo_id: int
+    path: str
+    latitude: float | None
+    """Degrees of WGS84; None if the photo's position or the index's UTM zone is unknown."""
+    longitude: float | None
+    utm: UtmPosition | None
+    heading_deg: float | None
+    """Viewing direction, clockwise from north; None if unknown."""
+    squared_distance: float
+    pair_score: float | None
+    confidence: float | None
+    """Probability that it shows the place; None without a calibration."""
+    photo: str
+    """Path of its thumbnail on the service: `Client.photo` reads it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Where the photo was taken, as estimated from the photos near the best candidate."""
+
+    latitude: float | None
+    """Degrees of WGS84; None if the index's UTM zone is unknown."""
+    longitude: float | None
+    utm: UtmPosition
+    spread_m: float
+    """Root mean square distance of the photos that agree on it, in metres; 0 of a single one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the service says of one photo."""
+
+    request_id: str
+    index: str
+    """Name of the index that was asked; `*` for all of them."""
+    generation: int | None
+    """None where several indices were asked."""
+    generations: Mapping[str, int]
+    """Of each index that was asked, by name."""
+    model: Mapping[str, str]
+    """`name` and `weights_sha256`."""
+    answer: Candidate | None
+    """The best candidate; None if nothing was found, or the photo is not in the map."""
+    in_map: bool | None
+    """None without a calibration."""
+    confidence: float | None
+    position: Estimate | None
+    candidates: Sequence[Candidate]
+    """Best first."""
+    seconds: Mapping[str, float]
+    """By step, and in total."""
+
+
+@dataclass(frozen=True, slots=True)
+class IndexInfo:
+    """An index of the service."""
+
+    name: str
+    num_photos: int
+    generation: int
+    kind: str
+    model: Mapping[str, str]
+    """`name` and `weights_sha256`."""
+    has_positions: bool
+    utm_zone: str | None
+    """Such as 10N; None if unknown."""
+    calibrated: bool
+    """Whether answers have a confidence."""
+    decision: str
+    """What orders the candidates: pair, fused or consensus."""
+
+
+class Client:
+    """A service at `url`, such as http://127.0.0.1:8000. Threads may share a client.
+
+    `token` is what `serve.token_file` contains. A call returns or raises after at most `deadline_s` seconds, attempts
+    and waits together. Raises `UserError` for an address that can't be one.
+    """
+
+    def __init__(self, url: str, *, token: str | None = None, deadline_s: float = 30.0) -> None:
+        address = _address(url)
+        if not deadline_s > 0:
+            raise UserError(f"deadline_s={deadline_s}: expected a number above 0")
+        if token is not None and not (token.isascii() and token.isprintable() and token):
+            raise UserError("expected a token of printable ASCII, as serve.token_file contains")
+        self._url = f"{address.scheme}://{address.netloc}{address.path.rstrip('/')}"
+        self._root = address.path.rstrip("/")
+        connection = HTTPConnection if address.scheme == "http" else HTTPSConnection
+        self._connection = partial(connection, address.hostname, address.port)
+        self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        self._deadline_s = deadline_s
+        self._idle: deque[HTTPConnection] = deque()
+
+    def locate(self, photo: str | os.PathLike[str] | bytes, **conditions: Unpack[Conditions]) -> Answer:
+        """Where a photo (path, or the bytes of an image file) was taken. What is left out is as the service has it.
+
+        Raises `ServiceError` if the service refuses, `NoAnswerError` if no answer came in time, `UserError` for a file
+        that can't be read.
+        """
+        target = f"/v1/locate{_query(conditions)}"
+        return _answer(self._asked("POST", target, _bytes_of(photo), "application/octet-stream"))
+
+    def locate_batch(
+        self, photos: Sequence[str | os.PathLike[str] | bytes], **conditions: Unpack[Conditions]
+    ) -> list[Answer | ServiceError]:
+        """`locate` of several photos in one request, under the same conditions.
+
+        A photo that the service refuses has the error in its place. Raises as `locate`.
+        """
+        boundary = uuid.uuid4().hex
+        head = f'--{boundary}\r\nContent-Disposition: form-data; name="photo"; filename="%d"\r\n\r\n'
+        parts = [(head % number).encode() + _bytes_of(photo) + b"\r\n" for number, photo in enumerate(photos)]
+        body = b"".join([*parts, f"--{boundary}--\r\n".encode()])
+        target, kind = f"/v1/locate/batch{_query(conditions)}", f"multipart/form-data; boundary={boundary}"
+        answers = _field(self._asked("POST", target, body, kind), "answers")
+        return [_error(its["error"], None) if "error" in its else _answer(its) for its in answers]
+
+    def indices(self) -> list[IndexInfo]:
+        """The indices of the service."""
+        return [_made(IndexInfo, its) for its in _field(self._asked("GET", "/v1/index"), "indices")]
+
+    def photo(self, candidate: Candidate) -> bytes:
+        """The thumbnail of a candidate, an image file."""
+        return self._ask("GET", candidate.photo)
+
+    def _asked(self, method: str, target: str, body: bytes | None = None, content_type: str | None = None) -> Any:
+        """What the JSON of a good answer says."""
+        answered = self._ask(method, target, body, content_type)
+        try:
+            return json.loads(answered)
+        except ValueError as error:
+            raise ServiceError(f"{self._url}: answered no JSON; expected a service of pairvpr", NO_SERVICE) from error
+
+    def _ask(self, method: str, target: str, body: bytes | None = None, content_type: str | None = None) -> bytes:
+        """The body of a good answer; asks again, after a wait, what another attempt may mend."""
+        until, attempt = time.monotonic() + self._deadline_s, 0
+        headers = self._headers | ({} if content_type is None else {"Content-Type": content_type})
+        while True:
+            wait_s = random.uniform(0, min(MOST_WAIT_S, FIRST_WAIT_S * 2 ** min(attempt, 16)))
+            attempt += 1
+            try:
+                response = self._once(method, target, body, headers, until)
+            except (OSError, HTTPException) as error:
+                refusal = ServiceError(f"{type(error).__name__}: {error}".rstrip(": "), UNREACHABLE)
+            else:
+                if response.status == 200:
+                    return response.body
+                refusal = response.refusal(self._url)
+                if response.status not in AGAIN:
+                    raise refusal
+                wait_s += response.retry_after_s
+            if time.monotonic() + wait_s >= until:
+                raise NoAnswerError(
+                    f"{self._url}: no answer within {self._deadline_s:g} s, {attempt} attempts; the last: {refusal}",
+                    refusal.code,
+                    refusal.status,
+                    refusal.request_id,
+                ) from refusal
+            time.sleep(wait_s)
+
+    def _once(
+        self, method: str, target: str, body: bytes | None, headers: Mapping[str, str], until: float
+    ) -> _Response:
+        """One attempt, over a connection of an earlier one if there is one that is still open."""
+        connection = self._open_connection(until)
+        try:
+            connection.response_class = partial(_PatientResponse, until=until)  # type: ignore[assignment]
+            with suppress(
+                BrokenPipeError, ConnectionResetError
+            ):  # refused before it was read whole: the answer says why
+                connection.request(method, self._root + target, body, dict(headers))
+            response = connection.getresponse()
+            answered = _Response(response.status, dict(response.headers.items()), response.read())
+        except BaseException:
+            connection.close()
+            raise
+        if connection.sock is not None:
+            self._idle.append(connection)
+        return answered
+
+    def _open_connection(self, until: float) -> HTTPConnection:
+        left_s = max(1e-3, until - time.monotonic())
+        while self._idle:
+            with suppress(IndexError):  # another thread took it
+                connection = self._idle.pop()
+                if connection.sock is not None and not _has_ended(connection.sock):
+                    connection.sock.settimeout(left_s)
+                    return connection
+                connection.close()  # the service closed it
+        connection = self._connection(timeout=left_s)
+        connection.connect()
+        return connection
+
+
+@dataclass(frozen=True)
+class _Response:
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def retry_after_s(self) -> float:
+        """Retry-After: seconds, or a date; 0 where it is absent or neither."""
+        text = next((value for name, value in self.headers.items() if name.lower() == "retry-after"), "0").strip()
+        if text.isascii() and text.isdigit():
+            return float(text)
+        try:
+            return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+        except ValueError:
+            return 0.0
+
+    def refusal(self, url: str) -> ServiceError:
+        """The error in it; of a proxy, or another service, its status."""
+        try:
+            return _error(json.loads(self.body)["error"], self.status)
+        except (ValueError, TypeError, KeyError):
+            message = f"{url}: HTTP status {self.status}; expected a service of pairvpr"
+            return ServiceError(message, NO_SERVICE, self.status)
+
+
+class _PatientResponse(HTTPResponse):
+    """Read until a moment, however slowly the bytes come."""
+
+    def __init__(self, sock: socket.socket, *args: Any, until: float, **options: Any) -> None:
+        super().__init__(sock, *args, **options)
+        self.fp = io.BufferedReader(_Until(self.fp.detach(), sock, until))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _Until(io.RawIOBase):
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket, until: float) -> None:
+        self._raw, self._sock, self._until = raw, sock, until
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int | None:
+        self._sock.settimeout(max(1e-3, self._until - time.monotonic()))
+        return self._raw.readinto(buffer)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def _address(url: str) -> SplitResult:
+    with suppress(ValueError):
+        its = urlsplit(url)
+        if its.scheme in ("http", "https") and its.hostname and its.port != 0 and not (its.query or its.username):
+            return its
+    raise UserError(f"{url}: expected the address of a service, such as http://127.0.0.1:8000")
+
+
+def _has_ended(sock: socket.socket) -> bool:
+    """Whether the other side closed an idle connection: there is something to read on it."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, selectors.EVENT_READ)
+        return bool(selector.select(0))
+
+
+def _query(conditions: Mapping[str, Any]) -> str:
+    """The query string; positions and corners become numbers with commas between them."""
+    unknown = set(conditions) - Conditions.__optional_keys__
+    if unknown:
+        raise UserError(f"{min(unknown)}: expected one of {', '.join(sorted(Conditions.__optional_keys__))}")
+    texts = {}
+    for name, value in conditions.items():
+        if name == "box":
+            value = tuple(chain.from_iterable(value))
+        if value is not None:
+            texts[name] = ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+    return f"?{urlencode(texts, safe=',')}" if texts else ""
+
+
+def _bytes_of(photo: str | os.PathLike[str] | bytes) -> bytes:
+    if isinstance(photo, bytes):
+        return photo
+    try:
+        return Path(photo).read_bytes()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{os.fspath(photo)}: {getattr(error, 'strerror', None) or error}; expected a photo") from error
+
+
+def _error(content: Mapping[str, Any], status: int | None) -> ServiceError:
+    return ServiceError(str(content["message"]), str(content["code"]), status, content.get("request_id"))
+
+
+def _answer(content: Any) -> Answer:
+    best, position = _field(content, "answer"), _field(content, "position")
+    return _made(
+        Answer,
+        content,
+        answer=None if best is None else _candidate(best),
+        position=None if position is None else _made(Estimate, position, utm=_utm(position)),
+        candidates=[_candidate(its) for its in _field(content, "candidates")],
+    )
+
+
+def _candidate(content: Any) -> Candidate:
+    return _made(Candidate, content, utm=_utm(content))
+
+
+def _utm(content: Any) -> UtmPosition | None:
+    utm = _field(content, "utm")
+    return None if utm is None else _made(UtmPosition, utm)
+
+
+def _made(kind: type[T], content: Any, **known: Any) -> T:
+    """A dataclass of the fields of a JSON object; the service may know more of them."""
+    names = [its.name for its in dataclasses.fields(kind)]  # pyright: ignore[reportArgumentType]
+    return kind(**{name: known[name] if name in known else _field(content, name) for name in names})
+
+
+def _field(content: Any, name: str) -> Any:
+    try:
+        return content[name]
+    except (TypeError, KeyError) as error:
+        raise ServiceError(f"the answer has no {name}; expected a service of this version", NO_SERVICE) from error

@@ -1,0 +1,249 @@
+"""The client against a server that refuses, hangs up, drips and lies. Against the service: test_service_page.py."""
+
+from __future__ import annotations
+
+import email
+import email.policy
+import pickle
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from email.utils import formatdate
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from pairvpr import client as module
+from pairvpr.client import Client, NoAnswerError, ServiceError
+from pairvpr.errors import UserError
+from tests.support.scripted_server import error, hang_up, reply, scripted
+
+UTM = {"zone": 10, "is_south": False, "east_m": 551000.5, "north_m": 4180000.25}
+CANDIDATE = {
+    "rank": 1, "index": "sf", "photo_id": 17, "path": "a/b.jpg", "latitude": 37.78, "longitude": -122.41, "utm": UTM,
+    "heading_deg": None, "squared_distance": 0.5, "pair_score": 3.25, "confidence": 0.9,
+    "photo": "/v1/photos/17?index=sf",
+}  # fmt: skip
+ANSWER = {
+    "request_id": "r1", "index": "sf", "generation": 3, "generations": {"sf": 3},
+    "model": {"name": "tiny", "weights_sha256": "ab"},
+    "answer": CANDIDATE, "in_map": True, "confidence": 0.9,
+    "position": {"latitude": 37.78, "longitude": -122.41, "utm": UTM, "spread_m": 3.5},
+    "candidates": [CANDIDATE], "seconds": {"total": 0.5}, "a_field_of_a_later_version": 1,
+}  # fmt: skip
+GOOD = reply(200, ANSWER)
+
+
+def drip(connection: Any) -> None:
+    """A byte every 50 ms, for ever, which no timeout of a single read ends."""
+    for byte in b"HTTP/1.1 200 OK\r\nX: " + b"x" * 10_000:
+        connection.sendall(bytes([byte]))
+        time.sleep(0.05)
+
+
+def drip_body(connection: Any) -> None:
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 10000\r\n\r\n")
+    drip(connection)
+
+
+def cut_short(connection: Any) -> None:
+    connection.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{"request')
+    hang_up(connection)
+
+
+def silent(connection: Any) -> None:
+    time.sleep(30)
+
+
+def test_a_typed_answer() -> None:
+    with scripted([GOOD]) as server:
+        answer = Client(server.url + "/", token="secret").locate(b"photo", near=(37.78, -122.41), radius_m=200)
+    assert answer.answer == answer.candidates[0]
+    assert answer.answer is not None
+    assert (answer.answer.path, answer.answer.confidence) == ("a/b.jpg", 0.9)
+    assert answer.position is not None
+    assert answer.position.utm == module.UtmPosition(**UTM)
+    assert (answer.generation, answer.model["name"], answer.seconds["total"]) == (3, "tiny", 0.5)
+    line, *headers = server.heads[0].split("\r\n")
+    assert line == "POST /v1/locate?near=37.78,-122.41&radius_m=200 HTTP/1.1"
+    assert "Authorization: Bearer secret" in headers
+    assert server.bodies == [b"photo"]
+
+
+def test_conditions_are_those_of_the_contract(tmp_path: Path) -> None:
+    (tmp_path / "a b.jpg").write_bytes(b"x")
+    with scripted([GOOD]) as server:
+        Client(server.url + "/behind/a/proxy").locate(
+            tmp_path / "a b.jpg", index="s&f=1/ü", k=3, num_candidates=20, box=((37.1, -122.5), (37.2, -122.25)),
+            heading_deg=90, within_deg=30.5, min_confidence=0.25,
+        )  # fmt: skip
+    address = urlsplit(server.heads[0].split()[1])
+    assert address.path == "/behind/a/proxy/v1/locate"
+    assert parse_qs(address.query) == {
+        "index": ["s&f=1/ü"], "k": ["3"], "num_candidates": ["20"], "box": ["37.1,-122.5,37.2,-122.25"],
+        "heading_deg": ["90"], "within_deg": ["30.5"], "min_confidence": ["0.25"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", [hang_up, cut_short, reply(502, b"<html>"), error(504, "timeout"), error(503, "busy")])
+def test_what_another_attempt_mends(bad: Any) -> None:
+    with scripted([bad, bad, GOOD]) as server:
+        assert Client(server.url).locate(b"photo").request_id == "r1"
+    assert server.bodies == [b"photo"] * 3
+
+
+def test_retry_after_is_honoured() -> None:
+    later = formatdate(time.time() + 3, usegmt=True)  # whole seconds: between two and three from now
+    with scripted([error(503, "busy", Retry_After="1"), error(503, "busy", Retry_After=later), GOOD]) as server:
+        started = time.monotonic()
+        Client(server.url).locate(b"photo")
+        assert time.monotonic() - started >= 1.9
+
+
+def test_nothing_is_waited_for_that_comes_after_the_deadline() -> None:
+    with scripted([error(503, "busy", "3 requests wait", Retry_After="60")]) as server:
+        started = time.monotonic()
+        with pytest.raises(
+            NoAnswerError, match="no answer within 5 s, 1 attempts; the last: 3 requests wait"
+        ) as caught:
+            Client(server.url, deadline_s=5).locate(b"photo")
+        assert time.monotonic() - started < 1
+    assert (caught.value.code, caught.value.status, caught.value.request_id) == ("busy", 503, "id-busy")
+
+
+@pytest.mark.parametrize("bad", [drip, drip_body, silent])
+def test_the_deadline_ends_everything(bad: Any) -> None:
+    with scripted([bad]) as server:
+        started = time.monotonic()
+        with pytest.raises(NoAnswerError, match=r"no answer within 0\.4 s"):
+            Client(server.url, deadline_s=0.4).locate(b"photo")
+        assert 0.3 < time.monotonic() - started < 1.5
+
+
+def test_nobody_there() -> None:
+    with scripted([GOOD]) as server:
+        url = server.url
+    with pytest.raises(NoAnswerError, match="the last: ConnectionRefusedError") as caught:
+        Client(url, deadline_s=0.3).locate(b"photo")
+    assert (caught.value.code, caught.value.status) == ("unreachable", None)
+    assert "\n" not in str(caught.value)
+
+
+def test_waits_are_random_and_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(module.time, "sleep", waits.append)
+    monkeypatch.setattr(module.time, "monotonic", lambda: sum(waits))
+    with scripted([error(503, "busy")]) as server, pytest.raises(NoAnswerError):
+        Client(server.url, deadline_s=200).locate(b"photo")
+    bounds = [min(module.MOST_WAIT_S, module.FIRST_WAIT_S * 2**number) for number in range(len(waits))]
+    assert all(wait <= bound for wait, bound in zip(waits, bounds, strict=True))
+    assert len(set(waits)) == len(waits) > 20
+    assert max(waits[20:]) > 10 * max(waits[:2])
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 405, 413, 415, 422, 500])
+def test_a_refusal_is_not_asked_again(status: int) -> None:
+    with scripted([error(status, "broken_image", "photo: no image")]) as server:
+        with pytest.raises(ServiceError, match=r"^photo: no image$") as caught:
+            Client(server.url).locate(b"photo")
+        assert len(server.heads) == 1
+    its = caught.value
+    assert (its.code, its.status, its.request_id) == ("broken_image", status, "id-broken_image")
+    again = pickle.loads(pickle.dumps(its))
+    assert (str(again), again.code, again.status, again.request_id) == (str(its), its.code, status, its.request_id)
+
+
+def test_a_refusal_before_the_photo_was_read() -> None:
+    def refuse(connection: Any) -> None:
+        error(413, "too_large", "at most 1 MiB")(connection)
+        hang_up(connection)
+
+    with scripted([refuse], reads_body=False) as server, pytest.raises(ServiceError, match="at most 1 MiB") as caught:
+        Client(server.url, deadline_s=5).locate(b"x" * 30_000_000)
+    assert caught.value.status == 413
+
+
+def test_connections_are_kept_and_a_closed_one_costs_no_attempt() -> None:
+    def last(connection: Any) -> None:
+        GOOD(connection)
+        hang_up(connection)
+
+    with scripted([GOOD, last, GOOD]) as server:
+        client = Client(server.url)
+        client.locate(b"1")
+        client.locate(b"2")
+        assert server.num_connections == 1
+        time.sleep(0.1)
+        client.locate(b"3")
+        assert server.num_connections == 2
+    assert server.bodies == [b"1", b"2", b"3"]
+
+
+def test_threads_share_a_client() -> None:
+    with scripted([GOOD]) as server, ThreadPoolExecutor(8) as threads:
+        client = Client(server.url)
+        photos = [str(number).encode() for number in range(64)]
+        assert {its.request_id for its in threads.map(client.locate, photos)} == {"r1"}
+        assert sorted(server.bodies) == sorted(photos)
+        assert server.num_connections <= 8
+
+
+@pytest.mark.parametrize("content", [b"<html>", b"", b"[1]", {"index": "sf"}, ANSWER | {"candidates": [{"rank": 1}]}])
+def test_somebody_elses_answer(content: Any) -> None:
+    with scripted([reply(200, content)]) as server, pytest.raises(ServiceError, match="expected a service") as caught:
+        Client(server.url).locate(b"photo")
+    assert caught.value.code == "no_service"
+    with scripted([reply(404, b"<html>")]) as server, pytest.raises(ServiceError, match="HTTP status 404; expected a"):
+        Client(server.url).locate(b"photo")
+
+
+def test_a_batch_has_an_error_in_the_place_of_a_photo() -> None:
+    broken = {"error": {"code": "broken_image", "message": "no image", "request_id": "r2"}}
+    with scripted([reply(200, {"request_id": "r", "answers": [ANSWER, broken]})]) as server:
+        first, second = Client(server.url).locate_batch([b"one\r\n", b"\x00--two"], k=2)
+    assert isinstance(first, module.Answer)
+    assert isinstance(second, ServiceError)
+    assert (second.code, str(second), second.request_id) == ("broken_image", "no image", "r2")
+    assert server.heads[0].startswith("POST /v1/locate/batch?k=2 ")
+    kind = next(line for line in server.heads[0].split("\r\n") if line.startswith("Content-Type"))
+    parsed = email.message_from_bytes(kind.encode() + b"\r\n\r\n" + server.bodies[0], policy=email.policy.HTTP)
+    parts = list(parsed.iter_parts())
+    assert [part.get_param("name", header="content-disposition") for part in parts] == ["photo", "photo"]
+    assert [part.get_payload(decode=True) for part in parts] == [b"one\r\n", b"\x00--two"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "127.0.0.1:8000", "ftp://host", "http://", "http://host:port", "http://host:0", "http://user:pw@host",
+     "http://host/?a=1", "http://[::1", "file:///etc/hosts"],
+)  # fmt: skip
+def test_addresses_that_are_none(url: str) -> None:
+    with pytest.raises(UserError, match="expected the address of a service"):
+        Client(url)
+
+
+def test_mistakes_before_anything_is_sent(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected a token"):
+        Client("http://127.0.0.1:1", token="two\r\nlines")
+    with pytest.raises(UserError, match="deadline_s=nan"):
+        Client("http://127.0.0.1:1", deadline_s=float("nan"))
+    client: Any = Client("http://127.0.0.1:1")
+    with pytest.raises(UserError, match=r"nothing\.jpg: No such file or directory; expected a photo"):
+        client.locate(tmp_path / "nothing.jpg")
+    with pytest.raises(UserError, match="radius: expected one of box, heading_deg, index"):
+        client.locate(b"photo", radius=3)
+
+
+def test_it_needs_the_standard_library_alone() -> None:
+    code = """
+import sys
+before = set(sys.modules)
+import pairvpr.client
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+print(sorted(new - sys.stdlib_module_names))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['pairvpr']"
