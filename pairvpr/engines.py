@@ -255,6 +255,7 @@ class LocalNetwork:
             query_features=queries,
             database_features=database,
             second_direction=self._rerank.second_direction,
+            queries_per_unit=self._rerank.queries_per_unit,
             stop_margin=self._stop_margin,
             weights=self._weights,
             lost_queries=lost_queries,

@@ -237,6 +237,7 @@ def _facts(run: Run, manifest: IndexManifest | None, found: _Found, scored: Rera
             "database": 0 if manifest is None else _num_remarked(run.index, manifest),
             "queries": found.num_remarked,
         },
+        attention=scored.attention,
         unscored={database.path(i): reason for i, reason in sorted(scored.lost.candidates.items())},
         report_candidates=settings.report_candidates,
         second_direction=settings.second_direction,

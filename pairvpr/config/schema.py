@@ -161,6 +161,8 @@ class ModelConfig:
     """Path or URL (s3://, hf://, ...) of a .pth or .safetensors state dict; null = untrained, seeded."""
     precision: Precision = Precision.fp32
     """fp32 (exact), bf16 or fp16."""
+    compile: bool = False
+    """Run the network as torch.compile makes it: fewer kernels, minutes at the start, other roundings."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
 
@@ -179,13 +181,14 @@ class ModelConfig:
     def settings(self) -> dict[str, Any]:
         """What of it decides the bytes of a result, in plain values, the weights aside.
 
-        `scaled_decoding` and `max_megapixels` are there only when they are set: what was made before there were such
-        settings is like what is made without them.
+        `scaled_decoding`, `compile` and `max_megapixels` are there only when they are set: what was made before there
+        were such settings is like what is made without them.
         """
         values = asdict(self)
         del values["weights"], values["encoder"]["num_trainable_blocks"]
-        if not self.scaled_decoding:
-            del values["scaled_decoding"]
+        for name in ("scaled_decoding", "compile"):
+            if not values[name]:
+                del values[name]
         if self.max_megapixels == MAX_MEGAPIXELS:
             del values["max_megapixels"]
         return values

@@ -198,6 +198,7 @@ class TrainJobConfig(BenchmarkJobConfig):
             not self.model.scaled_decoding,
             "model.scaled_decoding=true: training decodes photos in full size; expected model.scaled_decoding=false",
         )
+        require(not self.model.compile, "model.compile=true: it is for inference; expected model.compile=false")
         require(
             self.model.max_megapixels == MAX_MEGAPIXELS,
             f"model.max_megapixels={self.model.max_megapixels:g}: training reads photos of up to {MAX_MEGAPIXELS:g} "

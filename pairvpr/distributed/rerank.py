@@ -16,7 +16,7 @@ from pairvpr.config.schema import RerankConfig
 from pairvpr.data import sealed, storage
 from pairvpr.data.manifest import Benchmark, check_photos_are_seen
 from pairvpr.distributed.pool import PoolActor, SupervisedPool
-from pairvpr.distributed.progress import Progress
+from pairvpr.distributed.progress import Progress, say
 from pairvpr.distributed.runtime import ModelSource, plan_actors
 from pairvpr.errors import IncompleteRunError
 from pairvpr.retrieval.decision import Weights
@@ -40,6 +40,8 @@ class RerankResult:
     by_query: dict[int, Reranked]
     seconds: float
     lost: Lost
+    attention: str | None = None
+    """What ran the pair decoder's attention, several engines by commas; None where that was not noted."""
 
 
 @dataclass
@@ -48,6 +50,16 @@ class Lost:
 
     queries: dict[int, str] = field(default_factory=dict)
     candidates: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class UnitFacts:
+    """How a unit's answers came about."""
+
+    seconds: float
+    lost: Lost
+    attention: str | None
+    """See `RerankResult.attention`."""
 
 
 def rerank(
@@ -73,6 +85,7 @@ def rerank(
     num_queries = sum(len(unit.candidates) for unit in units)
     num_pending = sum(len(unit.candidates) for unit in pending.values())
     failed: dict[int, str] = {}
+    engines: set[str] = set()
     with Progress("re-rank", num_queries, "queries", already_done=num_queries - num_pending) as progress:
         if pending:
             plan = plan_actors(config)
@@ -80,7 +93,14 @@ def rerank(
             make_actor = _RerankActor.options(**plan.actor_options()).remote
             num_actors = min(plan.num_actors, len(pending))
             with SupervisedPool[WorkUnit](lambda: make_actor(*args), num_actors, "re-rank") as pool:
-                failed = pool.run(pending, lambda key, _: progress.add(len(pending[key].candidates)))
+
+                def on_done(key: int, engine: str) -> None:
+                    if engine not in engines:
+                        say(f"re-rank: attention by {engine}")
+                    engines.add(engine)
+                    progress.add(len(pending[key].candidates))
+
+                failed = pool.run(pending, on_done)
         _report_failures(failed, pending, benchmark, directory)
     return _read_units(directory, units)
 
@@ -125,8 +145,10 @@ class _RerankActor(PoolActor):
         stored = None if store is None else DenseStore.open(store).read
         describer = source.describer(config.num_threads_per_actor)
         self.reranker = photo_reranker(benchmark, describer, config, stored, stop_margin, changed, weights)
+        self.engine = describer.model.attention_engine()
 
-    def run(self, unit: WorkUnit) -> None:
+    def run(self, unit: WorkUnit) -> str:
+        """Publish a unit's answers; returns what ran the attention."""
         started_s = time.perf_counter()
         answers = self.reranker.rerank(unit)
         candidates = {image_id for row in unit.candidates.values() for image_id in row}
@@ -137,17 +159,21 @@ class _RerankActor(PoolActor):
             check_photos_are_seen(self.benchmark.queries)
         if lost.candidates:
             check_photos_are_seen(self.benchmark.database)
-        _write_unit(self.directory, unit.unit, answers, time.perf_counter() - started_s, lost)
+        about = UnitFacts(time.perf_counter() - started_s, lost, self.engine)
+        _write_unit(self.directory, unit.unit, answers, about)
+        return self.engine
 
 
 def _only(reasons: Mapping[int, str], image_ids: Collection[int]) -> dict[int, str]:
     return {image_id: reasons[image_id] for image_id in sorted(reasons.keys() & set(image_ids))}
 
 
-def _write_unit(directory: str, unit: int, answers: Sequence[Reranked], seconds: float, lost: Lost) -> None:
-    metadata = {"seconds": repr(seconds)}
-    if lost.queries or lost.candidates:
-        metadata["lost"] = json.dumps(asdict(lost))
+def _write_unit(directory: str, unit: int, answers: Sequence[Reranked], about: UnitFacts) -> None:
+    metadata = {"seconds": repr(about.seconds)}
+    if about.lost.queries or about.lost.candidates:
+        metadata["lost"] = json.dumps(asdict(about.lost))
+    if about.attention is not None:
+        metadata["attention"] = about.attention
     table = pa.table(
         {
             "query_id": pa.array([answer.query_id for answer in answers], pa.int64()),
@@ -159,8 +185,8 @@ def _write_unit(directory: str, unit: int, answers: Sequence[Reranked], seconds:
     sealed.write_parquet(storage.join(directory, "reranked", unit_name(unit)), table)
 
 
-def _read_unit(directory: str, unit: WorkUnit) -> tuple[list[Reranked], float, dict[str, dict[str, str]]] | None:
-    """A unit's answers, their seconds and the lost photos, by kind and id; None if there is no file.
+def _read_unit(directory: str, unit: WorkUnit) -> tuple[list[Reranked], UnitFacts] | None:
+    """A unit's answers and how they came about; None if there is no file.
 
     Raises `UserError` if the file is damaged or belongs to other queries or candidates.
     """
@@ -175,29 +201,36 @@ def _read_unit(directory: str, unit: WorkUnit) -> tuple[list[Reranked], float, d
             for query_id, ids, scores in rows
         ]
         metadata = table.schema.metadata or {}
-        seconds, lost = float(metadata[b"seconds"]), json.loads(metadata.get(b"lost", b"{}"))
-    except (AttributeError, KeyError, ValueError, pa.ArrowException) as error:
+        lost = {
+            kind: {int(image_id): reason for image_id, reason in reasons.items()}
+            for kind, reasons in json.loads(metadata.get(b"lost", b"{}")).items()
+        }
+        engine = metadata[b"attention"].decode() if b"attention" in metadata else None
+        about = UnitFacts(float(metadata[b"seconds"]), Lost(**lost), engine)
+    except (AttributeError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
         raise sealed.DamagedFileError(url, storage.reason(error), MADE_ANEW) from error
     here = {answer.query_id: sorted(answer.ids.tolist()) for answer in answers}
-    if here != {query_id: sorted(ids) for query_id, ids in unit.candidates.items()} or not math.isfinite(seconds):
+    if here != {query_id: sorted(ids) for query_id, ids in unit.candidates.items()} or not math.isfinite(about.seconds):
         raise sealed.DamagedFileError(url, "it belongs to other queries or candidates", MADE_ANEW)
     if any(len(answer.ids) != len(answer.pair_scores) for answer in answers):
         raise sealed.DamagedFileError(url, "its scores do not fit its candidates", MADE_ANEW)
-    return answers, seconds, lost
+    return answers, about
 
 
 def _read_units(directory: str, units: Iterable[WorkUnit]) -> RerankResult:
     by_query: dict[int, Reranked] = {}
-    seconds, lost = 0.0, Lost()
+    seconds, lost, engines = 0.0, Lost(), set[str]()
     for unit in units:
         found = _read_unit(directory, unit)
         if found is None:
             raise IncompleteRunError(f"{directory}: unit {unit.unit} is missing; run the same command again to redo it")
         by_query |= {answer.query_id: answer for answer in found[0]}
-        seconds += found[1]
-        for name, reasons in found[2].items():
-            getattr(lost, name).update({int(image_id): reason for image_id, reason in reasons.items()})
-    return RerankResult(by_query, seconds, lost)
+        about = found[1]
+        seconds += about.seconds
+        lost.queries.update(about.lost.queries)
+        lost.candidates.update(about.lost.candidates)
+        engines |= set() if about.attention is None else {about.attention}
+    return RerankResult(by_query, seconds, lost, ", ".join(sorted(engines)) or None)
 
 
 def _report_failures(failed: dict[int, str], units: dict[int, WorkUnit], benchmark: Benchmark, directory: str) -> None:

@@ -94,7 +94,8 @@ class Job:
         train["datasets"] = {training_set.name: len(training_set) for training_set in self.sets}
         train["start_sha256"] = self.start.sha256
         model = asdict(self.config.model)
-        del model["weights"], model["scaled_decoding"], model["max_megapixels"]  # which training does not set
+        for name in ("weights", "scaled_decoding", "max_megapixels", "compile"):
+            del model[name]  # training does not set it
         stage = 1 if isinstance(self.config, TrainStageOneConfig) else 2
         return {"stage": stage, "train": _plain(train), "model": _plain(model)}
 

@@ -49,6 +49,8 @@ class RunFacts:
     """Photos that were read although their files are odd, under `database` and `queries`."""
     unscored: dict[str, str] = field(default_factory=dict)
     """Path and reason of each candidate that could not be scored."""
+    attention: str | None = None
+    """What ran the pair decoder's attention."""
     decision: DecisionRule = DecisionRule.pair
     """The rule that orders its answers."""
     first_stage: dict[str, Any] | None = None
@@ -105,6 +107,8 @@ def _model_entry(model: ModelConfig, facts: RunFacts) -> dict[str, Any]:
         "untrained": facts.untrained,
         "precision": str(model.precision),
         **({"scaled_decoding": True} if model.scaled_decoding else {}),
+        **({"compile": True} if model.compile else {}),
+        **({} if facts.attention is None else {"attention": facts.attention}),
     }
 
 

@@ -54,16 +54,16 @@ def rounded(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device))
 
 
-def to_sixteen_bits(model: nn.Module, dtype: torch.dtype) -> None:
+def to_sixteen_bits(model: nn.Module, dtype: torch.dtype, *, packed: bool = True) -> None:
     """Convert the weights of every `Linear` to this dtype, in place. Autocast would otherwise round them at each call.
 
-    Where oneDNN computes the products, the weights are also packed into its layout, which it would otherwise do at each
-    call. A packed network stays on the CPU and can be neither trained nor saved.
+    Where oneDNN computes the products, the weights are also `packed` into its layout, which it would otherwise do at
+    each call; a compiler can't read them then. A packed network stays on the CPU and can be neither trained nor saved.
     """
     for module in model.modules():
         if isinstance(module, Linear):
             module.to(dtype)
-            if module.weight.device.type == "cpu" and _onednn_operator(dtype) is not None:
+            if packed and module.weight.device.type == "cpu" and _onednn_operator(dtype) is not None:
                 laid_out = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), USUAL_ROWS)
                 module.weight = nn.Parameter(laid_out, requires_grad=False)
 

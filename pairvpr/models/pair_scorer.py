@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pairvpr.models.compiled import compiled
 from pairvpr.models.pair_decoder import DecoderBlock, KeysValues
 from pairvpr.models.pair_vpr import PairVPR
 
@@ -47,6 +48,10 @@ class PairScorer:
         self.model = model
         self.reuse = reuse
         self._blocks: list[DecoderBlock] = list(model.dec_blocks)  # type: ignore[arg-type]
+        if model.config.compile:
+            self.as_first = compiled(self.as_first, model.config)
+            self.as_memory = compiled(self.as_memory, model.config)
+            self.logits = compiled(self.logits, model.config)
 
     def as_first(self, embedded: Tensor) -> Tensor:
         """(n, L, D) -> the sequence (n, 1 + L, D) that the decoder starts from: class token first."""

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pairvpr.config.schema import ModelConfig, Precision
+from pairvpr.models.attention import engine
 from pairvpr.models.linear import Linear
 from pairvpr.models.pair_decoder import DecoderBlock
 from pairvpr.models.pos_embed import sine_cosine_2d
@@ -152,6 +153,16 @@ class PairVPR(nn.Module):
         for block in self.dec_blocks:
             x = run_block(block, x, memory, recompute=self.checkpoint_activations)
         return x
+
+    def attention_engine(self) -> str:
+        """The name of what runs the pair decoder's attention in inference, where the network is."""
+        decoder = self.config.decoder
+        tokens = self.dec_pos_embed.new_empty(
+            (1, len(self.dec_pos_embed_cls), decoder.num_heads, decoder.embed_dim // decoder.num_heads),
+            dtype=AUTOCAST_DTYPES.get(self.config.precision, torch.float32),
+        )
+        with torch.inference_mode():
+            return engine(tokens, tokens, tokens, compiled=self.config.compile)
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
         """16-bit matrix products under autocast; norms, softmax and the residual stream stay in fp32."""

@@ -97,7 +97,7 @@ def build_model(config: ModelConfig, weights: Weights, device: torch.device) -> 
     model.load_state_dict(state, strict=True)
     model.encoder.model.resize_positions(config.image_size_px // config.patch_size_px)
     if config.precision is not Precision.fp32:
-        to_sixteen_bits(model, AUTOCAST_DTYPES[config.precision])
+        to_sixteen_bits(model, AUTOCAST_DTYPES[config.precision], packed=not config.compile)
     return model.eval().requires_grad_(False)
 
 

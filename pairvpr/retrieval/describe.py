@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pairvpr.errors import UserError
+from pairvpr.models.compiled import compiled, filled, power_of_two
 from pairvpr.models.pair_vpr import PairVPR, normalise, sent
 
 
@@ -21,6 +22,8 @@ class Describer:
         self.model = model
         self.device = next(model.parameters()).device
         self._num_threads = num_threads
+        self._describe = compiled(lambda pixels: model.describe(normalise(pixels)), model.config)
+        self._embed = compiled(model.embed, model.config)
 
     @torch.inference_mode()
     def descriptors(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -31,13 +34,16 @@ class Describer:
     def both(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], Tensor]:
         """One photo (S, S, 3) uint8 -> its `descriptors` (1, G) and what it is `embedded` as (L, D), in one pass."""
         descriptors, dense = self._described(pixels[None])
-        return descriptors, self.model.embed(dense)[0]
+        return descriptors, self._embed(dense)[0]
 
     def _described(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], Tensor]:
         """(B, S, S, 3) uint8 -> descriptors (B, G), dense features (B, L, C) on the device."""
         self._set_threads()
-        on_device, dense = self.model.describe(normalise(sent(torch.from_numpy(pixels), self.device)))
-        descriptors = on_device.cpu().numpy()
+        on_device = sent(torch.from_numpy(pixels), self.device)
+        if self.model.config.compile:
+            on_device = filled(on_device, power_of_two(len(pixels)))
+        rows, dense = self._describe(on_device)
+        descriptors = rows[: len(pixels)].cpu().numpy()
         if not np.isfinite(descriptors).all():
             raise UserError(
                 f"the descriptors of model {self.model.config.name} are not finite at "
@@ -52,8 +58,8 @@ class Describer:
         One photo per forward pass, so that its features never depend on other photos in a batch.
         """
         self._set_threads()
-        _, dense = self.model.describe(normalise(sent(torch.from_numpy(pixels), self.device).unsqueeze(0)))
-        return self.model.embed(dense)[0]
+        _, dense = self._describe(sent(torch.from_numpy(pixels), self.device).unsqueeze(0))
+        return self._embed(dense)[0]
 
     def _set_threads(self) -> None:
         """Set per calling thread: OpenMP and MKL keep one number per thread, and several threads call an actor."""

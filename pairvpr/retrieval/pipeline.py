@@ -156,6 +156,7 @@ def photo_reranker(
             num_threads=num_threads,
         ),
         second_direction=settings.second_direction,
+        queries_per_unit=settings.queries_per_unit,
         stop_margin=stop_margin,
         weights=weights,
         lost_queries=queries.reasons,

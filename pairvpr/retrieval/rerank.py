@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pairvpr.errors import UserError
+from pairvpr.models.compiled import filled
 from pairvpr.models.pair_scorer import ALL_REUSE, Memory, PairScorer, Reuse
 from pairvpr.models.pair_vpr import PairVPR, sent
 from pairvpr.retrieval.decision import Weights
@@ -100,6 +101,9 @@ class Reranker:
     evidence: the pair scores, or with `weights` the pair scores and the unit's `prior`. The scores themselves do not
     depend on the evidence.
 
+    A compiled network (model.compile) gets passes of one shape: `queries_per_unit` queries, `batch_size` candidates and
+    pairs, the first ones again where there are fewer.
+
     `lost_queries` and `lost_candidates` name photos that can't be read, by id. They may grow while photos are loaded,
     with placeholders in their place. A lost candidate is not scored; a lost query is not answered.
     """
@@ -115,6 +119,7 @@ class Reranker:
         stop_margin: float | None = None,
         weights: Weights | None = None,
         reuse: Reuse = ALL_REUSE,
+        queries_per_unit: int = 1,
         lost_queries: Mapping[int, str] | None = None,
         lost_candidates: Mapping[int, str] | None = None,
     ) -> None:
@@ -124,6 +129,7 @@ class Reranker:
         self.stop_margin = stop_margin
         self.weights = weights
         self._scorer = PairScorer(model, reuse)
+        self._queries_per_unit = queries_per_unit
         self.lost_queries = {} if lost_queries is None else lost_queries
         self.lost_candidates = {} if lost_candidates is None else lost_candidates
         self._query_features = query_features
@@ -136,6 +142,8 @@ class Reranker:
         scores = {query_id: np.empty(0, np.float32) for query_id in unit.candidates}
         if asked:
             embedded = torch.stack(list(self._query_features(asked)))
+            if self.model.config.compile:
+                embedded = filled(embedded, self._queries_per_unit)
             queries = _Queries(self._scorer.as_first(embedded), self._scorer.as_memory(embedded, keep=True))
             scores |= self._scores({query_id: unit.candidates[query_id] for query_id in asked}, queries, unit.prior)
         return [
@@ -225,8 +233,12 @@ class Reranker:
         """Logits (B, directions) of one forward pass; `embedded` (n, L, D) are its candidates, in order."""
         image_ids = list(dict.fromkeys(pair.image_id for pair in batch))
         places = [[image_ids.index(pair.image_id) for pair in batch], [pair.row for pair in batch]]
+        in_place = places[0] == list(range(len(image_ids)))
+        if self.model.config.compile:
+            embedded, in_place = filled(embedded, self.batch_size), False
+            places = [[*its, *[its[0]] * (self.batch_size - len(batch))] for its in places]
         candidate_of, query_of = sent(torch.tensor(places), embedded.device)
-        if places[0] == list(range(len(image_ids))):
+        if in_place:
             candidate_of = None
         scorer, found = self._scorer, []
         if QUERY_FIRST in directions:
@@ -234,7 +246,7 @@ class Reranker:
             found.append(scorer.logits(queries.first, query_of, memory, candidate_of))
         if CANDIDATE_FIRST in directions:
             found.append(scorer.logits(scorer.as_first(embedded), candidate_of, queries.memory, query_of))
-        return torch.stack(found, dim=1)
+        return torch.stack(found, dim=1)[: len(batch)]
 
 
 @dataclass(frozen=True)

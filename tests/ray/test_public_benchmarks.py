@@ -42,9 +42,10 @@ def test_a_challenge_gets_its_files(tmp_path: Path, capsys: pytest.CaptureFixtur
     line = ["benchmark=msls_test", f"datasets_root={tmp_path}", f"output={tmp_path}/out", *SMALL_NETWORK, *ONE_THREAD]
     (report,) = evaluate(load_evaluations([*line, "rerank.num_candidates=5"]))
     assert (report["recall"] is None) == (report["audit"] is None) == (not is_published)
-    assert (
-        "predictions.parquet, submission_global.txt, submission_reranked.txt, metrics.json" in capsys.readouterr().out
-    )
+    assert report["model"]["attention"].startswith("torch's ")
+    printed = capsys.readouterr()
+    assert printed.err.count(f"re-rank: attention by {report['model']['attention']}\n") == 1
+    assert "predictions.parquet, submission_global.txt, submission_reranked.txt, metrics.json" in printed.out
     rows = pq.read_table(tmp_path / "out" / "predictions.parquet").to_pylist()
     keys = [Path(path).stem for path in pq.read_table(tmp_path / "out/index/images.parquet")["path"].to_pylist()]
     for name, column in (("global", "candidates"), ("reranked", "reranked")):

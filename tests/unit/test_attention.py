@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from pairvpr.models import attention as attention_module
 from pairvpr.models.attention import _by_products, attention, engine
 from pairvpr.models.pair_vpr import PairVPR
 from pairvpr.models.pos_embed import resize_encoder_table, sine_cosine_2d
+from tests.support.simulated_gpu import CUDA, simulated_gpu
 from tests.support.small import small_model_config
 
 
@@ -106,6 +109,54 @@ def test_the_engine_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         assert engine(query, query, query) == "oneDNN's products"
     assert engine(*[query.float()] * 3) in {f"torch's {name.lower()}" for name in SDPBackend.__members__}
+
+
+def exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """A stand-in for xformers' operator, in its layout, which is ours."""
+    weights = torch.softmax(torch.einsum("blhe,bmhe->bhlm", query, key) / query.shape[-1] ** 0.5, -1)
+    return torch.einsum("bhlm,bmhe->blhe", weights, value)
+
+
+def wrong(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return exact(query, key, value) * 1.001
+
+
+def unfit(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    raise NotImplementedError("no kernel for this device")
+
+
+@pytest.mark.parametrize(("operator", "is_chosen"), [(exact, True), (wrong, False), (unfit, False), (None, False)])
+def test_xformers_runs_where_it_is_installed_and_right(
+    monkeypatch: pytest.MonkeyPatch, operator: Callable[..., Tensor] | None, is_chosen: bool
+) -> None:
+    """In inference alone, and after one trial."""
+    calls: list[tuple[int, ...]] = []
+
+    def counted(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        calls.append(tuple(query.shape))
+        assert operator is not None
+        return operator(query, key, value)
+
+    if operator is not None:
+        package = ModuleType("xformers")
+        package.__dict__.update(__version__="0.0.34", ops=SimpleNamespace(memory_efficient_attention=counted))
+        monkeypatch.setitem(sys.modules, "xformers", package)
+        monkeypatch.setitem(sys.modules, "xformers.ops", package.ops)
+    attention_module._xformers_operator.cache_clear()
+    with simulated_gpu() as record:
+        query, key, value = torch.randn(3, 2, 5, 2, 8, generator=torch.Generator().manual_seed(0)).to(CUDA)
+        with torch.inference_mode():
+            attention(query, key, value)
+            waits_of_trial = record.waits_in()
+            found, name = attention(query, key, value).cpu(), engine(query, key, value)
+            assert record.waits_in() - waits_of_trial == 1  # for the copy to the CPU
+        num_calls = len(calls)
+        attention(query, key, value)  # with gradients
+        assert len(calls) == num_calls
+    attention_module._xformers_operator.cache_clear()
+    assert calls == ([(1, 64, 2, 8)] * (operator is not None) + [(2, 5, 2, 8)] * 2 * is_chosen)
+    assert name == ("xformers 0.0.34" if is_chosen else "torch's flash_attention")
+    torch.testing.assert_close(found, exact(*(tensor.cpu() for tensor in (query, key, value))))
 
 
 @pytest.mark.parametrize(("embed_dim", "grid_size"), [(4, 1), (8, 3), (32, 7), (768, 23)])

@@ -104,13 +104,14 @@ def _write_units(folder: Path) -> None:
             Reranked(query, np.array(ids), np.array([3, 2, unit.unit], np.float32))
             for query, ids in unit.candidates.items()
         ]
-        rerank._write_unit(str(folder), unit.unit, answers, 0.5, rerank.Lost())
+        rerank._write_unit(str(folder), unit.unit, answers, rerank.UnitFacts(0.5, rerank.Lost(), "an engine"))
 
 
 def _units(folder: Path) -> Any:
     if rerank.unfinished(UNITS, str(folder)):
         return MADE_ANEW
     found = rerank._read_units(str(folder), UNITS)
+    assert found.attention == "an engine"
     return [(query, its.ids.tolist(), its.pair_scores.tolist()) for query, its in found.by_query.items()], found.seconds
 
 

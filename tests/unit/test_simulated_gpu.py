@@ -283,7 +283,7 @@ def _wait_in_each_pass(patch: pytest.MonkeyPatch) -> None:
 
 
 def _weights_cast_at_each_call(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(weights, "to_sixteen_bits", lambda model, dtype: None)
+    patch.setattr(weights, "to_sixteen_bits", lambda *_, **__: None)
 
 
 @pytest.mark.parametrize(

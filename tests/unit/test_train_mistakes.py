@@ -59,6 +59,7 @@ def _refusal(stage: int, root: Path, output: Path, *more: str) -> str:
         (1, "model.scaled_decoding=true", "expected model.scaled_decoding=false"),
         (2, "model.scaled_decoding=true", "expected model.scaled_decoding=false"),
         (1, "model.max_megapixels=400", "expected model.max_megapixels=178"),
+        (2, "model.compile=true", "expected model.compile=false"),
         (2, "model.max_megapixels=400", "expected model.max_megapixels=178"),
     ],
 )
