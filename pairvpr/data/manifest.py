@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import io
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -210,9 +210,17 @@ class Benchmark:
     positives: list[NDArray[np.int64]] | None
     protocol: dict[str, object]
     query_groups: Sequence[str] | None = None
-    """City or sequence of each query, if the benchmark has them."""
+    """City of each query, if the benchmark has several."""
+    query_kinds: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Further groups of the queries by what they go by: `sequence`, and `light` (day or night)."""
     has_submission: bool = False
     """Whether its owners evaluate submitted predictions, which name a photo by the stem of its path."""
+
+    @property
+    def groupings(self) -> dict[str, NDArray[np.str_]]:
+        """(Q,) the name of each query's group: by `group`, which is the city, and by its kinds."""
+        cities = {} if self.query_groups is None else {"group": self.query_groups}
+        return {name: np.array(its) for name, its in (cities | dict(self.query_kinds)).items()}
 
     def stamp(self) -> dict[str, object]:
         """Identifies the test: counts, the rule for positives, treatment of queries and photos, digests."""

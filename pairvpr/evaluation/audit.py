@@ -41,16 +41,16 @@ def audit(benchmark: Benchmark, answers: Sequence[Answer], numbers: Sequence[int
     reranked = {
         number: first_hits([_reranked(answer, number) for answer in answers], benchmark.positives) for number in numbers
     }
-    groups = None
-    if benchmark.query_groups is not None:
-        names = np.array(benchmark.query_groups)
-        groups = {
+    groups = {
+        f"by_{grouping}": {
             str(name): _entry(
                 retrieved[names == name], {number: hits[names == name] for number, hits in reranked.items()}
             )
             for name in np.unique(names)
         }
-    return _entry(retrieved, reranked) | {"by_group": groups}
+        for grouping, names in benchmark.groupings.items()
+    }
+    return _entry(retrieved, reranked) | {"by_group": None} | groups
 
 
 def _reranked(answer: Answer, number: int) -> NDArray[np.int64]:

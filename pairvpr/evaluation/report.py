@@ -160,6 +160,10 @@ def decision_entry(benchmark: Benchmark, answers: Sequence[Answer], facts: RunFa
             "recall": {str(n): value for n, value in recall.items()},
             "corrected": int(((after < 1) & ~(before < 1)).sum()),
             "broken": int(((before < 1) & ~(after < 1)).sum()),
+            "recall_at_1": {
+                f"by_{grouping}": {str(name): _percent(after[names == name] < 1) for name in np.unique(names)}
+                for grouping, names in benchmark.groupings.items()
+            },
         }
     utm_m, queries_m = benchmark.database.utm_m, benchmark.queries.utm_m
     estimates_m = [answer.decided.position_m if answer.decided else (math.nan, math.nan) for answer in answers]

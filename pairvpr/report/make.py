@@ -75,8 +75,10 @@ def report_page(
     shown.append(sections.seconds_section(metrics["seconds_per_query"]))
     if confidence and confidence.get("reliability"):
         shown.append(sections.confidence_section(confidence))
-    if audit and audit.get("by_group"):
-        shown.append(sections.groups_section(audit["by_group"]))
+    decided = (metrics.get("decision") or {}).get("recall_at_1") or {}
+    for key, title in sections.GROUPINGS.items():
+        if audit and audit.get(key):
+            shown.append(sections.groups_section(key, title, audit[key], decided.get(key)))
     parts = {
         "masthead": sections.masthead(run),
         "figures": sections.figures(run, errors),

@@ -19,6 +19,8 @@ from pairvpr.report.finished import FinishedRun
 
 MOST_GROUPS = 200
 ERROR_MARKS_M = (1.0, 5.0, 25.0, 100.0, 1000.0, 10_000.0)
+GROUPINGS = {"by_group": "By group", "by_light": "By light", "by_sequence": "By sequence"}
+"""Entries of the audit with groups of queries, in their order on the page."""
 STEPS = (("describe", "Describe"), ("retrieve", "Retrieve"), ("rerank", "Re-rank"))
 DIGEST_LENGTH = 12
 
@@ -207,22 +209,28 @@ def _refusals(found: Mapping[str, Any]) -> str:
     return f'<p class="aside">{escape(text)}.</p>'
 
 
-def groups_section(groups: Mapping[str, Any]) -> str:
-    """A row for each group of queries (city, sequence), the largest first."""
+def groups_section(name: str, title: str, groups: Mapping[str, Any], decided: Mapping[str, float] | None = None) -> str:
+    """A row for each group of queries (city, day or night, sequence), the largest first.
+
+    `decided` is the recall@1 of a decision, by group.
+    """
     order = sorted(groups, key=lambda name: (-groups[name]["num_queries"], name))
     rows = []
-    for name in order[:MOST_GROUPS]:
-        row = list(groups[name]["by_num_candidates"].values())[-1]
+    for group in order[:MOST_GROUPS]:
+        row = list(groups[group]["by_num_candidates"].values())[-1]
         rows.append(
             [
-                *(name, f"{groups[name]['num_queries']:,}", _cell(groups[name]["global_recall_at_1"])),
+                *(group, f"{groups[group]['num_queries']:,}", _cell(groups[group]["global_recall_at_1"])),
                 *(_cell(row["reranked"]["1"]), *_tail(row)),
+                *([] if decided is None else [_cell(decided.get(group))]),
             ]
         )
     headings = ["Group", "Queries", "Descriptor@1, %", "Re-ranked@1, %", "Ceiling, %", "Corrected", "Broken"]
+    if decided is not None:
+        headings.append("Decided@1, %")
     more = f"The {MOST_GROUPS} largest of {len(order):,} groups. " if len(order) > MOST_GROUPS else ""
     note = f'<p class="aside">{more}metrics.json has all of them.</p>' if more else ""
-    return _section("groups", "By group", note + _table(headings, rows))
+    return _section(name, title, note + _table(headings, rows))
 
 
 def seconds_section(seconds: Mapping[str, float]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pairvpr.config.schema import DecisionRule
 from pairvpr.data import sealed, storage
 from pairvpr.data.manifest import Benchmark, Manifest
 from pairvpr.evaluation.confidence import Judge
 from pairvpr.evaluation.predictions import predictions_table, write_predictions
 from pairvpr.evaluation.report import RunFacts, metrics
-from pairvpr.retrieval.pipeline import Answer
+from pairvpr.retrieval.decision import Decider, Decision, Votes, Weights
+from pairvpr.retrieval.pipeline import Answer, decided
 from tests.support.index import write_index
 from tests.support.small import small_model_config
 
@@ -33,6 +35,16 @@ FACTS = RunFacts(
     num_rejected_database=0,
     num_rejected_queries=1,
     judge=Judge(temperature=1.2, midpoint=0.3, not_in_map_below=0.8),
+)
+
+
+DECISION = Decision(
+    weights=Weights(pair_score=0.4, squared_distance=1.0, log_rank=0.3),
+    votes=Votes(radius_m=30.0, softness=1.0, own=1.0, weight=2.0),
+    nothing=0.5,
+    temperature=1.0,
+    midpoint=0.0,
+    stop_margin=None,
 )
 
 
@@ -56,12 +68,13 @@ def make_run(
     order_seed: int | None = None,
     has_truth: bool = True,
     has_positions: bool = True,
+    decision: Decision | None = None,
     paths: Sequence[str] = (),
 ) -> MadeUpRun:
     """Queries stand near database photos, some far from all; retrieval and re-ranking are right now and then.
 
-    `paths` are the names of the first database photos; `order_seed` draws other scores for the same test. The photos
-    themselves are not there: `draw_photos` makes them.
+    A `decision` orders the answers. `paths` are the names of the first database photos; `order_seed` draws other scores
+    for the same test. The photos themselves are not there: `draw_photos` makes them.
     """
     rng = np.random.default_rng(seed)
     database_m = 1000.0 + rng.uniform(0, 300, (num_database, 2))
@@ -79,9 +92,17 @@ def make_run(
         positives=[np.flatnonzero(row) for row in near] if has_truth else None,
         protocol={"positives": "radius", "radius_m": RADIUS_M},
         query_groups=[f"city {number % 3}" for number in range(num_queries)],
+        query_kinds={
+            "light": ["night" if number % 4 == 0 else "day" for number in range(num_queries)],
+            "sequence": [f"drive {number // 7}" for number in range(num_queries)],
+        },
     )
     answers = _answers(near, rng if order_seed is None else np.random.default_rng(order_seed))
-    content = metrics(benchmark, answers, small_model_config(), FACTS)
+    facts = FACTS
+    if decision is not None:
+        answers = decided(answers, Decider(decision, benchmark.database.utm_m))
+        facts = replace(FACTS, decision=DecisionRule.consensus)
+    content = metrics(benchmark, answers, small_model_config(), facts)
     write_files(folder, benchmark, content)
     write_predictions(str(folder / "predictions.parquet"), predictions_table(benchmark, answers, FACTS.judge))
     return MadeUpRun(str(folder), benchmark, answers, content)

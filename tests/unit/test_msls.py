@@ -91,6 +91,28 @@ def test_the_stamp_says_which_test_it_is(miniature: Path) -> None:
     }
 
 
+def test_queries_go_by_light_and_sequence(miniature: Path, by_hand: Path) -> None:
+    """As the tables say, row by row; what a table does not hold is no group."""
+    benchmark = load(miniature)
+    light, sequence = {}, {}
+    for city in ("cph", "sf"):
+        folder = miniature / "train_val" / city / "query"
+        for name, column, found in (("postprocessed", "night", light), ("seq_info", "sequence_key", sequence)):
+            with (folder / f"{name}.csv").open(newline="") as file:
+                found |= {row["key"]: row[column] for row in csv.DictReader(file)}
+    keys = [Path(path).stem for path in benchmark.queries.paths]
+    expected = {"True": "night", "False": "day"}
+    assert (
+        list(benchmark.query_kinds["light"])
+        == [expected[light[key]] for key in keys]
+        == ["night"] * 2 + ["day"] * 2 + ["night"] * 2 + ["day"] * 2
+    )
+    assert list(benchmark.query_kinds["sequence"]) == [sequence[key] for key in keys]
+    file = by_hand / "train_val" / "sf" / "query" / "postprocessed.csv"
+    file.write_text(file.read_text().replace(",night,", ",dark,"))
+    assert dict(load(by_hand, cities=["sf"]).query_kinds) == {"sequence": ["s", "s"]}
+
+
 def test_a_night_subtask(miniature: Path) -> None:
     benchmark = load(miniature, subtask=MslsSubtask.d2n)
     database, queries = (places(part.paths, miniature, "train_val") for part in (benchmark.database, benchmark.queries))

@@ -26,7 +26,7 @@ from pairvpr.report.attention import Explainer
 from pairvpr.report.finished import open_run
 from pairvpr.report.make import make_report
 from pairvpr.report.page import json_in_html, page
-from tests.support.finished import FACTS, MadeUpRun, draw_photos, make_run
+from tests.support.finished import DECISION, FACTS, MadeUpRun, draw_photos, make_run
 from tests.support.small import small_model_config
 
 ROOT = Path(__file__).parents[2]
@@ -77,12 +77,41 @@ def test_tables_are_metrics_json(made: MadeUpRun) -> None:
         assert float(cells[-3]) == pytest.approx(its["candidate_ceiling"], abs=0.05)
     for cells, its in zip(rows["confidence"][1:], made.metrics["confidence"]["reliability"], strict=True):
         assert int(cells[1]) == its["count"]
-    assert {cells[0]: int(cells[1]) for cells in rows["groups"][1:]} == {
+    assert {cells[0]: int(cells[1]) for cells in rows["by_group"][1:]} == {
         name: its["num_queries"] for name, its in audit["by_group"].items()
     }
     seconds = made.metrics["seconds_per_query"]
     assert [float(cells[1]) for cells in rows["seconds"][1:]] == pytest.approx(list(seconds.values()), abs=5e-5)
     assert dict(rows["protocol"])["Positives sha256"] == made.metrics["protocol"]["positives_sha256"]
+
+
+def test_a_decision_has_its_columns(tmp_path: Path) -> None:
+    """Recall, every group, distances and the gallery show what the decision made of the same scores."""
+    made = make_run(tmp_path / "OUT", decision=DECISION)
+    text = Path(make_report(ReportConfig(run=made.folder))).read_text()
+    rows, entry = Tables(text).rows, made.metrics["decision"]
+    final = [its.decided.ids if its.decided else np.empty(0, np.int64) for its in made.answers]
+    assert any(list(ids) != its.reranked.tolist() for ids, its in zip(final, made.answers, strict=True))
+    assert rows["recall"][3][0] == "Decided, consensus"
+    assert [float(cell) for cell in rows["recall"][3][1:] if cell != "-"] == pytest.approx(
+        list(entry["recall"].values()), abs=0.05
+    )
+    assert made.benchmark.positives is not None
+    right = np.array([len(ids) > 0 and ids[0] in its for ids, its in zip(final, made.benchmark.positives, strict=True)])
+    for name, groups in made.benchmark.groupings.items():
+        place = rows[f"by_{name}"][0].index("Decided@1, %")
+        assert {cells[0]: float(cells[place]) for cells in rows[f"by_{name}"][1:]} == pytest.approx(
+            {str(group): 100 * right[groups == group].mean() for group in np.unique(groups)}, abs=0.05
+        )
+    assert [cells[0] for cells in rows["distances"][1:]] == ["By descriptor", "Re-ranked", "Decided", "Estimated"]
+    for cells, name in zip(rows["distances"][1:], ("global", "reranked", "decided", "estimated"), strict=True):
+        assert float(cells[3]) == pytest.approx(entry["error_m"][name]["within_25_m"], abs=0.05)
+    data = json.loads(re.findall(r'id="data">(.*?)</script>', text, re.S)[0])
+    assert data["rankings"][1] == ["Decided", "evidence"]
+    paths = [its["path"] for its in data["photos"]]
+    for query in data["queries"]:
+        shown = [paths[answer["photo"]] for answer in query["final"]]
+        assert shown == [made.benchmark.database.path(int(i)) for i in final[query["id"]][:3]]
 
 
 def test_the_distances_are_those_of_the_answers(made: MadeUpRun) -> None:
@@ -113,10 +142,11 @@ def test_thousands_of_groups_are_cut(made: MadeUpRun) -> None:
     from pairvpr.report.sections import MOST_GROUPS, groups_section
 
     one = next(iter(made.metrics["audit"]["by_group"].values()))
-    text = groups_section({f"{HOSTILE} {number}": one | {"num_queries": number} for number in range(5000)})
+    groups = {f"{HOSTILE} {number}": one | {"num_queries": number} for number in range(5000)}
+    text = groups_section("by_sequence", "By sequence", groups)
     assert f"The {MOST_GROUPS} largest of 5,000 groups" in text
     assert len(text) < 200_000
-    assert Tables(text).rows["groups"][1][:2] == [f"{HOSTILE} 4999", "4,999"]
+    assert Tables(text).rows["by_sequence"][1][:2] == [f"{HOSTILE} 4999", "4,999"]
 
 
 def test_thumbnails_keep_to_their_budget(tmp_path: Path) -> None:

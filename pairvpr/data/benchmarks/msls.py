@@ -7,8 +7,8 @@ with its ground truth) and, only read for train_val, raw.csv (key, pano). Other 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import reduce
 
 import numpy as np
@@ -27,6 +27,8 @@ from pairvpr.errors import UserError
 
 POSITIONS, AXES = "postprocessed.csv", ("easting", "northing")
 """The table of positions, and its columns."""
+_KINDS = {"light": (POSITIONS, "night"), "sequence": ("seq_info.csv", "sequence_key")}
+"""Tables and columns that group photos; a table may lack them."""
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -37,12 +39,15 @@ class _Photos:
     paths: list[str]
     utm_m: NDArray[np.float64]
     """(n, 2) UTM east, north; NaN where the tables hold no positions."""
+    kinds: Mapping[str, NDArray[np.str_]] = field(default_factory=dict)
+    """(n,) groups of the photos, by the names of `_KINDS` that the tables hold."""
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def only(self, kept: NDArray[np.bool_]) -> _Photos:
-        return _Photos([path for path, is_kept in zip(self.paths, kept, strict=True) if is_kept], self.utm_m[kept])
+        paths = [path for path, is_kept in zip(self.paths, kept, strict=True) if is_kept]
+        return _Photos(paths, self.utm_m[kept], {name: its[kept] for name, its in self.kinds.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +57,12 @@ class _Part:
     photos: Manifest
     city: NDArray[np.int64]
     """(n,) place of each photo's city in benchmark.cities."""
+    kinds: Mapping[str, NDArray[np.str_]]
+    """(n,) groups of the photos, by the names of `_KINDS` that all cities' tables hold."""
 
     def only(self, ids: NDArray[np.int64]) -> _Part:
-        return _Part(self.photos.only(ids).with_positions(self.photos.utm_m[ids]), self.city[ids])
+        photos = self.photos.only(ids).with_positions(self.photos.utm_m[ids])
+        return _Part(photos, self.city[ids], {name: its[ids] for name, its in self.kinds.items()})
 
 
 def load(config: MslsConfig, problems: Problems) -> Benchmark:
@@ -91,6 +99,7 @@ def load(config: MslsConfig, problems: Problems) -> Benchmark:
         positives=positives,
         protocol=protocol,
         query_groups=[config.cities[i] for i in queries.city],
+        query_kinds={name: its.tolist() for name, its in queries.kinds.items()},
         has_submission=config.split is MslsSplit.test,
     )
 
@@ -126,7 +135,9 @@ def _read_part(root: str, part: str, config: MslsConfig, problems: Problems) -> 
         raise _nothing_left(root, f"{part} photo", config, problems)
     paths = [path for its in cities for path in its.paths]
     photos = Manifest.of(root, paths, np.concatenate([its.utm_m for its in cities]))
-    return _Part(photos, np.repeat(np.arange(len(cities)), [len(its) for its in cities]))
+    held = [name for name in _KINDS if all(name in its.kinds for its in cities)]
+    kinds = {name: np.concatenate([its.kinds[name] for its in cities]) for name in held}
+    return _Part(photos, np.repeat(np.arange(len(cities)), [len(its) for its in cities]), kinds)
 
 
 def _have_positions(root: str, part: str, config: MslsConfig, problems: Problems) -> bool:
@@ -187,7 +198,12 @@ def _read_photos(
     there = _photos_in(folder, len(names), problems)
     if there:
         paths = listed_paths(names, there, folder, lambda i: rows.where(int(taken[i])), problems)
-        photos = _Photos([f"{city}/{part}/{path}" for path in paths], utm_m[taken])
+        kinds = {
+            name: np.array([_kind(name, text) for text in tables[file].texts(column).to_pylist()])[taken]
+            for name, (file, column) in _KINDS.items()
+            if file in tables and column in tables[file].columns.column_names
+        }
+        photos = _Photos([f"{city}/{part}/{path}" for path in paths], utm_m[taken], kinds)
         return photos.only(np.array([path is not None for path in paths], bool))
     return _Photos([], np.empty((0, 2)))
 
@@ -225,7 +241,9 @@ def _read_tables(folder: str, columns: dict[str, list[str]], problems: Problems)
     tables: dict[str, Rows] = {}
     for name, wanted in columns.items():
         with problems.gathered():
-            tables[name] = TableFile.open(storage.join(folder, name)).read(wanted, problems)
+            file = TableFile.open(storage.join(folder, name))
+            kinds = [column for its_file, column in _KINDS.values() if its_file == name and file.has(column)]
+            tables[name] = file.read([*wanted, *kinds], problems)
     if not tables:
         return tables
     _check_lengths(list(tables.values()), problems)
@@ -260,6 +278,14 @@ def _check_keys(rows: Rows, listed: Rows, problems: Problems) -> None:
             f"{rows.where(i)}: {rows.cell('key', i)}; expected the same as in {listed.where(i)}, "
             f"in this row and {len(differ) - 1:,} others"
         )
+
+
+def _kind(name: str, text: str | None) -> str:
+    """The name of a photo's group, from a cell: of `light` by the flag `night`, else as it is written."""
+    if name == "light" and text is not None:
+        flag = _FLAGS.get(text.strip().lower())
+        return "unknown" if flag is None else "night" if flag else "day"
+    return text or "unknown"
 
 
 def _flags(rows: Rows, name: str, problems: Problems) -> NDArray[np.bool_]:
