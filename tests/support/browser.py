@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,15 +67,17 @@ def browser() -> Iterator[Any]:
 
 
 @contextmanager
-def opened(running: Any, file: Path, anchor: str = "", **options: Any) -> Iterator[Seen]:
-    """The page of a file on disk, with the network off."""
-    context = running.new_context(**{"viewport": {"width": 1440, "height": 900}, "offline": True} | options)
+def opened(running: Any, file: Path, anchor: str = "", *, tile: bytes | None = None, **options: Any) -> Iterator[Seen]:
+    """The page of a file on disk, with the network off; with `tile`, every host answers with this PNG."""
+    context = running.new_context(**{"viewport": {"width": 1440, "height": 900}, "offline": tile is None} | options)
     try:
         seen = Seen(context.new_page())
         seen.page.set_default_timeout(15_000)
         seen.page.on("console", lambda message: seen.errors.append(message.text))
         seen.page.on("pageerror", lambda error: seen.errors.append(str(error)))
         seen.page.on("request", lambda request: seen.requests.append(request.url))
+        if tile is not None:
+            seen.page.route(re.compile("^https?://"), lambda route: route.fulfill(body=tile, content_type="image/png"))
         seen.page.goto(file.as_uri() + anchor)
         yield seen
     finally:

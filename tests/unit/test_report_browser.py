@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -13,9 +14,12 @@ import pytest
 from PIL import Image
 
 from pairvpr.config.schema import ReportConfig, ReportSettings
+from pairvpr.data.utm import UtmZone, to_degrees
+from pairvpr.evaluation.compare import first_answer_is_right, read_run
 from pairvpr.report.finished import open_run
 from pairvpr.report.make import make_report
 from pairvpr.report.outcomes import read_outcomes
+from pairvpr.report.side_by_side import write_comparison
 from tests.support.browser import Seen, browser, opened, outside, require_browser, until
 from tests.support.finished import MadeUpRun, draw_photos, make_run
 
@@ -217,6 +221,76 @@ def test_without_truth_predictions_are_shown(running: Any, tmp_path: Path) -> No
         assert len(shown(seen)) == 10
         assert "10 of 40 queries are pictured" in seen.page.locator("#status").text_content()
         assert seen.errors == []
+
+
+def test_tiles_are_those_of_the_place_and_of_the_named_host_alone(running: Any, tmp_path: Path) -> None:
+    """Every tile asked for covers a part of what the map shows, the photos' place is among them, and all are drawn."""
+    made = make_run(tmp_path / "OUT")
+    draw_photos(made.benchmark)
+    settings = ReportSettings(tiles="https://tiles.example/{z}/{x}/{y}.png", utm_epsg=32632)
+    report = Path(make_report(ReportConfig(run=made.folder, report=settings)))
+    sink = io.BytesIO()
+    Image.new("RGB", (256, 256), (12, 200, 34)).save(sink, "PNG")
+    with opened(running, report, tile=sink.getvalue()) as seen:
+        seen.page.locator("#canvas").scroll_into_view_if_needed()
+        seen.page.wait_for_timeout(500)
+        asked = [re.fullmatch(r"https://tiles\.example/(\d+)/(\d+)/(\d+)\.png", url) for url in outside(seen, report)]
+        assert asked
+        zoom, *_ = levels = sorted({int(its[1]) for its in asked if its})
+        assert (len(levels), None in asked) == (1, False)
+        latitude, longitude = np.radians(to_degrees(made.benchmark.database.utm_m, UtmZone(32, south=False)).mean(0))
+        x = int(2**zoom * (longitude / np.pi + 1) / 2)
+        y = int(2**zoom * (1 - np.arcsinh(np.tan(latitude)) / np.pi) / 2)
+        tiles = {(int(its[2]), int(its[3])) for its in asked if its}
+        assert (x, y) in tiles
+        assert max(max(abs(east - x), abs(south - y)) for east, south in tiles) <= 8
+        drawn = np.array(Image.open(io.BytesIO(seen.page.locator("#canvas").screenshot())).convert("RGB"), np.int64)
+        green = (drawn[..., 1] > drawn[..., [0, 2]].max(2) + 40).mean()
+        assert green > 0.5
+        assert seen.errors == []
+    with opened(running, report) as seen:
+        seen.page.locator("#canvas").scroll_into_view_if_needed()
+        seen.page.wait_for_timeout(300)
+        assert all("ERR_INTERNET_DISCONNECTED" in error for error in seen.errors)  # without the host the map is there
+        assert seen.page.locator("#tiles-note").is_visible()
+
+
+@pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
+def test_the_page_of_two_runs(running: Any, tmp_path: Path, size: dict[str, int]) -> None:
+    from axe_playwright_python.sync_playwright import Axe
+
+    first, second = (
+        make_run(tmp_path / name, name=HOSTILE_NAME, paths=HOSTILE, order_seed=seed)
+        for seed, name in enumerate(("one", "two"))
+    )
+    draw_photos(second.benchmark)
+    page = tmp_path / "two.html"
+    write_comparison([first.folder, second.folder], str(page))
+    before, after = (first_answer_is_right(read_run(run.folder)) for run in (first, second))
+    changed = {"Corrected": after & ~before, "Broken": before & ~after}
+    with opened(running, page, viewport=size, bypass_csp=True) as seen:
+        assert seen.page.evaluate("window.hacked") is None
+        assert seen.page.locator("#map").is_hidden()
+        for label, mask in changed.items():
+            assert mask.any()
+            button = seen.page.get_by_role("button", name=re.compile(f"^{label}"))
+            button.click()
+            assert shown(seen) == np.flatnonzero(mask).tolist()
+            assert button.text_content() == f"{label}{mask.sum()}"
+        run = seen.page.locator("#comparison tbody th").first
+        assert run.bounding_box()["width"] > 80  # long names of runs break, but not letter by letter
+        seen.page.get_by_role("button", name=re.compile("^All")).click()
+        numbers = shown(seen)
+        seen.page.evaluate(f"location.hash = '#q={numbers[0]}'")
+        seen.page.wait_for_timeout(50)
+        seen.page.keyboard.press("j")
+        assert seen.page.evaluate("document.activeElement.id") == f"query-{numbers[1]}"
+        seen.page.screenshot(path=tmp_path / "two.png", full_page=True)
+        assert seen.page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+        assert seen.errors == []
+        assert outside(seen, page) == []
+        found = Axe().run(seen.page).response["violations"]
+        assert [its["id"] for its in found if its["impact"] in ("serious", "critical")] == []
 
 
 def test_print_shows_all_numbers(running: Any, report: Path) -> None:
