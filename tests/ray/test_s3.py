@@ -14,16 +14,19 @@ import s3fs
 import torch
 
 from pairvpr.config.compose import load, load_evaluations
-from pairvpr.config.schema import BuildIndexConfig, ClusterConfig, QueryConfig, UpdateIndexConfig
+from pairvpr.config.schema import BuildIndexConfig, ClusterConfig, QueryConfig, ReportConfig, UpdateIndexConfig
 from pairvpr.data import claim, stamps, storage
 from pairvpr.data.manifest import Manifest
 from pairvpr.distributed.runtime import ray_session
 from pairvpr.errors import UserError
 from pairvpr.models.weights import untrained_state
+from pairvpr.report.export import export
+from pairvpr.report.make import make_report
 from ray_jobs.build_index import build_index
 from ray_jobs.query import query
 from ray_jobs.update_index import update_index
 from tests.support.claims import claim_twice_at_once, slow_down
+from tests.support.finished import draw_photos, make_run
 from tests.support.flaky_proxy import running_flaky_proxy
 from tests.support.runs import (
     SMALL_NETWORK,
@@ -155,6 +158,28 @@ def test_a_photo_replaced_on_a_store_is_noticed_by_its_etag(
         stamps.check_unchanged(photos, str(tmp_path))
     storage.write_bytes(photos.url(1), b"one")
     stamps.check_unchanged(photos, str(tmp_path))
+
+
+def test_a_report_and_exports_of_a_run_on_a_store(
+    tmp_path: Path, swift: SwiftServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run, photos, report and exports are all on S3; a photo that is gone says so. Files equal those of a disk."""
+    keys = {"key": swift.access_key, "secret": swift.secret_key, "endpoint_url": swift.endpoint_url}
+    monkeypatch.setitem(fsspec.config.conf, "s3", keys)
+    made = make_run(tmp_path / "OUT", num_queries=12, num_database=20, photos="s3://city/seen")
+    draw_photos(made.benchmark)
+    here = Path(make_report(ReportConfig(run=made.folder))).read_text()
+    for path in storage.list_files(made.folder):
+        storage.write_bytes(f"s3://city/OUT/{path}", (tmp_path / "OUT" / path).read_bytes())
+    pairs = {form: Path(export(made.folder, form)).read_bytes() for form in ("hloc", "csv")}
+    shutil.rmtree(tmp_path / "OUT")
+    report = make_report(ReportConfig(run="s3://city/OUT"))
+    assert report == "s3://city/OUT/report.html"
+    assert storage.read_bytes(report).decode().replace("s3://city/OUT", made.folder) == here
+    assert here.count("data:image/") >= 12
+    assert {form: storage.read_bytes(export("s3://city/OUT", form)) for form in pairs} == pairs
+    storage.remove_file(made.benchmark.queries.url(3))
+    assert "FileNotFoundError" in storage.read_bytes(make_report(ReportConfig(run="s3://city/OUT"))).decode()
 
 
 @pytest.mark.parametrize("num_pairs", [15, pytest.param(1000, marks=pytest.mark.soak)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,12 +70,13 @@ def make_run(
     has_truth: bool = True,
     has_positions: bool = True,
     decision: Decision | None = None,
+    photos: str | None = None,
     paths: Sequence[str] = (),
 ) -> MadeUpRun:
     """Queries stand near database photos, some far from all; retrieval and re-ranking are right now and then.
 
     A `decision` orders the answers. `paths` are the names of the first database photos; `order_seed` draws other scores
-    for the same test. The photos themselves are not there: `draw_photos` makes them.
+    for the same test. The photos themselves are not there: `draw_photos` makes them, below `photos` (path or URL).
     """
     rng = np.random.default_rng(seed)
     database_m = 1000.0 + rng.uniform(0, 300, (num_database, 2))
@@ -85,9 +87,9 @@ def make_run(
     places = (database_m, queries_m) if has_positions else (None, None)
     benchmark = Benchmark(
         name=name,
-        database=Manifest.of(str(folder / "photos" / "database"), names, places[0]),
+        database=Manifest.of(f"{photos or folder / 'photos'}/database", names, places[0]),
         queries=Manifest.of(
-            str(folder / "photos" / "queries"), [f"{number:05d}.jpg" for number in range(num_queries)], places[1]
+            f"{photos or folder / 'photos'}/queries", [f"{number:05d}.jpg" for number in range(num_queries)], places[1]
         ),
         positives=[np.flatnonzero(row) for row in near] if has_truth else None,
         protocol={"positives": "radius", "radius_m": RADIUS_M},
@@ -146,6 +148,6 @@ def draw_photos(benchmark: Benchmark, *, size_px: tuple[int, int] = (64, 48)) ->
     """A plain picture for every photo, each of another colour."""
     for manifest in (benchmark.database, benchmark.queries):
         for number in range(len(manifest)):
-            path = storage.local_path(manifest.url(number))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", size_px, (37 * number % 256, 91 * number % 256, 160)).save(path, "JPEG")
+            sink = io.BytesIO()
+            Image.new("RGB", size_px, (37 * number % 256, 91 * number % 256, 160)).save(sink, "JPEG")
+            storage.write_bytes(manifest.url(number), sink.getvalue())
