@@ -94,6 +94,18 @@ JOBS = {
             ),
         ),
         Job(
+            "serve",
+            "use",
+            "answer photos over HTTP: a photo in, a place out",
+            "pairvpr.config.serve_schema:ServeConfig",
+            (
+                *("index.path=INDEX", *MODEL, "indices={sf: INDEX, oslo: s3://BUCKET/INDEX}"),
+                *("rerank.num_candidates=100", "rerank.calibration=calibration.json"),
+                *("serve.host=0.0.0.0", "serve.token_file=token.txt", "serve.refresh_s=60"),
+                *("serve.num_replicas=2", "serve.split=true", "serve.num_shard_parts=4", *CLUSTER),
+            ),
+        ),
+        Job(
             "evaluate",
             "measure",
             "measure recall on a benchmark: describe, index, retrieve, re-rank, report",

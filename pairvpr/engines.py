@@ -28,8 +28,9 @@ from pairvpr.deadline import Deadline
 from pairvpr.errors import PhotoError
 from pairvpr.index.described import CHANGED
 from pairvpr.index.filters import Filters, Places
+from pairvpr.index.generations import IndexManifest
 from pairvpr.index.merge import Found
-from pairvpr.index.reader import WarmIndex, search_index
+from pairvpr.index.reader import WarmIndex, rescored_in_groups, search_groups, search_index
 from pairvpr.index.search import Effort
 from pairvpr.models.class_attention import attention_grids
 from pairvpr.models.pair_vpr import PairVPR
@@ -266,8 +267,8 @@ class LocalNetwork:
 class LocalShards:
     """The shards of a generation in this process, of which `budget_bytes` stay in memory.
 
-    `files` keeps local copies of remote ones. Shards of an earlier generation `before` are shared. Threads may share
-    these.
+    `files` keeps local copies of remote ones. Shards of an earlier generation `before` are shared. These are all,
+    or one of several parts. Threads may share them.
     """
 
     def __init__(
@@ -277,6 +278,8 @@ class LocalShards:
         files: LocalCache,
         budget_bytes: float = math.inf,
         before: LocalShards | None = None,
+        part: int = 0,
+        num_parts: int = 1,
     ) -> None:
         self._search = search
         self._index = WarmIndex(
@@ -287,6 +290,8 @@ class LocalShards:
             memory_map=search.memory_map,
             has_gpu=search.num_gpus_per_actor > 0,
             before=None if before is None else before._index,
+            part=part,
+            num_parts=num_parts,
         )
 
     def search(
@@ -294,11 +299,33 @@ class LocalShards:
     ) -> Found:
         """See `Shards.search`."""
         deadline.check()
-        effort = self._index.effort
-        if self._search.num_probes is not None:
-            effort = Effort(self._search.num_probes, effort.num_rescored)
-        num_threads = self._search.num_threads_per_actor
+        num_threads, effort = self._search.num_threads_per_actor, effort_of(self._index.manifest, self._search)
         return search_index(self._index, descriptors, k, num_threads=num_threads, effort=effort, filters=filters)
+
+    def search_part(
+        self, descriptors: NDArray[np.float32], k: int, filters: tuple[Filters, Places] | None, deadline: Deadline
+    ) -> Found | None:
+        """What this part finds, before exact distances are computed; None if it has no shard."""
+        deadline.check()
+        num_threads, effort = self._search.num_threads_per_actor, effort_of(self._index.manifest, self._search)
+        groups = self._index.groups
+        return search_groups(
+            self._index, groups, descriptors, k, num_threads=num_threads, effort=effort, filters=filters
+        )
+
+    def rescored_part(
+        self, descriptors: NDArray[np.float32], ids: NDArray[np.int64], deadline: Deadline
+    ) -> NDArray[np.float32]:
+        """Exact squared distances of what is in this part; infinite for the rest."""
+        deadline.check()
+        num_threads = self._search.num_threads_per_actor
+        return rescored_in_groups(self._index, self._index.groups, descriptors, ids, num_threads=num_threads)
+
+
+def effort_of(manifest: IndexManifest, search: SearchConfig) -> Effort:
+    """The index's effort, or that of the settings."""
+    effort = Effort(**manifest.effort)
+    return effort if search.num_probes is None else Effort(search.num_probes, effort.num_rescored)
 
 
 @contextmanager

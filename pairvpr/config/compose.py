@@ -29,7 +29,7 @@ from hydra.version import VersionBase
 from omegaconf import BooleanNode, DictConfig, FloatNode, IntegerNode, Node, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
-from pairvpr.config import benchmark_schema, schema, train_schema
+from pairvpr.config import benchmark_schema, schema, serve_schema, train_schema
 from pairvpr.config.networks import config_directory
 from pairvpr.errors import UserError
 
@@ -48,6 +48,7 @@ JOBS: dict[type, str] = {
     schema.CalibrateConfig: "calibrate",
     schema.PlanConfig: "plan",
     schema.ReportConfig: "report",
+    serve_schema.ServeConfig: "serve",
 }
 DIRECTORIES: dict[type, dict[str, str]] = {
     schema.EvaluateConfig: {"experiment": "experiment"},

@@ -7,7 +7,14 @@ import re
 from dataclasses import dataclass, field
 
 from pairvpr.config.checks import require, require_positive, require_text
-from pairvpr.config.schema import ClusterConfig, DenseFeatures, DescribeConfig, ModelConfig, RerankConfig, SearchConfig
+from pairvpr.config.schema import (
+    ClusterConfig,
+    DenseFeatures,
+    DescribePassConfig,
+    ModelConfig,
+    RerankConfig,
+    SearchConfig,
+)
 
 OWN_MACHINE = ("127.0.0.1", "::1", "localhost")
 DEFAULT_NAME = "default"
@@ -125,7 +132,7 @@ class ServeConfig:
     indices: dict[str, str] = field(default_factory=dict)
     """Several indices by name ({sf: URL, oslo: URL}) instead of index.path; requests choose one, or ask all."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    describe: DescribeConfig = field(default_factory=DescribeConfig)
+    describe: DescribePassConfig = field(default_factory=DescribePassConfig)
     rerank: RerankConfig = field(default_factory=RerankConfig)
     serve: ServeSettings = field(default_factory=ServeSettings)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -142,7 +149,8 @@ class ServeConfig:
                 f"indices: the name {name!r}; expected letters, digits, - and _",
             )
         for name, is_wrong, expected in (
-            ("describe.descriptors", self.describe.descriptors is not None, "null, because photos are described here"),
+            ("rerank.num_actors", self.rerank.num_actors is not None, "null, and serve.num_replicas"),
+            ("index.num_actors", self.index.num_actors is not None, "null, and serve.num_shard_parts"),
             ("rerank.num_candidates", self.rerank.num_candidates == 0, "1 or more"),
             ("rerank.candidates", self.rerank.candidates is not None, "null, because candidates are searched for"),
             ("rerank.dense_features", self.rerank.dense_features is DenseFeatures.store, "cache or recompute"),

@@ -170,7 +170,8 @@ class WarmIndex(OpenIndex):
 
     It keeps as many groups of shards, in order, as fit into `budget_bytes` according to the plan
     (`choose.bytes_per_row`). The others are opened and released for every search. Shards kept by `before`, an earlier
-    generation of the same index, are reused. Threads may share it.
+    generation of the same index, are reused. `part` and `num_parts` say which groups it has, if others have the rest.
+    Threads may share it.
     """
 
     def __init__(
@@ -183,6 +184,8 @@ class WarmIndex(OpenIndex):
         memory_map: bool = False,
         has_gpu: bool = False,
         before: WarmIndex | None = None,
+        part: int = 0,
+        num_parts: int = 1,
     ) -> None:
         super().__init__(directory, manifest, cache, memory_map=memory_map, has_gpu=has_gpu)
         self._shards: dict[range, Shard] = {}
@@ -190,7 +193,8 @@ class WarmIndex(OpenIndex):
         self._descriptors: dict[int, NDArray[np.float32]] = {}
         row_bytes = choose.bytes_per_row(self.spec.kind, manifest.descriptor_dim)
         left_bytes = budget_bytes
-        for group in groups_of_shards(manifest):
+        self.groups = groups_of_part(manifest, part, num_parts)
+        for group in self.groups:
             left_bytes -= row_bytes * sum(manifest.shards[number].num_rows for number in group)
             if left_bytes < 0:
                 break
@@ -263,12 +267,31 @@ def search_index(
 
     `filters` says which photos each query may find; if they are fewer than k, the rest of the ids is -1.
     """
-    effort = effort or opened.effort
+    effort, groups = effort or opened.effort, groups_of_shards(opened.manifest)
+    found = search_groups(opened, groups, queries, k, num_threads=num_threads, effort=effort, filters=filters)
+    assert found is not None, "an index has a shard"
+    if not choose.KINDS[opened.spec.kind].is_rescored:
+        return found
+    distances = rescored_in_groups(opened, groups, queries, found[1], num_threads=num_threads)
+    return merge_top_k([(distances, found[1])], k)
+
+
+def search_groups(
+    opened: OpenIndex,
+    groups: Sequence[range],
+    queries: NDArray[np.float32],
+    k: int,
+    *,
+    num_threads: int,
+    effort: Effort,
+    filters: tuple[Filters, Places] | None = None,
+) -> Found | None:
+    """The nearest of some groups of shards: as many as a search for k keeps before it computes exact distances."""
     length = short_list_length(opened.manifest, effort, k)
     options: dict[str, Any] = {"num_threads": num_threads, "effort": effort, "at_least": k}
     options["visits"] = opened.visits(queries, effort, num_threads)
     found: Found | None = None
-    for group in groups_of_shards(opened.manifest):
+    for group in groups:
         shard = opened.joined(group)
         part = (
             search(shard, queries, length, **options)
@@ -276,14 +299,31 @@ def search_index(
             else search_filtered(shard, queries, length, *filters, **options)
         )
         found = merge_top_k([part] if found is None else [found, part], length)
-    assert found is not None, "an index has a shard"
-    if not choose.KINDS[opened.spec.kind].is_rescored:
-        return found
-    distances = [
-        rescore(opened.descriptors(number), opened.ids(number), queries, found[1], num_threads=num_threads)
-        for number in range(len(opened.manifest.shards))
-    ]
-    return merge_top_k([(np.minimum.reduce(distances), found[1])], k)
+    return found
+
+
+def rescored_in_groups(
+    opened: OpenIndex,
+    groups: Sequence[range],
+    queries: NDArray[np.float32],
+    ids: NDArray[np.int64],
+    *,
+    num_threads: int,
+) -> NDArray[np.float32]:
+    """Exact squared distances of short lists (Q, S); infinite for ids that are in none of these groups."""
+    distances = np.full(ids.shape, np.inf, np.float32)
+    for number in (number for group in groups for number in group):
+        its = rescore(opened.descriptors(number), opened.ids(number), queries, ids, num_threads=num_threads)
+        np.minimum(distances, its, out=distances)
+    return distances
+
+
+def groups_of_part(manifest: IndexManifest, part: int, num_parts: int) -> list[range]:
+    """The groups of shards in one of several parts, which have about the same number of rows; maybe none."""
+    groups = groups_of_shards(manifest)
+    sizes = [1 + sum(manifest.shards[number].num_rows for number in group) for group in groups]
+    parts = cut_into_groups(sizes, min(num_parts, len(groups)))
+    return groups[parts[part].start : parts[part].stop] if part < len(parts) else []
 
 
 def groups_of_shards(manifest: IndexManifest) -> list[range]:

@@ -94,8 +94,7 @@ def create_app(service: Service, token: str | None = None) -> FastAPI:
     app.add_middleware(
         Door,  # pyright: ignore[reportArgumentType]
         token=token,
-        max_connections=service.settings.max_connections,
-        metrics=service.metrics,
+        service=service,
     )
     app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)

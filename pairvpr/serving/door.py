@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pairvpr.serving.errors import RequestError, busy
-from pairvpr.serving.metrics import Metrics
+from pairvpr.serving.service import Service
 
 LOG = logging.getLogger("pairvpr.serving")
 REQUEST_ID, ARRIVED_S = "pairvpr.request_id", "pairvpr.arrived_s"
@@ -24,17 +24,17 @@ FREE = ("/healthz", "/", "/favicon.ico")
 FREE_FOLDERS = ("/page/",)
 """The page holds nothing of the index; it asks for the token and sends it."""
 SECRETS_IN_QUERY = ("token", "access_token", "api_key", "apikey", "authorization", "bearer")
+DRAINING_S = 5
+"""When to come again to a service that stops: another one may be there by then."""
 OWN_HEADERS = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
 
 
 class Door:
     """Pure ASGI: nothing is read of a request that it refuses."""
 
-    def __init__(self, app: ASGIApp, *, token: str | None, max_connections: int, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
+    def __init__(self, app: ASGIApp, *, token: str | None, service: Service) -> None:
+        self._app, self._service = app, service
         self._digest = None if token is None else hashlib.sha256(token.encode()).digest()
-        self._max_connections, self._num_open = max_connections, 0
-        metrics.watch({"open_requests": ("Requests that are open.", lambda: self._num_open)})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -52,7 +52,7 @@ class Door:
                 message = {**message, "headers": [*message.get("headers", []), *own]}
             await send(message)
 
-        self._num_open += 1
+        self._service.num_open += 1
         try:
             self._check(scope)
             await self._app(scope, receive, sent)
@@ -63,15 +63,18 @@ class Door:
             if status == 0:
                 await _refuse(scope, sent, RequestError(500, "internal", "bug in the program; the log has its place"))
         finally:
-            self._num_open -= 1
+            self._service.num_open -= 1
             route = getattr(scope.get("route"), "path", "other")
-            self._metrics.requests.labels(route, str(status)).inc()
+            self._service.metrics.requests.labels(route, str(status)).inc()
             took_ms = 1000 * (time.monotonic() - scope[ARRIVED_S])
             LOG.info("request %s: %s %s %d in %.0f ms", scope[REQUEST_ID], scope["method"], route, status, took_ms)
 
     def _check(self, scope: Scope) -> None:
-        if self._num_open > self._max_connections:
-            raise busy(f"{self._max_connections} requests are open already (serve.max_connections)", 1)
+        most = self._service.settings.max_connections
+        if self._service.num_open > most:
+            raise busy(f"{most} requests are open already (serve.max_connections)", 1)
+        if self._service.is_draining and scope["path"] != "/healthz":
+            raise busy("the service is stopping", DRAINING_S)
         query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         if any(name.lower() in SECRETS_IN_QUERY for name, _ in query):
             why = "a token in the address ends up in logs; expected the header Authorization: Bearer TOKEN"

@@ -61,8 +61,10 @@ class Service:
         self.answering = Gate(settings.num_at_once, settings.max_waiting, "answer")
         self.picturing = Gate(PICTURES_AT_ONCE, MOST_WAITING_PICTURES, "picture")
         self._refreshing = asyncio.Lock()
+        self.num_open, self.is_draining = 0, False
         metrics.watch(
             {
+                "open_requests": ("Requests that are open.", lambda: self.num_open),
                 "waiting_requests": ("Photos that wait for a thread.", lambda: self.answering.num_waiting),
                 "running_requests": (
                     "Photos that are being answered.",
@@ -177,6 +179,13 @@ class Service:
         if self.settings.keep_photos is not None:
             name = hashlib.sha256(photo).hexdigest()
             storage.write_bytes(storage.join(self.settings.keep_photos, name), photo)
+
+    async def drain(self) -> None:
+        """Refuse new requests, and wait until the accepted ones are answered, at most `serve.drain_s`."""
+        self.is_draining = True
+        deadline = Deadline(self.settings.drain_s)
+        while self.num_open and deadline.left_s:
+            await asyncio.sleep(0.02)
 
     def close(self) -> None:
         """End the threads, after their work."""

@@ -43,6 +43,7 @@ from pairvpr.config.schema import (
     ReportConfig,
     UpdateIndexConfig,
 )
+from pairvpr.config.serve_schema import ServeConfig
 from pairvpr.config.train_schema import (
     ExportWeightsConfig,
     SearchCheckpointsConfig,
@@ -216,6 +217,7 @@ JOBS_WITH_WHAT_THEY_NEED: dict[type, list[str]] = {
     TrainStageTwoConfig: ["train=vitb", "train.root=/r", "output=/o", "train.validation=toy_city"],
     SearchCheckpointsConfig: ["checkpoints=/c", *TOY],
     ExportWeightsConfig: ["checkpoint=/c", "output=/o.pth"],
+    ServeConfig: ["index.path=/i"],
 }
 
 
@@ -578,7 +580,7 @@ def test_help_explains_every_key(job: type) -> None:
     assert (f"with {section}= pitts250k_test, pitts30k_test, pitts30k_val:" in lines) == has_benchmark
     assert ("  datasets_root = null" in lines) == has_benchmark
     assert ("  output = (required)" in lines) == (
-        job not in (CheckBenchmarkConfig, PlanConfig, UpdateIndexConfig, ReportConfig)
+        job not in (CheckBenchmarkConfig, PlanConfig, UpdateIndexConfig, ReportConfig, ServeConfig)
     )
 
 
@@ -610,3 +612,32 @@ def test_models_have_the_shapes_of_the_method(name: str) -> None:
         with torch.device("meta"):
             count = sum(parameter.numel() for parameter in PairVPR(model).parameters())
         assert round(count / 1e6, 1) == millions
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ([], "index.path=INDEX and indices={NAME: INDEX}: neither is given"),
+        (["index.path=a", "indices={b: c}"], "both are given"),
+        (["indices={'../x': c}"], "expected letters, digits"),
+        (["index.path=a", "serve.host=0.0.0.0"], "serve.token_file=FILE, or serve.allow_anonymous=true"),
+        (["index.path=a", "serve.num_shard_parts=2"], "expected also serve.split=true"),
+        (["index.path=a", "serve.batch_wait_s=0.01"], "expected also serve.split=true"),
+        (["index.path=a", "serve.max_waiting=-1"], "expected 0 or more"),
+        (["index.path=a", "serve.port=0"], "expected 1 to 65535"),
+        (["index.path=a", "serve.max_replicas=1", "serve.num_replicas=2"], "at least serve.num_replicas=2"),
+        (["index.path=a", "rerank.num_candidates=0"], "expected 1 or more"),
+        (["index.path=a", "rerank.dense_features=store"], "expected cache or recompute"),
+        (["index.path=a", "rerank.num_actors=2"], "serve.num_replicas"),
+    ],
+)
+def test_serve_refuses(line: list[str], words: str) -> None:
+    with pytest.raises(UserError) as error:
+        load(ServeConfig, line)
+    assert words in str(error.value)
+
+
+def test_serve_takes_several_indices() -> None:
+    config = load(ServeConfig, ["indices={sf: /a/b, oslo: 's3://bucket/c'}", "serve.host=::1"])
+    assert config.by_name == {"sf": "/a/b", "oslo": "s3://bucket/c"}
+    assert load(ServeConfig, ["index.path=/a"]).by_name == {"default": "/a"}

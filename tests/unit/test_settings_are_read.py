@@ -25,6 +25,7 @@ REFUSED = {
         "adaptive",
         "report_candidates",
     },
+    "ServeConfig": {"store_path", "store_whole_database", "report_candidates"},
 }
 """Settings that a job refuses to be set, through another one that they need."""
 

@@ -1,0 +1,468 @@
+"""The service on Ray Serve: the app of `pairvpr.serving` as deployments, in one piece or split.
+
+In one piece, a replica holds door, network and all shards. Split, the door calls the network and the shards in other
+replicas; they call the same objects (`pairvpr.engines`) with the same photos in each forward pass.
+
+A call belongs to one generation, which the door names. A replica that does not hold it opens it first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from threading import Lock
+from typing import Any, Generic, TypeVar, cast
+
+import numpy as np
+import ray
+from fastapi import FastAPI
+from numpy.typing import NDArray
+from ray import serve
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+from torch import Tensor
+
+from pairvpr.config.schema import IndexKind, ModelConfig, SearchConfig
+from pairvpr.data.local_cache import LocalCache, cache_directory
+from pairvpr.deadline import Deadline, TooLateError
+from pairvpr.distributed.runtime import ALONE, most_gpus_of_a_node, own_device
+from pairvpr.engines import Described, LocalShards, Scored, effort_of
+from pairvpr.index import choose
+from pairvpr.index.filters import Filters, Places
+from pairvpr.index.merge import Found, merge_top_k
+from pairvpr.index.reader import short_list_length
+from pairvpr.localizer import OpenShards, local_shards
+from pairvpr.opened import Generation
+from pairvpr.photo import Asked
+from pairvpr.retrieval.rerank import WorkUnit
+from pairvpr.serving.app import create_app
+from pairvpr.serving.metrics import Metrics
+from pairvpr.serving.opening import Opening, ServedIndex, read_token
+from pairvpr.serving.service import Service
+
+T = TypeVar("T")
+APP = "pairvpr"
+GENERATIONS_HELD = 3
+"""Of each index, by a replica: the served one, the next, and one that requests may still ask for."""
+TRIES, BETWEEN_TRIES_S = 5, 0.2
+LOOKED_EVERY_S = 0.25
+"""How often a waiting door looks whether its client is still there."""
+HEALTH: dict[str, Any] = {"health_check_period_s": 2.0, "health_check_timeout_s": 10.0}
+PREPARED_S = 600.0
+MOST_TOGETHER = 32
+"""Photos that share a describing pass with serve.batch_wait_s."""
+
+
+class LostReplicaError(OSError):
+    """The replicas of a deployment died, or did not take the call, again and again."""
+
+
+def drain(seconds: float) -> None:
+    """Let every door answer what it has accepted, and nothing more; at most so long."""
+    answers = serve.get_app_handle(APP).broadcast("drain")
+    with suppress(TimeoutError, RayError, RayServeException):
+        answers.results(timeout_s=seconds)
+
+
+def application(opening: Opening) -> serve.Application:
+    """The deployments of these settings."""
+    settings = opening.config.serve
+    return _split(opening) if settings.split else _whole(opening)
+
+
+def _whole(opening: Opening) -> serve.Application:
+    settings = opening.config.serve
+    return (
+        cast(Any, Whole)
+        .options(
+            **_replicas(opening, settings.num_replicas),
+            max_ongoing_requests=settings.max_connections,
+            ray_actor_options=_resources(opening, settings.num_replicas, opening.config.rerank.num_threads_per_actor),
+        )
+        .bind(opening)
+    )
+
+
+def _split(opening: Opening) -> serve.Application:
+    settings, config = opening.config.serve, opening.config
+    num_shards = settings.num_shard_parts * settings.num_shard_replicas
+    num_all = settings.num_doors + settings.num_replicas + num_shards
+    network = (
+        cast(Any, NetworkReplica)
+        .options(
+            **_replicas(opening, settings.num_replicas),
+            max_ongoing_requests=MOST_TOGETHER if settings.batch_wait_s else settings.num_at_once,
+            ray_actor_options=_resources(opening, num_all, config.rerank.num_threads_per_actor),
+        )
+        .bind(opening)
+    )
+    parts = [
+        cast(Any, ShardsReplica)
+        .options(
+            name=f"shards-{part}",
+            num_replicas=settings.num_shard_replicas,
+            max_ongoing_requests=settings.max_connections,
+            graceful_shutdown_timeout_s=settings.drain_s,
+            ray_actor_options=_resources(opening, num_all, config.index.num_threads_per_actor, has_gpu=False),
+            **HEALTH,
+        )
+        .bind(opening, part)
+        for part in range(settings.num_shard_parts)
+    ]
+    return (
+        cast(Any, Door)
+        .options(
+            num_replicas=settings.num_doors,
+            max_ongoing_requests=settings.max_connections,
+            graceful_shutdown_timeout_s=settings.drain_s,
+            ray_actor_options=_resources(opening, num_all, 1, has_gpu=False),
+            **HEALTH,
+        )
+        .bind(opening, network, parts)
+    )
+
+
+def _replicas(opening: Opening, number: int) -> dict[str, Any]:
+    """How many replicas compute, and how they end."""
+    settings = opening.config.serve
+    how: dict[str, Any] = {"graceful_shutdown_timeout_s": settings.drain_s, **HEALTH}
+    if settings.max_replicas is None:
+        return {"num_replicas": number, **how}
+    bounds = {"min_replicas": number, "max_replicas": settings.max_replicas}
+    return {"autoscaling_config": {**bounds, "target_ongoing_requests": settings.num_at_once}, **how}
+
+
+def _resources(opening: Opening, num_all: int, num_threads: int, *, has_gpu: bool = True) -> dict[str, Any]:
+    """What a replica reserves. A local Ray instance, to which no node is added, has room for all of them."""
+    cpus = float(num_threads)
+    if ray.get_runtime_context().namespace == ALONE:
+        cpus = min(cpus, math.floor(1000 * ray.cluster_resources().get("CPU", 1.0) / num_all) / 1000)
+    gpus = opening.config.rerank.num_gpus_per_actor
+    if gpus is None:
+        gpus = 1.0 if most_gpus_of_a_node() else 0.0
+    environment = {"env_vars": {"MALLOC_ARENA_MAX": "2"}}
+    return {"num_cpus": cpus, "num_gpus": gpus if has_gpu else 0.0, "runtime_env": environment}
+
+
+@serve.deployment(name="whole")
+@serve.ingress()
+class Whole:
+    """Door, network and all shards in one process."""
+
+    def __init__(self, opening: Opening) -> None:
+        network = opening.network(own_device())
+        localizers = opening.localizers(network, lambda _: local_shards(opening.config.index, math.inf))
+        self._service = Service(localizers, opening.config.serve, Metrics())
+        self._token = read_token(opening.config)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Serve calls it once."""
+        return create_app(self._service, self._token)
+
+    async def drain(self) -> None:
+        """See `Service.drain`."""
+        await self._service.drain()
+
+
+@serve.deployment(name="door")
+@serve.ingress()
+class Door:
+    """Takes requests and decodes photos; network and shards are elsewhere."""
+
+    async def __init__(self, opening: Opening, network: DeploymentHandle, parts: list[DeploymentHandle]) -> None:
+        self._token = read_token(opening.config)
+        self._service = await asyncio.to_thread(self._opened, opening, network, parts)
+
+    def _opened(self, opening: Opening, network: DeploymentHandle, parts: list[DeploymentHandle]) -> Service:
+        """In a thread, because it waits for other replicas."""
+        config, settings = opening.config, opening.config.serve
+        at_once = settings.num_at_once * (settings.max_replicas or settings.num_replicas) / settings.num_doors
+        settings = replace(settings, num_at_once=math.ceil(at_once))
+        elsewhere = RemoteNetwork(network, config.model)
+
+        def open_shards(_: ServedIndex) -> OpenShards:
+            return lambda generation, _: RemoteShards(parts, network, generation, config.index)
+
+        return Service(opening.localizers(elsewhere, open_shards), settings, Metrics(), elsewhere.is_there)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Serve calls it once."""
+        return create_app(self._service, self._token)
+
+    async def drain(self) -> None:
+        """See `Service.drain`."""
+        await self._service.drain()
+
+
+class _Held(Generic[T]):
+    """The generations of each index, by directory, that a replica has open; the least recently used one is let go.
+
+    `open_it` gets a generation, and what is open of another one of the same index. No other directory is opened.
+    """
+
+    def __init__(self, opening: Opening, open_it: Callable[[Generation, T | None], T]) -> None:
+        self._indices = {index.directory: index for index in opening.indices.values()}
+        self._open, self._lock = open_it, Lock()
+        self._held: dict[str, OrderedDict[int, T]] = {}
+
+    def get(self, directory: str, number: int) -> T:
+        """One of them, opened if it is not."""
+        with self._lock:
+            held = self._held.setdefault(directory, OrderedDict())
+            if number not in held:
+                newest = held[next(reversed(held))] if held else None
+                held[number] = self._open(self._indices[directory].open(number), newest)
+            held.move_to_end(number)
+            while len(held) > GENERATIONS_HELD:
+                held.popitem(last=False)
+            return held[number]
+
+
+async def _in_thread(work: Callable[[Deadline], T], left_s: float) -> T:
+    """The result of `work`, which stops when its caller is gone."""
+    deadline = Deadline(left_s)
+    try:
+        return await asyncio.to_thread(work, deadline)
+    except asyncio.CancelledError:
+        deadline.cancel()
+        raise
+
+
+@serve.deployment(name="network")
+class NetworkReplica:
+    """The network: describes photos and scores pairs."""
+
+    def __init__(self, opening: Opening) -> None:
+        self._network = opening.network(own_device())
+        self._held = _Held[Generation](opening, lambda generation, _: generation)
+        self._is_shared = opening.config.serve.batch_wait_s > 0
+        if self._is_shared:
+            self._described_together.set_batch_wait_timeout_s(opening.config.serve.batch_wait_s)  # type: ignore[attr-defined]
+
+    async def prepare(self, directory: str, number: int) -> None:
+        """Open a generation."""
+        await asyncio.to_thread(self._held.get, directory, number)
+
+    async def describe(self, photos: list[Asked], left_s: float) -> Described:
+        """See `pairvpr.engines.Network`."""
+        if self._is_shared and len(photos) == 1:
+            return await self._described_together(photos[0])
+        return await _in_thread(partial(self._network.describe, photos), left_s)
+
+    @serve.batch(max_batch_size=MOST_TOGETHER)
+    async def _described_together(self, photos: list[Asked]) -> list[Described]:
+        """Photos of different requests in one pass, whose rounding depends on their number."""
+        described = await asyncio.to_thread(self._network.describe, photos, Deadline())
+        row_of = {place: row for row, place in enumerate(described.places.tolist())}
+        return [_one_of(described, place, row_of.get(place)) for place in range(len(photos))]
+
+    async def score(
+        self,
+        directory: str,
+        number: int,
+        photos: list[Asked],
+        embedded: Tensor | None,
+        units: list[WorkUnit],
+        left_s: float,
+    ) -> Scored:
+        """See `pairvpr.engines.Network`."""
+
+        def work(deadline: Deadline) -> Scored:
+            return self._network.score(self._held.get(directory, number), photos, embedded, units, deadline)
+
+        return await _in_thread(work, left_s)
+
+    async def pair_score(self, photo: Asked, other: Asked) -> float:
+        """See `pairvpr.engines.Network`."""
+        return await asyncio.to_thread(self._network.pair_score, photo, other)
+
+    async def attention(self, photo: Asked, other: Asked) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """See `pairvpr.engines.Network`."""
+        return await asyncio.to_thread(self._network.attention, photo, other)
+
+
+def _one_of(described: Described, place: int, row: int | None) -> Described:
+    """The part of one photo, as if it had been alone."""
+    rows = slice(0, 0) if row is None else slice(row, row + 1)
+    broken = {0: described.broken[place]} if place in described.broken else {}
+    return Described(np.zeros(rows.stop - rows.start, np.int64), described.descriptors[rows], broken)
+
+
+@serve.deployment
+class ShardsReplica:
+    """A part of the shards of every index."""
+
+    def __init__(self, opening: Opening, part: int) -> None:
+        search, num_parts = opening.config.index, opening.config.serve.num_shard_parts
+        files = LocalCache(cache_directory(search.cache_dir), int(search.cache_gib * 2**30))
+
+        def opened(generation: Generation, before: tuple[Generation, LocalShards] | None) -> Any:
+            shared = None if before is None else before[1]
+            return generation, LocalShards(generation, search, files, math.inf, shared, part, num_parts)
+
+        self._held = _Held[tuple[Generation, LocalShards]](opening, opened)
+
+    async def prepare(self, directory: str, number: int) -> None:
+        """Open a generation."""
+        await asyncio.to_thread(self._held.get, directory, number)
+
+    async def search(
+        self,
+        directory: str,
+        number: int,
+        descriptors: NDArray[np.float32],
+        k: int,
+        filters: Filters | None,
+        left_s: float,
+    ) -> Found | None:
+        """See `LocalShards.search_part`."""
+
+        def work(deadline: Deadline) -> Found | None:
+            opened, shards = self._held.get(directory, number)
+            conditions = None if filters is None else (filters, opened.map.places)
+            return shards.search_part(descriptors, k, conditions, deadline)
+
+        return await _in_thread(work, left_s)
+
+    async def rescored(
+        self, directory: str, number: int, descriptors: NDArray[np.float32], ids: NDArray[np.int64], left_s: float
+    ) -> NDArray[np.float32]:
+        """See `LocalShards.rescored_part`."""
+        work = partial(self._held.get(directory, number)[1].rescored_part, descriptors, ids)
+        return await _in_thread(work, left_s)
+
+
+class RemoteNetwork:
+    """The network in other replicas."""
+
+    def __init__(self, handle: DeploymentHandle, config: ModelConfig) -> None:
+        self._handle, self._config = handle, config
+
+    @property
+    def config(self) -> ModelConfig:
+        """See `pairvpr.engines.Network`."""
+        return self._config
+
+    def is_there(self) -> bool:
+        """Whether a replica answers."""
+        empty: list[Asked] = []
+        try:
+            self.describe(empty, Deadline(5.0))
+        except (LostReplicaError, TooLateError):
+            return False
+        return True
+
+    def describe(self, photos: Sequence[Asked], deadline: Deadline) -> Described:
+        """See `pairvpr.engines.Network`."""
+        return _called(self._handle.describe, deadline, list(photos), deadline.left_s)
+
+    def score(
+        self,
+        generation: Generation,
+        photos: Sequence[Asked],
+        embedded: Tensor | None,
+        units: Sequence[WorkUnit],
+        deadline: Deadline,
+    ) -> Scored:
+        """See `pairvpr.engines.Network`."""
+        arguments = (generation.directory, generation.number, list(photos), embedded, list(units), deadline.left_s)
+        return _called(self._handle.score, deadline, *arguments)
+
+    def pair_score(self, photo: Asked, other: Asked) -> float:
+        """See `pairvpr.engines.Network`."""
+        return _called(self._handle.pair_score, Deadline(), photo, other)
+
+    def attention(self, photo: Asked, other: Asked) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """See `pairvpr.engines.Network`."""
+        return _called(self._handle.attention, Deadline(), photo, other)
+
+
+class RemoteShards:
+    """The shards of a generation in other replicas, which have all opened it before a request asks for it."""
+
+    def __init__(
+        self,
+        parts: Sequence[DeploymentHandle],
+        network: DeploymentHandle,
+        generation: Generation,
+        search: SearchConfig,
+    ) -> None:
+        self._parts, self._manifest, self._directory = parts, generation.manifest, generation.directory
+        self._effort = effort_of(generation.manifest, search)
+        for handle in (*parts, network):
+            _prepare(handle, generation)
+
+    def search(
+        self, descriptors: NDArray[np.float32], k: int, filters: tuple[Filters, Places] | None, deadline: Deadline
+    ) -> Found:
+        """See `pairvpr.engines.Shards`."""
+        conditions = None if filters is None else filters[0]
+        found = self._each("search", deadline, descriptors, k, conditions)
+        best = merge_top_k(
+            [each for each in found if each is not None], short_list_length(self._manifest, self._effort, k)
+        )
+        if not choose.KINDS[IndexKind(self._manifest.kind)].is_rescored:
+            return best
+        distances = np.minimum.reduce(self._each("rescored", deadline, descriptors, best[1]))
+        return merge_top_k([(distances, best[1])], k)
+
+    def _each(self, call: str, deadline: Deadline, *arguments: Any) -> list[Any]:
+        """The answers of all parts."""
+        asked = (self._directory, self._manifest.generation, *arguments, deadline.left_s)
+        methods = [getattr(handle, call) for handle in self._parts]
+        begun = [method.remote(*asked) for method in methods]
+        return [
+            _called(method, deadline, *asked, begun=response) for method, response in zip(methods, begun, strict=True)
+        ]
+
+
+def _prepare(handle: DeploymentHandle, generation: Generation) -> None:
+    """Every replica opens a generation; waits for the first replica. Raises what opening it raises."""
+    deadline = Deadline(PREPARED_S)
+    while True:
+        try:
+            handle.broadcast("prepare", generation.directory, generation.number).results(timeout_s=deadline.left_s)
+            return
+        except RayTaskError as error:
+            raise cast(BaseException, getattr(error, "cause", error)) from None
+        except (RayError, RayServeException, RuntimeError) as error:  # no replica yet, or one that died meanwhile
+            time.sleep(BETWEEN_TRIES_S)
+            if deadline.left_s == 0.0:
+                raise LostReplicaError("no replica opened the generation") from error
+
+
+def _called(method: Any, deadline: Deadline, *arguments: Any, begun: Any = None) -> Any:
+    """The result of a call, which another replica gets if one dies. Calls change nothing, so twice is as good as once.
+
+    Raises what the call raises, `TooLateError` at the deadline, and `LostReplicaError`.
+    """
+    for attempt in range(TRIES):
+        response = begun if begun is not None and attempt == 0 else method.remote(*arguments)
+        try:
+            return _waited(response, deadline)
+        except (RayError, RayServeException) as error:
+            if isinstance(error, RayTaskError):
+                raise cast(BaseException, getattr(error, "cause", error)) from None
+            time.sleep(min(BETWEEN_TRIES_S * 2**attempt, deadline.left_s))
+            deadline.check()
+    raise LostReplicaError("replicas were lost again and again")
+
+
+def _waited(response: Any, deadline: Deadline) -> Any:
+    """The result, or `TooLateError`; a call whose client is gone is cancelled."""
+    while True:
+        try:
+            return response.result(timeout_s=min(LOOKED_EVERY_S, deadline.left_s))
+        except TooLateError:
+            raise
+        except TimeoutError as error:
+            if deadline.left_s == 0.0:
+                response.cancel()
+                raise TooLateError("the time for this answer is over") from error

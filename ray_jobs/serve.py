@@ -1,0 +1,67 @@
+"""`pairvpr serve index.path=INDEX`: a photo in, a place out, over HTTP, until it is stopped.
+
+`serve run ray_jobs.serve:app index.path=INDEX serve.allow_anonymous=true` runs the same under Ray Serve's own command,
+and so do `serve deploy` and KubeRay's RayService with `import_path: ray_jobs.serve:app` (docs/serving.md).
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+
+from ray import serve
+from ray.serve.config import HTTPOptions
+
+from pairvpr.boundary import StoppedError
+from pairvpr.cli import run_job
+from pairvpr.config.compose import load
+from pairvpr.config.serve_schema import ServeConfig
+from pairvpr.distributed.runtime import ray_session
+from pairvpr.distributed.serve import APP, application, drain
+from pairvpr.errors import UserError
+from pairvpr.models.weights import announce, find_weights
+from pairvpr.serving.opening import Opening
+from pairvpr.terminal import say
+
+LAST_WORDS_S = 10.0
+"""What Serve's own time limit adds to that of a request, which answers better."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Serve until SIGTERM or Ctrl-C; then answer what was accepted."""
+    config = load(ServeConfig, arguments)
+    opening = Opening.of(config)
+    announce(opening.config.model, find_weights(opening.config.model))
+    with ray_session(config.cluster):
+        settings = config.serve
+        request_s = settings.timeout_s + settings.body_timeout_s + LAST_WORDS_S
+        serve.start(http_options=HTTPOptions(host=settings.host, port=settings.port, request_timeout_s=request_s))
+        try:
+            serve.run(application(opening), name=APP, route_prefix="/")
+            names = ", ".join(opening.indices)
+            say(f"serving {names} at http://{settings.host}:{settings.port} (docs: /docs); Ctrl-C or SIGTERM ends it")
+            threading.Event().wait()
+        except (StoppedError, KeyboardInterrupt):
+            say("stopping: accepted requests are answered first")
+            drain(settings.drain_s + LAST_WORDS_S)
+        finally:
+            serve.shutdown()
+
+
+def app(arguments: Mapping[str, str]) -> serve.Application:
+    """The deployments, for `serve run ray_jobs.serve:app KEY=VALUE ...` and the `args` of a Serve config file.
+
+    Serve decides the address there, so a token or `serve.allow_anonymous=true` is needed whatever it is.
+    """
+    config = load(ServeConfig, [f"{key}={value}" for key, value in arguments.items()])
+    if config.serve.token_file is None and not config.serve.allow_anonymous:
+        raise UserError(
+            "serve.token_file is null, and others may reach the address that Ray Serve listens on; expected a file, or "
+            "serve.allow_anonymous=true"
+        )
+    return application(Opening.of(config))
+
+
+if __name__ == "__main__":
+    sys.exit(run_job("serve"))

@@ -1,0 +1,154 @@
+"""The service on Ray Serve, in one piece and split: the bytes of the job `query`; swaps and the end lose no request."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import requests
+from ray import serve
+
+from pairvpr.config.compose import load
+from pairvpr.config.schema import BuildConfig, BuildIndexConfig, IndexKind, QueryConfig, UpdateIndexConfig
+from pairvpr.config.serve_schema import ServeConfig
+from pairvpr.distributed.serve import APP, application, drain
+from pairvpr.index.generations import commit, read_manifest
+from pairvpr.index.make import LocalRunner, next_generation
+from pairvpr.serving.opening import Opening
+from ray_jobs.build_index import build_index
+from ray_jobs.query import query
+from ray_jobs.update_index import update_index
+from tests.support.runs import SMALL_NETWORK
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+PORT = 8437
+ONE_BY_ONE = (
+    *SMALL_NETWORK,
+    *("describe.batch_size=1", "describe.num_threads_per_actor=1", "index.num_threads_per_actor=1"),
+    *("rerank.num_candidates=10", "rerank.batch_size=4", "rerank.queries_per_unit=1", "rerank.num_threads_per_actor=1"),
+)
+"""A folder described photo by photo and scored query by query: each photo as if it were alone."""
+SPLIT = ("serve.split=true", "serve.num_replicas=2", "serve.num_shard_parts=2")
+KINDS = (
+    IndexKind.ivf_rabitq,
+    *(pytest.param(kind, marks=pytest.mark.soak) for kind in IndexKind if kind not in ("auto", "ivf_rabitq")),
+)
+
+
+@pytest.fixture(scope="module")
+def flat_index(city: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("flat")
+    (folder / "photos").mkdir()
+    for photo in (city / "database").iterdir():
+        (folder / "photos" / photo.name).write_bytes(photo.read_bytes())
+    line = [f"database={folder}/photos", f"output={folder}/index", "positions=names", "index.kind=flat"]
+    return build_index(load(BuildIndexConfig, [*line, "index.num_shards=3", "describe.batch_size=4", *SMALL_NETWORK]))
+
+
+@contextmanager
+def serving(index: str, *more: str) -> Iterator[str]:
+    """The address of the service, which is drained at the end."""
+    line = [f"index.path={index}", *ONE_BY_ONE, "serve.max_waiting=64", "serve.timeout_s=60", *more]
+    serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+    serve.run(application(Opening.of(load(ServeConfig, line))), name=APP, route_prefix="/")
+    try:
+        yield f"http://127.0.0.1:{PORT}"
+    finally:
+        serve.delete(APP)
+
+
+def asked(url: str, photo: Path, **parameters: Any) -> dict[str, Any]:
+    answer = requests.post(f"{url}/v1/locate", data=photo.read_bytes(), params={"k": 10, **parameters}, timeout=60)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def assert_same(found: dict[str, Any], row: dict[str, Any]) -> None:
+    """Ids, squared distances and pair scores, bit by bit."""
+    distance_of = dict(zip(row["candidates"], row["squared_distances"], strict=True))
+    assert [each["photo_id"] for each in found["candidates"]] == row["reranked"]
+    assert [each["pair_score"] for each in found["candidates"]] == row["pair_scores"]
+    assert [each["squared_distance"] for each in found["candidates"]] == [distance_of[one] for one in row["reranked"]]
+
+
+def of_kind(index: str, kind: IndexKind) -> None:
+    """A new generation of another kind."""
+    manifest = read_manifest(index)
+    assert manifest is not None
+    config = BuildConfig(kind=kind, num_lists=4 if kind.startswith("ivf") else None, num_build_threads=1)
+    draft = replace(manifest, generation=manifest.generation + 1)
+    commit(index, next_generation(index, draft, config, 1e12, LocalRunner()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_the_job(kind: IndexKind, flat_index: str, city: Path, tmp_path: Path) -> None:
+    """Every query of the city, with and without conditions; in one piece, and with two networks and two parts."""
+    of_kind(flat_index, kind)
+    queries = [photo for photo in sorted((city / "queries").iterdir()) if "broken" not in photo.name]
+    line = [f"index.path={flat_index}", f"queries={city}/queries", *ONE_BY_ONE]
+    query(load(QueryConfig, [*line, f"output={tmp_path}/all"]))
+    rows = {row["query_path"]: row for row in pq.read_table(tmp_path / "all" / "predictions.parquet").to_pylist()}
+    turned = ("filter.heading_deg=90", "filter.within_deg=40")
+    query(load(QueryConfig, [*line, f"output={tmp_path}/turned", *turned]))
+    there = {row["query_path"]: row for row in pq.read_table(tmp_path / "turned" / "predictions.parquet").to_pylist()}
+    assert len(queries) == 12
+    for layout in ((), SPLIT):
+        with serving(flat_index, *layout) as url, ThreadPoolExecutor(4) as threads:
+            for photo, found in zip(queries, threads.map(lambda photo: asked(url, photo), queries), strict=True):
+                assert_same(found, rows[photo.name])
+            for photo in queries[:4]:
+                assert_same(asked(url, photo, heading_deg=90, within_deg=40), there[photo.name])
+
+
+def test_swaps_and_draining_lose_no_request(flat_index: str, city: Path, tmp_path: Path) -> None:
+    """Split: photos go and come back under load; each answer is that of its generation; then the service is drained."""
+    photo = sorted((city / "queries").iterdir())[0]
+    seen: Counter[int] = Counter()
+    answers: dict[int, set[str]] = {}
+    wrong: list[str] = []
+    done = threading.Event()
+
+    def client(url: str) -> None:
+        while not done.is_set():
+            answer = requests.post(f"{url}/v1/locate?k=10", data=photo.read_bytes(), timeout=60)
+            seen[answer.status_code] += 1
+            if answer.status_code == 200:
+                found = answer.json()
+                answers.setdefault(found["generation"], set()).add(repr(found["candidates"]))
+            elif answer.status_code != 503:
+                wrong.append(answer.text)
+                return
+            elif "stopping" in answer.text:
+                return
+
+    with serving(flat_index, *SPLIT) as url:
+        gone = asked(url, photo)["answer"]["path"]
+        (tmp_path / "gone.txt").write_text(gone)
+        clients = [threading.Thread(target=client, args=[url]) for _ in range(4)]
+        for each in clients:
+            each.start()
+        for change in ("remove", "add"):
+            line = [f"index.path={flat_index}", f"{change}={tmp_path}/gone.txt", *SMALL_NETWORK]
+            positions = ["positions=names"] if change == "add" else []
+            update_index(load(UpdateIndexConfig, [*line, *positions, "describe.batch_size=4"]))
+            refreshed = requests.post(f"{url}/v1/refresh", timeout=60).json()
+            assert refreshed["changed"] == ["default"]
+            paths = [each["path"] for each in asked(url, photo)["candidates"]]
+            assert (gone in paths) == (change == "add")
+        drain(30)
+        done.set()
+        for each in clients:
+            each.join(60)
+    assert wrong == []
+    assert len(answers) >= 2
+    assert all(len(its) == 1 for its in answers.values()), answers
+    assert seen[200] > 20
