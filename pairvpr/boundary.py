@@ -121,7 +121,8 @@ def _last_word(log: str | None) -> Iterator[None]:
     """
     line = f"incomplete: the process was killed, ran out of memory, or was ended by Ray; {GOES_ON} (full text: {log})"
     try:
-        command = ["sh", "-c", 'read -r over || printf "%s\\n" "$0" >&2', line]
+        show_cursor = '[ ! -t 2 ] || printf "\\033[?25h"'  # a bar of progress hides it
+        command = ["sh", "-c", f'read -r over || {{ {show_cursor}; printf "%s\\n" "$0"; }} >&2', line]
         watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     except OSError:
         yield

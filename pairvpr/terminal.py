@@ -6,24 +6,92 @@ import io
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from pairvpr.secrets import without_secrets
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _terminal: TextIO | None = None
 """Where `say` writes while standard error is a log."""
 _listeners: list[Callable[[str], object]] = []
+_bar: Progress | None = None
+"""What is drawn at the terminal's lower edge."""
 
 
 def say(text: str) -> None:
     """One line for the person who watches; if nobody does any more, the work goes on."""
     line = without_secrets(text)
+    _tell(line)
+    with suppress(OSError, ValueError):
+        if _bar is not None:
+            _bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(line, file=_terminal or sys.stderr, flush=True)
+
+
+def say_unless_drawn(text: str) -> None:
+    """The same, but where a bar shows it already, only listeners get the line."""
+    if _bar is None:
+        say(text)
+    else:
+        _tell(without_secrets(text))
+
+
+def _tell(line: str) -> None:
     for listener in _listeners:
         listener(line)
+
+
+@contextmanager
+def bar(step: str, total: int, unit: str, *, already_done: int) -> Iterator[Callable[[int], object]]:
+    """Within the block, a terminal shows how much of a step is done, how fast, and how long the rest takes.
+
+    Yields what is called with the number that is done. A log shows nothing of it, nor does a second bar.
+    """
+    global _bar
+    stream = _terminal or sys.stderr
+    if _bar is not None or not _can_draw(stream):
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    drawn = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]}, {task.fields[rate]:,.1f}/s, left"),
+        TimeRemainingColumn(),
+        console=Console(file=stream),
+        refresh_per_second=4,
+        redirect_stdout=False,
+        redirect_stderr=False,
+        transient=True,
+    )
+    task = drawn.add_task(step, total=total, completed=already_done, unit=unit, rate=0.0)
+    started_s = time.monotonic()
+
+    def show(done: int) -> None:
+        rate = (done - already_done) / max(time.monotonic() - started_s, 1e-9)
+        drawn.update(task, completed=done, rate=rate)
+
+    with drawn:
+        _bar = drawn
+        try:
+            yield show
+        finally:
+            _bar = None
+
+
+def _can_draw(stream: TextIO) -> bool:
     with suppress(OSError, ValueError):
-        print(line, file=_terminal or sys.stderr, flush=True)
+        return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    return False
 
 
 @contextmanager

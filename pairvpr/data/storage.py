@@ -15,10 +15,12 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
@@ -86,12 +88,40 @@ def is_inside(path: str) -> bool:
     return re.search(OUTSIDE, path) is None
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that went through this module."""
+
+    read_bytes: int = 0
+    written_bytes: int = 0
+
+
+_traffic, _traffic_lock = Traffic(), threading.Lock()
+
+
+def traffic() -> Traffic:
+    """What this process has read whole or by range and what it has published, since its start.
+
+    Files that are opened (`open_input`) count only where they are remote.
+    """
+    return _traffic
+
+
+def _count(*, read_bytes: int = 0, written_bytes: int = 0) -> None:
+    global _traffic
+    with _traffic_lock:
+        _traffic = Traffic(_traffic.read_bytes + read_bytes, _traffic.written_bytes + written_bytes)
+
+
 def read_bytes(url: str) -> bytes:
     """All bytes of a file. Raises `FileNotFoundError`."""
     if is_local(url):
-        return local_path(url).read_bytes()
-    filesystem, path = _remote(url)
-    return cast(bytes, _retried(lambda: filesystem.cat_file(path), url))
+        data = local_path(url).read_bytes()
+    else:
+        filesystem, path = _remote(url)
+        data = cast(bytes, _retried(lambda: filesystem.cat_file(path), url))
+    _count(read_bytes=len(data))
+    return data
 
 
 def read_head(url: str, num_bytes: int) -> bytes:
@@ -107,11 +137,15 @@ def read_ranges(url: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
     """The bytes [start, stop) of a file for each range, in order, read concurrently. Raises `FileNotFoundError`."""
     if is_local(url):
         with local_path(url).open("rb") as file:
-            return [os.pread(file.fileno(), stop - start, start) for start, stop in ranges]
-    filesystem, path = _remote(url)
-    starts, stops = [start for start, _ in ranges], [stop for _, stop in ranges]
-    paths = [path] * len(ranges)
-    return cast(list[bytes], _retried(lambda: filesystem.cat_ranges(paths, starts, stops, on_error="raise"), url))
+            found = [os.pread(file.fileno(), stop - start, start) for start, stop in ranges]
+    else:
+        filesystem, path = _remote(url)
+        starts, stops = [start for start, _ in ranges], [stop for _, stop in ranges]
+        paths = [path] * len(ranges)
+        answer = _retried(lambda: filesystem.cat_ranges(paths, starts, stops, on_error="raise"), url)
+        found = cast(list[bytes], answer)
+    _count(read_bytes=sum(map(len, found)))
+    return found
 
 
 def read_json(url: str) -> Any:
@@ -124,9 +158,10 @@ def write_bytes(url: str, data: bytes) -> None:
     if is_local(url):
         with _local_replacement(local_path(url)) as temporary:
             temporary.write_bytes(data)
-        return
-    filesystem, path = _remote(url)
-    _upload(url, lambda: filesystem.pipe_file(path, data), lambda: io.BytesIO(data))
+    else:
+        filesystem, path = _remote(url)
+        _upload(url, lambda: filesystem.pipe_file(path, data), lambda: io.BytesIO(data))
+    _count(written_bytes=len(data))
 
 
 def create_exclusively(url: str, data: bytes) -> bool:
@@ -176,12 +211,15 @@ def written_locally(url: str) -> Iterator[Path]:
     if is_local(url):
         with _local_replacement(local_path(url)) as temporary:
             yield temporary
+            num_bytes = temporary.stat().st_size
+        _count(written_bytes=num_bytes)
         return
     filesystem, path = _remote(url)
     with tempfile.TemporaryDirectory(prefix="pairvpr-") as directory:
         local = Path(directory) / "file"
         yield local
         _upload(url, lambda: filesystem.put_file(str(local), path), lambda: local.open("rb"))
+        _count(written_bytes=local.stat().st_size)
 
 
 def open_input(url: str) -> IO[bytes]:
@@ -495,6 +533,7 @@ class _PatientReader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         piece = _retried(lambda: self._file.read(len(buffer)), self._url)
         buffer[: len(piece)] = piece
+        _count(read_bytes=len(piece))
         return len(piece)
 
     def close(self) -> None:

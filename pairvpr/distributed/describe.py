@@ -26,6 +26,7 @@ from pairvpr.data.manifest import Manifest
 from pairvpr.data.photo_batches import PhotoBatch
 from pairvpr.distributed import parts as part_files
 from pairvpr.distributed.index import RayRunner
+from pairvpr.distributed.metrics import count_bytes, count_failure
 from pairvpr.distributed.parts import Parts, Rows
 from pairvpr.distributed.progress import Progress
 from pairvpr.distributed.runtime import ActorPlan, ModelSource, cpus_of_a_shard, most_gpus_of_a_node, plan_actors
@@ -116,6 +117,7 @@ def describe(
             f"{rejected[min(rejected)]}; delete {description.directory} to try again"
         )
     descriptor_shards.finish_description(description.directory, manifest, finished, description.first_id)
+    count_failure(f"describe {label}", "photo", sum(len(about.rejected) for about in finished))
     for line in descriptor_shards.about_photos(description.directory):
         say(f"describe {label}: {line}")
     storage.remove_tree(parts_directory)
@@ -159,7 +161,7 @@ def _describe_photos(
     already_done = len(manifest) - photos_left
     with Progress(f"describe {label}", len(manifest), "photos", already_done=already_done) as progress:
         try:
-            for part in _finished_parts(description, pending):
+            for part in _finished_parts(description, pending, progress.step):
                 commits.part_is_done(part)
                 progress.add(len(parts.ids(part)))
                 on_finished(progress.done)
@@ -243,7 +245,7 @@ class _Commits:
         self.refs.append(commit.remote(description.directory, shard, urls, width, description.first_id))
 
 
-def _finished_parts(description: Description, pending: Sequence[int]) -> Iterator[int]:
+def _finished_parts(description: Description, pending: Sequence[int], step: str) -> Iterator[int]:
     """Run the parts through Ray Data; yields each one once it is on storage."""
     if not pending:
         return
@@ -257,7 +259,7 @@ def _finished_parts(description: Description, pending: Sequence[int]) -> Iterato
     plan = plan_actors(description.config)
     # This Ray has no other way to set the retry limits, though it warns that one is coming.
     ignore_warnings(module=r"pairvpr\.", message="`ray_remote_args` is deprecated")
-    finished = _described(description, pending, plan)
+    finished = _described(description, pending, plan, step)
     complaint = threading.Timer(SECONDS_BEFORE_COMPLAINT, _complain, (plan,))
     complaint.daemon = True
     complaint.start()
@@ -279,7 +281,7 @@ def _complain(plan: ActorPlan) -> None:
     )
 
 
-def _described(description: Description, pending: Sequence[int], plan: ActorPlan) -> ray.data.Dataset:
+def _described(description: Description, pending: Sequence[int], plan: ActorPlan, step: str) -> ray.data.Dataset:
     """The lazy dataset of finished parts."""
     config, source, parts = description.config, description.network, description.parts
     decode = partial(
@@ -287,6 +289,7 @@ def _described(description: Description, pending: Sequence[int], plan: ActorPlan
         manifest=ray.put(description.manifest),
         photos_per_part=parts.photos_per_part,
         model=source.config,
+        step=step,
     )
     return (
         # `range` would be an operator that reserves a whole CPU; on a node with one CPU the job would hang.
@@ -305,6 +308,7 @@ def _described(description: Description, pending: Sequence[int], plan: ActorPlan
                 "parts": parts,
                 "batch_size": config.batch_size,
                 "num_threads": config.num_threads_per_actor,
+                "step": step,
             },
             num_cpus=plan.cpus_per_actor,
             num_gpus=plan.gpus_per_actor or None,
@@ -322,11 +326,12 @@ def _by_position(texts: str) -> dict[int, str]:
 class _Network:
     """One model actor: pixels -> part files. Several threads call it; one at a time uses the network."""
 
-    def __init__(self, source: ModelSource, parts: Parts, batch_size: int, num_threads: int) -> None:
+    def __init__(self, source: ModelSource, parts: Parts, batch_size: int, num_threads: int, step: str) -> None:
         self.describer = source.describer(num_threads)
         self.size_px = source.config.image_size_px
         self.parts = parts
         self.batch_size = batch_size
+        self.step = step
         self.in_the_network = threading.Lock()
 
     def __call__(self, rows: Rows) -> Rows:
@@ -349,4 +354,5 @@ class _Network:
                 )
                 seconds += time.perf_counter() - started_s
             part_files.write(self.parts.url(part), photos, descriptors, seconds)
+        count_bytes(self.step)
         return {"part": rows["part"]}

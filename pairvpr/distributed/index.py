@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from pairvpr.data import storage
+from pairvpr.distributed.metrics import count_bytes
 from pairvpr.distributed.progress import Progress
 from pairvpr.distributed.runtime import cpus_of_a_shard
 from pairvpr.errors import IncompleteRunError, UserError
@@ -28,7 +30,7 @@ class RayRunner:
     def run(self, label: str, work: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """See `Runner`. A user's error in a task (`UserError` etc.) is raised here unchanged."""
         options = {"num_cpus": cpus_of_a_shard(), "max_retries": MAX_TRIES, "retry_exceptions": [OSError]}
-        task: Any = ray.remote(**options)(work)
+        task: Any = ray.remote(**options)(_counted(work, label or "index"))
         refs = [task.remote(*one) for one in _large_ones_shared(arguments)]
         if not label:
             return [_get(ref) for ref in refs]
@@ -42,6 +44,19 @@ class RayRunner:
     def say(self, line: str) -> None:
         """On the driver's stderr."""
         say(line)
+
+
+def _counted(work: Callable[..., Any], step: str) -> Callable[..., Any]:
+    """`work`, with its bytes counted for the step."""
+
+    @wraps(work)
+    def counted(*arguments: Any) -> Any:
+        try:
+            return work(*arguments)
+        finally:
+            count_bytes(step)
+
+    return counted
 
 
 def _large_ones_shared(arguments: Sequence[tuple[Any, ...]]) -> list[list[Any]]:

@@ -23,6 +23,7 @@ from pairvpr.data import sealed, storage
 from pairvpr.data.descriptor_file import read_rows
 from pairvpr.data.manifest import Manifest, check_photos_are_seen
 from pairvpr.data.photo_batches import PhotoBatch, load_batch, num_batches
+from pairvpr.distributed.metrics import count_bytes
 from pairvpr.errors import IncompleteRunError
 from pairvpr.index import descriptor_shards
 
@@ -77,10 +78,12 @@ class Parts:
         return range(shard.first_id // self.photos_per_part, (shard.stop_id - 1) // self.photos_per_part + 1)
 
 
-def decode(rows: Rows, *, manifest: ray.ObjectRef[Manifest], photos_per_part: int, model: ModelConfig) -> Rows:
+def decode(
+    rows: Rows, *, manifest: ray.ObjectRef[Manifest], photos_per_part: int, model: ModelConfig, step: str
+) -> Rows:
     """Part numbers -> one row each: pixels as bytes, errors and remarks as JSON, and the seconds spent.
 
-    Raises `UserError` if this node does not see the photo folder.
+    Bytes that are read count for `step`. Raises `UserError` if this node does not see the photo folder.
     """
     photos = ray.get(manifest)
     decoded: dict[str, list[Any]] = {"part": [], "pixels": [], "errors": [], "remarks": [], "seconds": []}
@@ -94,6 +97,7 @@ def decode(rows: Rows, *, manifest: ray.ObjectRef[Manifest], photos_per_part: in
         decoded["errors"].append(json.dumps(loaded.errors))
         decoded["remarks"].append(json.dumps(loaded.remarks))
         decoded["seconds"].append(time.perf_counter() - started_s)
+    count_bytes(step)
     return decoded
 
 

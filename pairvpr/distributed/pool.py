@@ -23,6 +23,7 @@ from typing import Any, Generic, TypeVar
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from pairvpr.distributed.metrics import count_bytes, count_failure
 from pairvpr.errors import IncompleteRunError
 from pairvpr.machine import in_a_line
 from pairvpr.terminal import say
@@ -55,6 +56,13 @@ class PoolActor:
         """Run one unit."""
         raise NotImplementedError
 
+    def work(self, unit: Any, step: str) -> Any:
+        """The same, with its bytes counted for the step."""
+        try:
+            return self.run(unit)
+        finally:
+            count_bytes(step)
+
 
 @dataclass
 class _Member:
@@ -74,9 +82,9 @@ class _Member:
         """Whether it has started and has nothing to do."""
         return self.ref is None
 
-    def send(self, key: int, unit: Any) -> None:
+    def send(self, key: int, unit: Any, step: str) -> None:
         """Give it its next unit."""
-        self.ref, self.key, self.since_s = self.actor.run.remote(unit), key, time.monotonic()
+        self.ref, self.key, self.since_s = self.actor.work.remote(unit, step), key, time.monotonic()
 
     def free(self) -> None:
         """Note that its unit has ended."""
@@ -168,7 +176,7 @@ class SupervisedPool(Generic[Unit]):
                 key = work.queue.popleft() if work.queue else self._late(work)
                 if key is None:
                     return
-                member.send(key, work.units[key])
+                member.send(key, work.units[key], self._what)
 
     def _late(self, work: _Work[Unit]) -> int | None:
         """The unit that has been late longest and has no second try yet."""
@@ -205,6 +213,7 @@ class SupervisedPool(Generic[Unit]):
             member.free()
             self._failed_starts = 0
         except RayError as error:
+            count_failure(self._what, "actor")
             self._failed_starts += 1
             if self._failed_starts < MAX_TRIES * len(self._members):
                 self._replace(member)
@@ -227,6 +236,7 @@ class SupervisedPool(Generic[Unit]):
             result = ray.get(answer)
         except RayError as error:
             member.free()
+            count_failure(self._what, "unit" if isinstance(error, RayTaskError) else "actor")
             if not isinstance(error, RayTaskError):
                 say(f"{self._what}: an actor died; another one redoes its unit")
                 self._replace(member)

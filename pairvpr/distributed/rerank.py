@@ -9,21 +9,25 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
+import numpy as np
 import pyarrow as pa
 import ray
 
 from pairvpr.config.schema import RerankConfig
 from pairvpr.data import sealed, storage
 from pairvpr.data.manifest import Benchmark, check_photos_are_seen
+from pairvpr.distributed.metrics import PAIRS
 from pairvpr.distributed.pool import PoolActor, SupervisedPool
-from pairvpr.distributed.progress import Progress, say
+from pairvpr.distributed.progress import Progress
 from pairvpr.distributed.runtime import ModelSource, plan_actors
 from pairvpr.errors import IncompleteRunError
 from pairvpr.retrieval.decision import Weights
 from pairvpr.retrieval.dense_store import DenseStore
 from pairvpr.retrieval.pipeline import photo_reranker
 from pairvpr.retrieval.rerank import Reranked, WorkUnit
+from pairvpr.terminal import say
 
+STEP = "re-rank"
 FAILED_UNITS = "failed_units.json"
 NUM_FAILURES_NAMED = 5
 UNITS_READ_AT_ONCE = 16
@@ -86,17 +90,17 @@ def rerank(
     num_pending = sum(len(unit.candidates) for unit in pending.values())
     failed: dict[int, str] = {}
     engines: set[str] = set()
-    with Progress("re-rank", num_queries, "queries", already_done=num_queries - num_pending) as progress:
+    with Progress(STEP, num_queries, "queries", already_done=num_queries - num_pending) as progress:
         if pending:
             plan = plan_actors(config)
             args = (source, ray.put(benchmark), config, directory, store, stop_margin, changed, weights)
             make_actor = _RerankActor.options(**plan.actor_options()).remote
             num_actors = min(plan.num_actors, len(pending))
-            with SupervisedPool[WorkUnit](lambda: make_actor(*args), num_actors, "re-rank") as pool:
+            with SupervisedPool[WorkUnit](lambda: make_actor(*args), num_actors, STEP) as pool:
 
                 def on_done(key: int, engine: str) -> None:
                     if engine not in engines:
-                        say(f"re-rank: attention by {engine}")
+                        say(f"{STEP}: attention by {engine}")
                     engines.add(engine)
                     progress.add(len(pending[key].candidates))
 
@@ -151,6 +155,7 @@ class _RerankActor(PoolActor):
         """Publish a unit's answers; returns what ran the attention."""
         started_s = time.perf_counter()
         answers = self.reranker.rerank(unit)
+        PAIRS.record(sum(np.isfinite(answer.pair_scores).sum() for answer in answers), step=STEP)
         candidates = {image_id for row in unit.candidates.values() for image_id in row}
         lost = Lost(
             _only(self.reranker.lost_queries, unit.candidates), _only(self.reranker.lost_candidates, candidates)

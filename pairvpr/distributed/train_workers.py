@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from pairvpr.config.train_schema import TrainConfig, TrainStageOneConfig, TrainS
 from pairvpr.data import storage
 from pairvpr.data.manifest import Benchmark
 from pairvpr.data.training_sets.base import TrainingSet
+from pairvpr.distributed import metrics
 from pairvpr.distributed.runtime import ALONE
 from pairvpr.distributed.validate import validate
 from pairvpr.errors import IncompleteRunError, UserError
@@ -43,7 +45,7 @@ from pairvpr.models.pair_vpr import PairVPR
 from pairvpr.models.weights import Weights
 from pairvpr.terminal import say
 from pairvpr.training.checkpoint import steps_done
-from pairvpr.training.context import TrainContext
+from pairvpr.training.context import Measured, TrainContext
 from pairvpr.training.loop import Stage, run
 
 JobConfig = TrainStageOneConfig | TrainStageTwoConfig
@@ -96,8 +98,11 @@ class Job:
         model = asdict(self.config.model)
         for name in ("weights", "scaled_decoding", "max_megapixels", "compile"):
             del model[name]  # training does not set it
-        stage = 1 if isinstance(self.config, TrainStageOneConfig) else 2
-        return {"stage": stage, "train": _plain(train), "model": _plain(model)}
+        return {"stage": _stage_number(self.config), "train": _plain(train), "model": _plain(model)}
+
+
+def _stage_number(config: JobConfig) -> int:
+    return 1 if isinstance(config, TrainStageOneConfig) else 2
 
 
 def fit(job: Job) -> None:
@@ -339,9 +344,35 @@ def _run(job: Job, lines: Any) -> None:
         settings=job.settings(),
         validate=None if benchmark is None else recalls,
         say=lambda line: lines.add.remote(line),
+        measured=partial(_record, f"train stage {_stage_number(job.config)}"),
+        loses_a_machine=_Preemptions(),
         group=_own_group() if world_size > 1 else None,
     )
     run(job.make_stage(job.config, job.sets, job.start, context), train, context)
+
+
+def _record(step: str, measured: Measured) -> None:
+    """What a row of the log says, as metrics."""
+    metrics.PHOTOS.record(measured.num_photos, step=step)
+    metrics.LOSS.record(measured.loss, step=step)
+    metrics.show_progress(step, "steps", done=measured.step, total=measured.num_steps, rate_per_s=measured.steps_per_s)
+
+
+class _Preemptions:
+    """Whether Ray has announced since the last call that it loses a node with one of the workers.
+
+    All workers call it together: Ray Train makes them agree.
+    """
+
+    def __init__(self) -> None:
+        self._known: set[str] = set()
+
+    def __call__(self) -> bool:
+        found = ray.train.get_preemption_info()
+        nodes = set() if found is None else set(found.preempted_node_ids)
+        is_new = not nodes <= self._known
+        self._known |= nodes
+        return is_new
 
 
 def _own_group() -> dist.ProcessGroup:

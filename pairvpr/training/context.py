@@ -13,6 +13,17 @@ from torch import Tensor
 from pairvpr.models.pair_vpr import PairVPR
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Where a run is. `num_photos` were trained on, over all ranks, since the last time."""
+
+    step: int
+    num_steps: int
+    loss: float
+    num_photos: int
+    steps_per_s: float
+
+
 @dataclass(frozen=True)
 class TrainContext:
     """This process among all ranks, and the run's directory.
@@ -29,6 +40,10 @@ class TrainContext:
     """The settings that decide the result; written into each checkpoint."""
     validate: Callable[[PairVPR], dict[str, float]] | None = None
     say: Callable[[str], object] = print
+    measured: Callable[[Measured], object] = lambda _: None
+    """Told by rank 0 what each row of the log says."""
+    loses_a_machine: Callable[[], bool] = lambda: False
+    """Asked by all ranks together: whether one of their machines is about to be taken away, which it says once."""
     group: dist.ProcessGroup | None = None
 
     def sum(self, values: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from pairvpr.errors import UserError
 from pairvpr.models.pair_vpr import PairVPR
 from pairvpr.training import checkpoint as checkpoints
 from pairvpr.training.checkpoint import Checkpoint, Position
-from pairvpr.training.context import TrainContext
+from pairvpr.training.context import Measured, TrainContext
 from pairvpr.training.metrics_log import MetricsLog
 from pairvpr.training.optimizer import fused_alike
 
@@ -119,7 +119,8 @@ class _Batches:
 class _Window:
     """Measures speed since the last row of the log."""
 
-    def __init__(self) -> None:
+    def __init__(self, step: int) -> None:
+        self.step = step
         self.started_s, self.waited_s, self.num_photos = time.perf_counter(), 0.0, 0
 
     def next(self, batches: Iterator[Any]) -> Any:
@@ -135,6 +136,11 @@ class _Window:
         """Values for the log; photos of all ranks."""
         elapsed_s = time.perf_counter() - self.started_s
         return {"images_per_s": self.num_photos / elapsed_s, "waiting_for_data": self.waited_s / elapsed_s}
+
+    def measured(self, step: int, num_steps: int, loss: float) -> Measured:
+        """The same for those who watch the run from outside, after a step."""
+        steps_per_s = (step - self.step) / (time.perf_counter() - self.started_s)
+        return Measured(step=step, num_steps=num_steps, loss=loss, num_photos=self.num_photos, steps_per_s=steps_per_s)
 
 
 def run(stage: Stage[Any], config: TrainConfig, context: TrainContext) -> None:
@@ -174,7 +180,7 @@ def _run(stage: Stage[Any], config: TrainConfig, context: TrainContext) -> None:
         log = MetricsLog(context.output, position.step, wandb=config.wandb, settings=context.settings)
     batches = iter(_loader(stage, config, context, position, batches_per_epoch))
     last_step = min(config.epochs * batches_per_epoch, config.max_steps or math.inf)
-    window = _Window()
+    window = _Window(position.step)
     while position.step < last_step:
         batch = window.next(batches)
         row = {"step": position.step + 1, "epoch": position.epoch} | stage.set_schedule(position.step)
@@ -183,11 +189,14 @@ def _run(stage: Stage[Any], config: TrainConfig, context: TrainContext) -> None:
         window.num_photos += result.num_photos
         position = _next(position, batches_per_epoch)
         is_last = position.step == last_step
-        if log is not None and (position.step % config.log_every_steps == 0 or is_last):
+        is_logged = position.step % config.log_every_steps == 0 or is_last
+        if log is not None and is_logged:
             log.add(row | dict(result.metrics) | counts | window.speed() | _gpu_memory(context.device))
             context.say(_line(log.rows[-1], last_step))
-            window = _Window()
-        _after_step(stage, scaler, config, context, position, counts, log, is_last=is_last)
+            context.measured(window.measured(position.step, int(last_step), log.rows[-1]["loss"]))
+            window = _Window(position.step)
+        is_due = is_last or (is_logged and context.loses_a_machine())
+        _after_step(stage, scaler, config, context, position, counts, log, is_last=is_last, is_due=is_due)
     if log is not None:
         log.close()
 
@@ -253,11 +262,12 @@ def _after_step(
     log: MetricsLog | None,
     *,
     is_last: bool,
+    is_due: bool,
 ) -> None:
-    """Validation at the end of an epoch, and the checkpoints that are due."""
+    """Validation at the end of an epoch, and the checkpoints: at its end, every so many steps, and when one is due."""
     ends_epoch = position.batch == 0
     every = config.checkpoint_every_steps
-    if not (ends_epoch or is_last or (every is not None and position.step % every == 0)):
+    if not (ends_epoch or is_due or (every is not None and position.step % every == 0)):
         return
     if ends_epoch and context.validate is not None:
         recalls = context.validate(stage.model)

@@ -8,17 +8,22 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from pairvpr import status
+from pairvpr.distributed import metrics
 from pairvpr.training.metrics_log import read_metrics
 from tests.support import training
 from tests.support.runs import ROOT, arguments, wait_gone, wait_until
@@ -42,16 +47,24 @@ def _takes_jobs(address: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def dashboard(ray_home: Path) -> Iterator[str]:
+def metrics_url() -> str:
+    """Where Prometheus scrapes the cluster."""
+    return f"http://127.0.0.1:{_free_port()}/metrics"
+
+
+@pytest.fixture(scope="module")
+def dashboard(ray_home: Path, metrics_url: str) -> Iterator[str]:
     """The address that jobs are submitted to."""
     port = _free_port()
     ports = [f"--port={_free_port()}", f"--dashboard-port={port}", f"--dashboard-agent-listen-port={_free_port()}"]
+    ports.append(f"--metrics-export-port={urlsplit(metrics_url).port}")
     options = [*ports, "--num-cpus=3", f"--temp-dir={ray_home}"]
     head = subprocess.Popen(
         [RAY, "start", "--head", "--block", "--object-store-memory=200000000", *options],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        env=os.environ | {"RAY_metrics_report_interval_ms": "1000"},
     )
     address = f"http://127.0.0.1:{port}"
     wait_until(lambda: _takes_jobs(address), "the cluster's start")
@@ -79,9 +92,68 @@ def _submit(dashboard: str, job: str, line: list[str]) -> subprocess.CompletedPr
     )
 
 
-def test_evaluate(city: Path, expected: bytes, tmp_path: Path, dashboard: str) -> None:
+@contextmanager
+def _scraped(url: str) -> Iterator[dict[tuple[str, frozenset[tuple[str, str]]], float]]:
+    """The largest value of each of our series while the block runs, by name and labels."""
+    series: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
+    is_over = threading.Event()
+
+    def scrape() -> None:
+        while not is_over.wait(0.5):
+            with suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
+                for family in text_string_to_metric_families(answer.read().decode()):
+                    for sample in family.samples:
+                        if "pairvpr" in sample.name:
+                            key = sample.name, frozenset(sample.labels.items())
+                            series[key] = max(sample.value, series.get(key, 0.0))
+
+    scraper = threading.Thread(target=scrape)
+    scraper.start()
+    try:
+        yield series
+    finally:
+        is_over.set()
+        scraper.join()
+
+
+def _check_metrics(series: dict[tuple[str, frozenset[tuple[str, str]]], float], city: Path) -> None:
+    """Names and labels are those declared, and the counts those of the files."""
+    declared = {metric.exported: {*metric.labels, metrics.JOB} for metric in metrics.ALL}
+    of_ray = {"Component", "NodeAddress", "SessionName", "Version", "WorkerId"}
+    assert series.keys()
+    for name, labels in series:
+        ours = {label for label, _ in labels if not label.startswith("otel_")} - of_ray
+        assert ours == declared[name], name
+    jobs = {dict(labels)[metrics.JOB] for _, labels in series}
+    assert len(jobs) == 1
+    assert "" not in jobs
+
+    def total(metric: metrics.Declared, **wanted: str) -> float:
+        return sum(
+            value
+            for (name, labels), value in series.items()
+            if name == metric.exported and wanted.items() <= dict(labels).items()
+        )
+
+    num_photos = {kind: sum(1 for _ in (city / kind).rglob("*.jpg")) for kind in ("database", "queries")}
+    for kind, number in num_photos.items():
+        assert total(metrics.PHOTOS, step=f"describe {kind}") == number
+        photo_bytes = sum(photo.stat().st_size for photo in (city / kind).rglob("*.jpg"))
+        assert total(metrics.READ, step=f"describe {kind}") >= photo_bytes
+    assert total(metrics.FAILURES, what="photo") >= 2, "the drawn city has broken photos"
+    assert total(metrics.SHARDS, step="index Flat") == total(metrics.SHARDS, step="retrieve") == 2
+    assert total(metrics.PAIRS, step="re-rank") > 0
+    assert total(metrics.DONE, step="describe database") == total(metrics.TOTAL, step="describe database")
+    assert total(metrics.RATE, step="describe database") > 0
+    asked = {declared_metric.exported for declared_metric in metrics.ALL} - {name for name, _ in series}
+    assert asked <= {metric.exported for metric in (metrics.CHECKPOINTS, metrics.LOSS)}, "of other jobs"
+
+
+def test_evaluate(city: Path, expected: bytes, tmp_path: Path, dashboard: str, metrics_url: str) -> None:
     line = arguments(city, tmp_path / "out", "index.num_shards=2", "rerank.num_actors=2")
-    submitted = _submit(dashboard, "evaluate", line)
+    with _scraped(metrics_url) as series:
+        submitted = _submit(dashboard, "evaluate", line)
+    _check_metrics(series, city)
     assert submitted.returncode == 0, submitted.stdout[-4000:] + submitted.stderr[-4000:]
     assert "recall@N" in submitted.stdout
     assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected

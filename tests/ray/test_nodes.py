@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from pairvpr.training.checkpoint import steps_done
 from pairvpr.training.metrics_log import read_metrics
 from tests.support import training
 from tests.support.runs import arguments, start_job, wait_until
@@ -90,5 +93,28 @@ def test_node_lost_while_training(tmp_path: Path, stage: int) -> None:
         cluster.remove_node(workers[0], allow_graceful=False)
         cluster.add_node(num_cpus=1, object_store_memory=200 << 20)
         _, err = driver.communicate(timeout=300)
+    assert driver.returncode == 0, err
+    assert training.losses(read_metrics(output)) == training.losses(expected)
+
+
+@pytest.mark.soak
+def test_a_node_that_announces_its_end_loses_no_step(tmp_path: Path) -> None:
+    """As pods of deploy/kubernetes do when a spot node is taken away. Nothing else asks for one so early."""
+    training.draw_training_set(tmp_path)
+    more = ("train.num_workers=2", "train.epochs=40", "train.keep_every_epochs=40")
+    training.train_on_ranks(2, training.arguments(2, tmp_path, tmp_path / "undisturbed", *more), 2, tmp_path)
+    expected, output = read_metrics(str(tmp_path / "undisturbed")), str(tmp_path / "out")
+    with _three_nodes(1) as (cluster, workers):
+        line = training.arguments(2, tmp_path, tmp_path / "out", *more)
+        driver = start_job("train_stage_two", line, RAY_ADDRESS=str(cluster.address))
+        wait_until(lambda: len(read_metrics(output)) >= 2, "the second step")
+        drain = ["drain-node", f"--address={cluster.address}", f"--node-id={workers[0].node_id}"]
+        reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=the pod ends"]
+        ray_command = str(Path(sys.executable).with_name("ray"))
+        subprocess.run([ray_command, *drain, *reason, "--deadline-remaining-seconds=20"], check=True, timeout=60)
+        wait_until(lambda: steps_done(output) % 5 != 0, "a checkpoint within an epoch")
+        cluster.remove_node(workers[0], allow_graceful=False)
+        cluster.add_node(num_cpus=1, object_store_memory=200 << 20)
+        _, err = driver.communicate(timeout=500)
     assert driver.returncode == 0, err
     assert training.losses(read_metrics(output)) == training.losses(expected)

@@ -90,4 +90,4 @@ def test_ray_data_accepts_actors_with_gpus(city: Path) -> None:
     description = Description(photos, "unused", 1, source, config.describe)
     plan = ActorPlan(num_actors=1, cpus_per_actor=1.0, gpus_per_actor=1.0, cpus_per_task=1.0)
     with pytest.warns(match="ray_remote_args"):
-        assert _described(description, [0], plan) is not None
+        assert _described(description, [0], plan, "describe queries") is not None

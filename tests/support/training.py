@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,12 @@ def arguments(stage: int, root: Path, output: Path, *more: str) -> list[str]:
 
 
 def train_here(
-    stage: int, line: list[str], *, rank: int = 0, world_size: int = 1, context_type: type[TrainContext] = TrainContext
+    stage: int,
+    line: list[str],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    context_type: Callable[..., TrainContext] = TrainContext,
 ) -> list[dict[str, Any]]:
     """A run in this process, as a worker of Ray Train would do it; the rows of its log."""
     config = load(CONFIGS[stage], line)

@@ -101,7 +101,7 @@ def test_a_description_that_does_not_start_says_what_it_waits_for(
     monkeypatch.setattr(steps, "_described", lambda *_: Slow())
     monkeypatch.setattr(steps, "most_gpus_of_a_node", lambda: 1.0)
     monkeypatch.setattr(ray, "cluster_resources", resources)
-    assert list(steps._finished_parts(description_of(tmp_path, 2, 1), [0])) == [0]
+    assert list(steps._finished_parts(description_of(tmp_path, 2, 1), [0], "describe database")) == [0]
     assert capsys.readouterr().err == (
         "describe: no photo is described yet; each of 2 actors needs 1 CPUs and 4 GPUs on one node; "
         "the cluster has 8 CPUs and 2 GPUs, at most 1 GPUs on one node\n"

@@ -85,9 +85,9 @@ def test_a_folder_that_this_node_does_not_see_rejects_no_photo(tmp_path: Path, m
 
     def decoded(root: str) -> list[Any]:
         manifest = cast(Any, Manifest.of(root, ["a.jpg", "b.jpg"]))
-        return decode({"part": [0]}, manifest=manifest, photos_per_part=2, model=ModelConfig(image_size_px=14))[
-            "errors"
-        ]
+        return decode(
+            {"part": [0]}, manifest=manifest, photos_per_part=2, model=ModelConfig(image_size_px=14), step="describe"
+        )["errors"]
 
     for _ in ("missing", "a mount point without its mount"):
         with pytest.raises(UserError, match=rf"{folder}: .*{socket.gethostname()}; expected a folder that every node"):
@@ -112,6 +112,7 @@ def test_a_part_is_decoded_as_on_one_machine(
         manifest=cast(Any, manifest),
         photos_per_part=2,
         model=ModelConfig(image_size_px=14, scaled_decoding=scaled_decoding),
+        step="describe",
     )
     expected = [images.load(manifest.url(i), 14, scaled_decoding=scaled_decoding) for i in range(3)]
     assert b"".join(rows["pixels"]) == np.stack(expected).tobytes()

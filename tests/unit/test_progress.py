@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import re
+import subprocess
+import sys
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 import ray
@@ -60,3 +66,54 @@ def test_without_ray_silence_is_broken_too_and_an_error_has_no_last_line(
     assert lines[1] == "search: 0/2 checkpoints, no more for 0 s"
     assert not lines[-1].startswith("search: done")
     assert not [thread for thread in threading.enumerate() if thread.name == "progress of search"]
+
+
+STEP = """
+import time
+from pairvpr.distributed import progress
+from pairvpr.terminal import heard_by, say
+
+progress.SECONDS_BETWEEN_LINES = 0.2
+heard = []
+with heard_by(heard.append), progress.Progress("re-rank", 400, "queries", already_done=100) as step:
+    for number in range(4):
+        step.add(50)
+        time.sleep(0.3)
+        if number == 1:
+            say("a line with [brackets] in between")
+print(len([line for line in heard if line.startswith("re-rank: 2")]))
+"""
+
+
+def in_a_terminal(term: str) -> tuple[str, str]:
+    """What `STEP` writes on a terminal of this kind, and on standard output."""
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": term, "COLUMNS": "100", "LINES": "40"}
+    child = subprocess.Popen([sys.executable, "-c", STEP], stderr=theirs, stdout=subprocess.PIPE, env=environment)
+    os.close(theirs)
+    written = b""
+    with suppress(OSError):  # how Linux says that nobody writes there any more
+        while piece := os.read(ours, 1 << 16):
+            written += piece
+    assert child.stdout is not None
+    printed = child.stdout.read().decode()
+    assert child.wait(60) == 0
+    os.close(ours)
+    return written.decode(), printed
+
+
+def test_a_terminal_shows_a_bar() -> None:
+    written, printed = in_a_terminal("xterm-256color")
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written)
+    assert re.search(r"re-rank .* 250/400 queries, \d+\.\d/s, left 0:00:\d\d", plain)
+    assert "a line with [brackets] in between\r\n" in plain
+    assert "re-rank: 250/400 queries" not in plain, "the bar says that"
+    assert re.search(r"re-rank: done in \d\.\d s, \d+\.\d queries/s\r\n$", plain)
+    assert written.rindex("\x1b[?25h") > written.rindex("\x1b[?25l"), "the cursor is back"
+    assert int(printed) >= 1, "listeners, such as the status, still hear how far the step is"
+
+
+def test_a_terminal_that_can_not_draw_gets_lines() -> None:
+    written, _ = in_a_terminal("dumb")
+    assert "\x1b" not in written
+    assert "re-rank: 250/400 queries, " in written

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,20 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(
     assert losses(train_here(stage, line)) == losses(read_metrics(str(undisturbed)))
     resumed, first = _state(tmp_path / "out", stage), _state(undisturbed, stage)
     assert all(torch.equal(resumed[name], first[name]) for name in first)
+
+
+def test_a_checkpoint_comes_before_a_machine_goes(undisturbed: Path, root: Path, stage: int, tmp_path: Path) -> None:
+    line = arguments(stage, root, tmp_path / "out")
+    notices = iter([False, True, False])  # the fourth answer is an error, as if the process died
+
+    def loses_a_machine() -> bool:
+        return next(notices)
+
+    with pytest.raises(StopIteration):
+        train_here(stage, line, context_type=partial(TrainContext, loses_a_machine=loses_a_machine))
+    last = checkpoint.load(str(tmp_path / "out" / "checkpoints" / "last.pt"), stage, "output")
+    assert last.position == checkpoint.Position(epoch=0, batch=2, step=2)
+    assert losses(train_here(stage, line)) == losses(read_metrics(str(undisturbed)))
 
 
 def test_rows_of_steps_done_again_are_dropped(undisturbed: Path, root: Path, stage: int, tmp_path: Path) -> None:
