@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from pydantic import ValidationError
@@ -24,6 +24,7 @@ from pairvpr.serving.answers import answer_of, index_of
 from pairvpr.serving.body import PHOTO, read_body
 from pairvpr.serving.door import ARRIVED_S, REQUEST_ID, Door, error_body, error_headers
 from pairvpr.serving.errors import RequestError
+from pairvpr.serving.page import page
 from pairvpr.serving.pictures import thumbnail, why
 from pairvpr.serving.service import Service
 from pairvpr.terminal import say
@@ -102,6 +103,7 @@ def create_app(service: Service, token: str | None = None) -> FastAPI:
     _locate_routes(app, service)
     _index_routes(app, service, token)
     _health_routes(app, service)
+    _page_route(app)
     return app
 
 
@@ -198,6 +200,13 @@ def _health_routes(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         """Counters and histograms for Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _page_route(app: FastAPI) -> None:
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def root() -> HTMLResponse:
+        text, headers = page()
+        return HTMLResponse(text, headers=headers)
 
 
 def _lifespan(service: Service) -> Any:

@@ -69,7 +69,14 @@ def browser() -> Iterator[Any]:
 @contextmanager
 def opened(running: Any, file: Path, anchor: str = "", *, tile: bytes | None = None, **options: Any) -> Iterator[Seen]:
     """The page of a file on disk, with the network off; with `tile`, every host answers with this PNG."""
-    context = running.new_context(**{"viewport": {"width": 1440, "height": 900}, "offline": tile is None} | options)
+    with visited(running, file.as_uri() + anchor, tile=tile, **{"offline": tile is None} | options) as seen:
+        yield seen
+
+
+@contextmanager
+def visited(running: Any, url: str, *, tile: bytes | None = None, **options: Any) -> Iterator[Seen]:
+    """The page at an address, in a browser that knows nothing of earlier ones; `tile` as in `opened`."""
+    context = running.new_context(**{"viewport": {"width": 1440, "height": 900}} | options)
     try:
         seen = Seen(context.new_page())
         seen.page.set_default_timeout(15_000)
@@ -78,12 +85,13 @@ def opened(running: Any, file: Path, anchor: str = "", *, tile: bytes | None = N
         seen.page.on("request", lambda request: seen.requests.append(request.url))
         if tile is not None:
             seen.page.route(re.compile("^https?://"), lambda route: route.fulfill(body=tile, content_type="image/png"))
-        seen.page.goto(file.as_uri() + anchor)
+        seen.page.goto(url)
         yield seen
     finally:
         context.close()
 
 
-def outside(seen: Seen, file: Path) -> list[str]:
-    """Requests for anything but the file itself and what it carries."""
-    return [url for url in seen.requests if not url.startswith(("data:", file.as_uri()))]
+def outside(seen: Seen, place: Path | str) -> list[str]:
+    """Requests for anything but a file, or what is below an address, and what the page carries."""
+    own = place.as_uri() if isinstance(place, Path) else place
+    return [url for url in seen.requests if not url.startswith(("data:", f"blob:{own}", own))]
