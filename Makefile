@@ -57,11 +57,16 @@ tiny: setup
 	$(BIN)/python -m ray_jobs.export_weights checkpoint=$(TINY)/stage_two/checkpoints/last.pt \
 	    output=$(TINY)/tiny.safetensors half=true
 
-# The exact packages of a cluster's nodes (Python 3.11, Linux, CUDA 12).
+# The exact packages of a cluster's nodes and of the containers (Python 3.11, Linux; CUDA 12 or none), and of the tools
+# that build containers. PyTorch's builds without CUDA have a package index of their own, which uv knows; where it can't
+# be reached, CPU_WHEELS="--find-links DIR" takes the wheel from a folder.
+CPU_WHEELS ?= --torch-backend cpu
+COMPILE := $(BIN)/uv pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+    --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 lock: setup
-	$(BIN)/uv pip compile --quiet pyproject.toml requirements/cluster.in --extra gpu --python-version 3.11 \
-	    --python-platform x86_64-manylinux_2_28 --generate-hashes --no-emit-index-url --no-emit-find-links \
-	    --custom-compile-command "make lock" --output-file requirements/cluster.lock
+	$(COMPILE) pyproject.toml requirements/cluster.in --extra gpu --extra serve --output-file requirements/cluster.lock
+	$(COMPILE) pyproject.toml requirements/cpu.in --extra cpu --extra serve $(CPU_WHEELS) --output-file requirements/cpu.lock
+	$(COMPILE) requirements/build.in --output-file requirements/build.lock
 
 clean:
 	rm -rf .venv $(DEMO) $(TINY) site
