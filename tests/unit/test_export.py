@@ -62,11 +62,12 @@ def test_colmap_imports_its_pairs(made: MadeUpRun, tmp_path: Path) -> None:
     assert found == [(ids[query], ids[name]) for query, name, _ in pairs]
 
 
-def test_kapture_pairs_are_three_columns_behind_a_header(tmp_path: Path) -> None:
-    made = make_run(tmp_path / "OUT")
-    lines = Path(export(made.folder, "kapture")).read_text().splitlines()
-    assert lines[0] == "# kapture format: 1.1"
-    rows = [line.split(", ") for line in lines if not line.startswith("#")]
+def test_kapture_pairs_are_read_by_the_rules_of_its_format(tmp_path: Path) -> None:
+    """Lines behind # are comments, the first states the version; commas part fields, whose outer white space goes."""
+    made = make_run(tmp_path / "OUT", paths=("Straße 1.jpg", "a 'b' \"c\".jpg"))
+    lines = Path(export(made.folder, "kapture")).read_text("utf-8").splitlines()
+    assert lines[:2] == ["# kapture format: 1.1", "# query_image, map_image, score"]
+    rows = [[field.strip() for field in line.split(",")] for line in lines if line.strip() and not line.startswith("#")]
     assert [(query, name, float(score)) for query, name, score in rows] == expected_pairs(made, 10)
 
 
