@@ -133,6 +133,11 @@ class LocalNetwork:
         """See `Network.config`."""
         return self._describer.model.config
 
+    @property
+    def cached_bytes(self) -> int:
+        """Memory that features of candidates take."""
+        return 0 if self._features is None else self._features.used_bytes
+
     def describe(self, photos: Sequence[Asked], deadline: Deadline) -> Described:
         """See `Network.describe`. A single photo needs one forward pass for everything."""
         with torch_threads_kept():

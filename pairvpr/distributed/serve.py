@@ -159,7 +159,9 @@ class Whole:
     def __init__(self, opening: Opening) -> None:
         network = opening.network(own_device())
         localizers = opening.localizers(network, lambda _: local_shards(opening.config.index, math.inf))
-        self._service = Service(localizers, opening.config.serve, Metrics())
+        metrics = Metrics()
+        metrics.watch({"cached_bytes": ("Features of candidates in memory.", lambda: network.cached_bytes)})
+        self._service = Service(localizers, opening.config.serve, metrics)
         self._token = read_token(opening.config)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

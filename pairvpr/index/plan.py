@@ -79,7 +79,8 @@ class MemoryPlan:
     """Peak memory of each kind of process.
 
     Tasks: gathering a shard's descriptors, training on a sample (0 = no training), filling a shard's faiss index. Then
-    an actor that searches one shard or a group, and the driver with the table of photos.
+    an actor that searches one shard or a group, and the driver with the table of photos. Then a service with all shards
+    in one piece, its network aside, and the same while it holds two generations that share nothing.
     """
 
     gather_bytes: int
@@ -87,6 +88,8 @@ class MemoryPlan:
     fill_bytes: int
     search_bytes: int
     driver_bytes: int
+    serve_bytes: int
+    swap_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,12 +245,15 @@ def _memory_plan(
     if num_groups < num_shards:
         row_bytes, most_together = choose.bytes_per_row(kind, descriptor_dim), -(-num_shards // num_groups)
         searched_bytes += (COPIES_JOINED * most_together - 1) * num_rows * row_bytes
+    open_bytes = choose.index_bytes(kind, num_images, descriptor_dim, num_lists) + BYTES_OF_A_PHOTO * num_images
     return MemoryPlan(
         gather_bytes=PROCESS_BYTES + int(COPIES_GATHERED * _descriptors_bytes(num_rows, described_dim)),
         learn_bytes=PROCESS_BYTES + COPIES_OF_A_SAMPLE * sample_bytes if about.needs_training else 0,
         fill_bytes=PROCESS_BYTES + WORKING_BYTES + int(COPIES_FILLED * shard_bytes),
         search_bytes=PROCESS_BYTES + searched_bytes,
         driver_bytes=PROCESS_BYTES + BYTES_OF_A_PHOTO * num_images,
+        serve_bytes=PROCESS_BYTES + open_bytes,
+        swap_bytes=PROCESS_BYTES + 2 * open_bytes,
     )
 
 
@@ -309,6 +315,8 @@ def table(plan: Plan, source_of_speed: str) -> str:
         "fill": memory.fill_bytes,
         "search": memory.search_bytes,
         "driver": memory.driver_bytes,
+        "serve": memory.serve_bytes,
+        "swap": memory.swap_bytes,
     }
     rows = {
         "descriptors": size_text(plan.descriptors_bytes),

@@ -111,7 +111,7 @@ def _locate_routes(app: FastAPI, service: Service) -> None:
     async def answered(
         request: Request, photo: bytes, asked: schema.LocateParameters, deadline: Deadline
     ) -> schema.Answer:
-        wanted = service.wanted(asked)
+        wanted = await service.wanted(asked)
         found = await service.locate(photo, wanted, deadline)
         total_s = time.monotonic() - request.scope[ARRIVED_S]
         service.metrics.seconds.labels("total").observe(total_s)
@@ -134,7 +134,7 @@ def _locate_routes(app: FastAPI, service: Service) -> None:
         body = await read_body(request, service.settings)
         asked = _with_fields(parameters, body.fields)
         service.metrics.photos.observe(len(body.photos))
-        service.wanted(asked)
+        await service.wanted(asked)
         answers: list[schema.Answer | schema.Error] = []
         async with _until_gone(request, service) as deadline:
             for photo in body.photos:

@@ -39,9 +39,9 @@ async def thumbnail(service: Service, name: str | None, photo_id: int, deadline:
 async def why(service: Service, name: str | None, photo_id: int, query: bytes, deadline: Deadline) -> Why:
     """Where the pair decoder looks in the query photo and in a photo of the index. Raises `RequestError`."""
     localizer = service.localizer(name)
-    check_photo(query, service.max_megapixels)
 
     def work() -> Why:
+        check_photo(query, service.max_megapixels)
         return _why(localizer, localizer.opened, photo_id, query)
 
     return await service.computed(service.answering, work, deadline)

@@ -74,8 +74,11 @@ class Service:
         )
         self._say_generations()
 
-    def wanted(self, asked: LocateParameters) -> Wanted:
+    async def wanted(self, asked: LocateParameters) -> Wanted:
         """What the parameters ask. Raises `RequestError` (404, 422) for what no index here can answer."""
+        return await asyncio.to_thread(self._wanted, asked)  # conditions look at every position of an index
+
+    def _wanted(self, asked: LocateParameters) -> Wanted:
         name, names = self._names(asked.index)
         where = _where(asked)
         can, too_far = [], None
@@ -117,10 +120,10 @@ class Service:
 
     async def locate(self, photo: bytes, wanted: Wanted, deadline: Deadline) -> dict[str, Located]:
         """The answer of each index that was asked. Raises `RequestError`."""
-        check_photo(photo, self.max_megapixels)
         localizers = [self.localizers[name] for name in wanted.names]
 
         def work() -> list[Located]:
+            check_photo(photo, self.max_megapixels)
             self._keep(photo)
             return answer_together(
                 localizers,

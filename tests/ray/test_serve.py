@@ -11,21 +11,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import requests
 from ray import serve
 
 from pairvpr.config.compose import load
-from pairvpr.config.schema import BuildConfig, BuildIndexConfig, IndexKind, QueryConfig, UpdateIndexConfig
+from pairvpr.config.schema import BuildConfig, BuildIndexConfig, IndexKind, QueryConfig
 from pairvpr.config.serve_schema import ServeConfig
 from pairvpr.distributed.serve import APP, application, drain
 from pairvpr.index.generations import commit, read_manifest
 from pairvpr.index.make import LocalRunner, next_generation
+from pairvpr.index.update import without
 from pairvpr.serving.opening import Opening
 from ray_jobs.build_index import build_index
 from ray_jobs.query import query
-from ray_jobs.update_index import update_index
 from tests.support.runs import SMALL_NETWORK
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -109,7 +110,7 @@ def test_equals_the_job(kind: IndexKind, flat_index: str, city: Path, tmp_path: 
                 assert_same(asked(url, photo, heading_deg=90, within_deg=40), there[photo.name])
 
 
-def test_swaps_and_draining_lose_no_request(flat_index: str, city: Path, tmp_path: Path) -> None:
+def test_swaps_and_draining_lose_no_request(flat_index: str, city: Path) -> None:
     """Split: photos go and come back under load; each answer is that of its generation; then the service is drained."""
     photo = sorted((city / "queries").iterdir())[0]
     seen: Counter[int] = Counter()
@@ -131,24 +132,26 @@ def test_swaps_and_draining_lose_no_request(flat_index: str, city: Path, tmp_pat
                 return
 
     with serving(flat_index, *SPLIT) as url:
-        gone = asked(url, photo)["answer"]["path"]
-        (tmp_path / "gone.txt").write_text(gone)
+        whole = read_manifest(flat_index)
+        assert whole is not None
+        gone = asked(url, photo)["answer"]["photo_id"]
         clients = [threading.Thread(target=client, args=[url]) for _ in range(4)]
         for each in clients:
             each.start()
-        for change in ("remove", "add"):
-            line = [f"index.path={flat_index}", f"{change}={tmp_path}/gone.txt", *SMALL_NETWORK]
-            positions = ["positions=names"] if change == "add" else []
-            update_index(load(UpdateIndexConfig, [*line, *positions, "describe.batch_size=4"]))
+        for change in (1, 2, 3, 4):
+            draft = replace(whole, generation=whole.generation + change)
+            is_back = change % 2 == 0
+            removed = without(flat_index, draft, f"updates/{draft.generation}/", np.array([gone]))
+            commit(flat_index, draft if is_back else removed)
             refreshed = requests.post(f"{url}/v1/refresh", timeout=60).json()
-            assert refreshed["changed"] == ["default"]
-            paths = [each["path"] for each in asked(url, photo)["candidates"]]
-            assert (gone in paths) == (change == "add")
+            assert refreshed == {"generations": {"default": draft.generation}, "changed": ["default"]}
+            ids = [each["photo_id"] for each in asked(url, photo)["candidates"]]
+            assert (gone in ids) == is_back
         drain(30)
         done.set()
         for each in clients:
             each.join(60)
     assert wrong == []
-    assert len(answers) >= 2
+    assert len(answers) >= 3
     assert all(len(its) == 1 for its in answers.values()), answers
     assert seen[200] > 20

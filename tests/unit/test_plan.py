@@ -105,6 +105,8 @@ def test_a_hundred_million_photos() -> None:
     assert made.storage.index_bytes == made.descriptors_bytes + CITIES * (8 + 100 + 80) + centres
     assert made.storage.peak_bytes == 2 * made.descriptors_bytes + CITIES * (8 + 8 + 100)
     assert made.memory.driver_bytes == PROCESS_BYTES + 100 * CITIES
+    opened = CITIES * (88 + 100) + centres
+    assert (made.memory.serve_bytes, made.memory.swap_bytes) == (PROCESS_BYTES + opened, PROCESS_BYTES + 2 * opened)
 
 
 def test_memory_of_each_process_by_hand() -> None:
