@@ -1,4 +1,4 @@
-"""The client against a server that refuses, hangs up, drips and lies. Against the service: test_service_page.py."""
+"""The client against a server that refuses, hangs up, drips and lies. The real one: test_client_and_service.py."""
 
 from __future__ import annotations
 

@@ -23,9 +23,10 @@ from tests.unit.test_client import ANSWER, GOOD
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
-def locate_mjs(server: Scripted, photo: Path) -> subprocess.CompletedProcess[str]:
-    command = [str(Path(NODE) / "bin" / "node"), str(EXAMPLES / "locate.mjs"), server.url, str(photo)]
-    environment = os.environ | {"PAIRVPR_TOKEN": "secret"}
+def locate_mjs(url: str, photo: Path, token: str = "secret") -> subprocess.CompletedProcess[str]:
+    """The example in Node, as its first line says."""
+    command = [str(Path(NODE) / "bin" / "node"), str(EXAMPLES / "locate.mjs"), url, str(photo)]
+    environment = os.environ | {"PAIRVPR_TOKEN": token}
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
 
 
@@ -33,7 +34,7 @@ def test_javascript_asks_until_it_is_answered(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_bytes(b"photo")
     with scripted([error(503, "busy", Retry_After="1"), hang_up, reply(502, b"<html>"), GOOD]) as server:
         started = time.monotonic()
-        done = locate_mjs(server, tmp_path / "photo.jpg")
+        done = locate_mjs(server.url, tmp_path / "photo.jpg")
         assert time.monotonic() - started >= 1
     assert (done.returncode, done.stdout, done.stderr) == (0, "a/b.jpg 37.78 -122.41\n", "")
     assert server.bodies == [b"photo"] * 4
@@ -44,7 +45,7 @@ def test_javascript_asks_until_it_is_answered(tmp_path: Path) -> None:
 def test_javascript_says_what_the_service_says(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_bytes(b"photo")
     with scripted([error(422, "broken_image", "the image is broken")]) as server:
-        done = locate_mjs(server, tmp_path / "photo.jpg")
+        done = locate_mjs(server.url, tmp_path / "photo.jpg")
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: the image is broken\n")
     assert len(server.bodies) == 1
 

@@ -1,22 +1,19 @@
 // The service's page: asks with a photo, shows the answer. Texts of the service are set as text, never parsed as HTML.
 "use strict";
 (() => {
-  const TOKEN = "pairvpr.token", RECENT = "pairvpr.recent", MOST_RECENT = 12, MOST_ATTEMPTS = 4;
+  const TOKEN = "pairvpr.token", RECENT = "pairvpr.recent.1", MOST_RECENT = 12, MOST_ATTEMPTS = 4;
   const ALL = "*"; // the service's name for all of its indices together
   let indices = [];
+  let latest = null; // the newest photo, answered or not, for "Ask again"
   let asked = null; // the file and the conditions of the answer that is shown; `file` is null for one of a while ago
   let answer = null;
   let selected = null; // the candidate beside the photo
   let asking = null; // ends the question that is under way
   const pictures = new Map(); // object URLs of photos of the index, by address
-  const overlays = new Map(); // where the network looked, by address of the candidate's photo
+  const overlays = new Map(); // where the network looked, by candidate
 
   // ---- the service ----
-  class Refusal extends Error {
-    constructor(message, status) { super(message); this.status = status; }
-  }
-
-  // One request, again while the service is too busy for it.
+  // The response to one request that was not refused. Asks again while the service is too busy for it.
   async function request(address, { body = null, type = null, signal = null } = {}) {
     for (let attempt = 1; ; attempt += 1) {
       const headers = {};
@@ -28,12 +25,12 @@
         response = await fetch(address, { method: body === null ? "GET" : "POST", headers, body, signal });
       } catch (error) {
         if (signal?.aborted) throw error;
-        throw new Refusal("The service can't be reached. Is it still running?", 0);
+        throw new Error("The service can't be reached. Is it still running?", { cause: error });
       }
       if (response.ok) return response;
       const message = await reasonOf(response);
       if (response.status === 401 && await askForToken(Boolean(token))) { attempt -= 1; continue; }
-      if (response.status !== 503 || attempt === MOST_ATTEMPTS) throw new Refusal(message, response.status);
+      if (response.status !== 503 || attempt === MOST_ATTEMPTS) throw new Error(message);
       const seconds = Number(response.headers.get("Retry-After")) || 1;
       say(`The service is busy. Asking again in ${seconds} s …`);
       await new Promise((done) => { setTimeout(done, 1000 * (seconds + Math.random())); });
@@ -111,8 +108,8 @@
 
   async function ask(file) {
     const query = conditions();
+    latest = file;
     byId("again").disabled = false;
-    asked = { ...asked, file };
     if (!query) return;
     asking?.abort();
     const mine = asking = new AbortController();
@@ -123,8 +120,8 @@
       const type = file.type || "application/octet-stream";
       const response = await request(`v1/locate?${query}`, { body: file, type, signal: mine.signal });
       const content = await response.json();
-      if (mine.signal.aborted) return;
       const question = { name: file.name, type, query: query.toString(), thumbnail: await thumbnail(file) };
+      if (mine.signal.aborted) return;
       show(content, { ...question, file });
       remember(question, content);
       byId("answer").focus({ preventScroll: true });
@@ -148,9 +145,10 @@
       byId(button).addEventListener("click", () => byId(input).click());
       byId(input).addEventListener("change", () => { take(byId(input).files); byId(input).value = ""; });
     }
-    byId("again").addEventListener("click", () => { if (asked?.file) ask(asked.file); });
-    for (const name of ["near", "radius"]) byId(name).addEventListener("keydown", (event) => { if (event.key === "Enter" && asked?.file) ask(asked.file); });
-    byId("index").addEventListener("change", () => { describeIndex(); if (asked?.file) ask(asked.file); });
+    const again = () => { if (latest) ask(latest); };
+    byId("again").addEventListener("click", again);
+    for (const name of ["near", "radius"]) byId(name).addEventListener("keydown", (event) => { if (event.key === "Enter") again(); });
+    byId("index").addEventListener("change", () => { describeIndex(); again(); });
     addEventListener("paste", (event) => {
       if (!event.clipboardData.files.length) return;
       event.preventDefault();
@@ -193,7 +191,7 @@
     const sure = confidence === null ? `Pair score ${best.pair_score?.toFixed(2) ?? "unknown"}; confidences need a calibration` : `${percent(confidence)} confident`;
     if (content.in_map === false) return `${sure}. The nearest look-alikes are below.`;
     const zone = position && position.latitude !== null && position.utm ? grid(position.utm) : null;
-    return [sure, zone, position && (position.spread_m ? `photos that agree on it spread ${metres(position.spread_m)} around it` : "estimated from one photo")].filter(Boolean).join(" · ");
+    return [sure, zone, position && (position.spread_m ? `spread of the photos that agree: ${metres(position.spread_m)}` : "estimated from one photo")].filter(Boolean).join(" · ");
   }
 
   function show(content, question) {
@@ -454,6 +452,7 @@
       button.addEventListener("click", () => {
         complain("");
         show(content, { ...question, file: null });
+        latest = null;
         byId("again").disabled = true;
         byId("answer").focus({ preventScroll: true });
         byId("answer").scrollIntoView({ block: "start" });
