@@ -77,7 +77,8 @@ def open_run(url: str) -> FinishedRun:
     metrics = sealed.read_json(storage.join(url, "metrics.json"), "expected the metrics.json of a run")
     if metrics is None:
         raise UserError(
-            f"{url}: the run is not finished, it stopped at {_stopped_at(url, index)}; the line that began it goes on"
+            f"{url}: the run is not finished, it stopped at {_stopped_at(url, index)}; run the command that began it "
+            "again to finish it"
         )
     _check(metrics, url)
     return FinishedRun(url, metrics, settings, index)
