@@ -9,9 +9,10 @@ import importlib
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import numpy as np
@@ -192,11 +193,8 @@ def host_waits(bench: Bench) -> Iterator[list[str]]:
 
 
 def attention(bench: Bench, rows: Rows) -> None:
-    """Every engine of torch at the decoder's shapes: time, error, and what its first call costs."""
+    """Every engine at the decoder's shapes: time, error, and what its first call costs."""
     patches = (bench.side_px // 14) ** 2
-    engines = [SDPBackend.MATH]
-    if bench.is_gpu:
-        engines = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
     for batch in (2,) if bench.small else (16, 100):
         own = torch.randn(batch, patches + 1, 3, 12, 64, device=bench.device, dtype=BF16).unbind(2)
         memory = torch.randn(2, batch, patches, 12, 64, device=bench.device, dtype=BF16)
@@ -208,30 +206,59 @@ def attention(bench: Bench, rows: Rows) -> None:
         }
         rows.add(batch=batch, chosen_by_torch=engine(*own))
         for name, inputs in shapes.items():
-            for backend in engines:
-                attention_row(bench, rows, {"batch": batch, "shape": name}, inputs, backend)
+            for its_name, run in engines(bench.is_gpu).items():
+                attention_row(bench, rows, {"batch": batch, "shape": name, "engine": its_name}, inputs, run)
 
 
-def attention_row(bench: Bench, rows: Rows, about: dict[str, Any], inputs: Any, backend: SDPBackend) -> None:
-    """One engine and shape; an engine that does not take it says why."""
-    heads = [tensor.transpose(1, 2) for tensor in inputs]
-    with sdpa_kernel(SDPBackend.MATH):
-        exact = F.scaled_dot_product_attention(*(tensor.float() for tensor in heads))
-    flop = 4 * heads[0].shape[0] * heads[0].shape[1] * heads[0].shape[2] * heads[1].shape[2] * heads[0].shape[3]
+def by_torch(query: Tensor, key: Tensor, value: Tensor, backend: SDPBackend) -> Tensor:
+    """torch's attention by one engine: (B, L, H, E)."""
+    with sdpa_kernel(backend):
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+
+def by_flash_attention_3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """torch's flash attention with version 3 in its place, which needs the package of flash_attn_interface."""
+    torch.nn.attention.activate_flash_attention_impl("FA3")
     try:
-        with sdpa_kernel(backend):
+        return by_torch(query, key, value, SDPBackend.FLASH_ATTENTION)
+    finally:
+        torch.nn.attention.restore_flash_attention_impl()
+
+
+def by_xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """xformers' attention, where it is installed."""
+    return importlib.import_module("xformers.ops").memory_efficient_attention(query, key, value)
+
+
+def engines(is_gpu: bool) -> dict[str, Callable[..., Tensor]]:
+    """What is tried, by name: torch's own, and what is installed beside it."""
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    ours = {its.name: partial(by_torch, backend=its) for its in (backends if is_gpu else [SDPBackend.MATH])}
+    others = {"flash_attn_interface": by_flash_attention_3, "xformers": by_xformers}
+    return ours | {name: run for name, run in others.items() if find_spec(name) is not None}
+
+
+def attention_row(
+    bench: Bench, rows: Rows, about: dict[str, Any], inputs: Sequence[Tensor], run: Callable[..., Tensor]
+) -> None:
+    """One engine and shape; an engine that does not take it says why."""
+    exact = by_torch(*(tensor.float() for tensor in inputs), backend=SDPBackend.MATH)
+    query, key, _ = inputs
+    flop = 4 * query.shape[0] * query.shape[1] * query.shape[2] * key.shape[1] * query.shape[3]
+    try:
+        with torch.inference_mode():
             start_s = time.perf_counter()
-            found = F.scaled_dot_product_attention(*heads)
+            found = run(*inputs)
             bench.wait()
             first_ms = 1000 * (time.perf_counter() - start_s)
-            took_ms = bench.milliseconds(lambda: F.scaled_dot_product_attention(*heads))
-    except RuntimeError as error:
-        rows.add(**about, engine=backend.name, failed=str(error)[:100])
+            took_ms = bench.milliseconds(lambda: run(*inputs))
+    except Exception as error:  # engines of others fail in ways of their own
+        rows.add(**about, failed=f"{type(error).__name__}: {error}"[:100])
         return
     error = float((found.float() - exact).norm() / exact.norm())
     rows.add(
         **about,
-        engine=backend.name,
         ms=round(took_ms, 3),
         tflops=round(flop / took_ms / 1e9, 2),
         first_call_ms=round(first_ms, 1),
