@@ -138,7 +138,7 @@ def test_swaps_and_draining_lose_no_request(flat_index: str, city: Path) -> None
         clients = [threading.Thread(target=client, args=[url]) for _ in range(4)]
         for each in clients:
             each.start()
-        for change in (1, 2, 3, 4):
+        for change in (1, 2):
             draft = replace(whole, generation=whole.generation + change)
             is_back = change % 2 == 0
             removed = without(flat_index, draft, f"updates/{draft.generation}/", np.array([gone]))
