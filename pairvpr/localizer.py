@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from threading import Lock
-from typing import TypeAlias, overload
+from typing import TypeAlias, TypeVar, overload
 
 import numpy as np
 import torch
@@ -55,6 +55,7 @@ from pairvpr.retrieval.rerank import work_units
 from pairvpr.retrieval.small_index import build_small_index
 from pairvpr.where import ANYWHERE, Position, Where
 
+SectionConfig = TypeVar("SectionConfig", DescribeConfig, SearchConfig, RerankConfig)
 OpenShards: TypeAlias = Callable[[Generation, "Shards | None"], Shards]
 """Opens the shards of a generation; those of an earlier one may be shared."""
 
@@ -117,15 +118,15 @@ class Localizer:
 
         Raises `UserError` if there is no index, if other weights made it, and for invalid settings.
         """
-        sections = _own_network(describe), search or SearchConfig(), _settled(rerank, calibration)
+        sections = _own_network(describe), _section("search", search, SearchConfig), _settled(rerank, calibration)
         if memory_gib is not None and not (isinstance(memory_gib, Real) and 0 <= memory_gib < math.inf):
             raise UserError(f"memory_gib={memory_gib}: expected 0 or more, and finite")
-        directory, on = storage.absolute(os.fspath(index)), _device(device)
+        directory, on = storage.absolute(_path("index", index)), _device(device)
         manifest = manifest_of(directory, generation)
         judged_by = calibrated(sections[2])
         network = replace(network_of(directory, manifest, model), precision=_precision(precision))
         if weights is not None:
-            network = replace(network, weights=os.fspath(weights))
+            network = replace(network, weights=_path("weights", weights))
         found = find_weights(network)
         settings = network.settings() | {"weights_sha256": found.sha256}
         check_model(directory, manifest, name=network.name, weights_sha256=found.sha256, model=settings)
@@ -165,16 +166,16 @@ class Localizer:
 
         Raises `UserError` as that job does.
         """
-        section, directory = _own_network(describe), storage.absolute(os.fspath(index))
+        section, directory = _own_network(describe), storage.absolute(_path("index", index))
         network = model if isinstance(model, ModelConfig) else named_network(model)
         network = replace(network, precision=_precision(precision))
         if weights is not None:
-            network = replace(network, weights=os.fspath(weights))
+            network = replace(network, weights=_path("weights", weights))
         found = find_weights(network)
         built = build_model(network, load_weights(network, found), _device(device))
         with torch_threads_kept():
             build_small_index(
-                os.fspath(photos),
+                _path("photos", photos),
                 directory,
                 Describer(built, section.num_threads_per_actor),
                 found.sha256,
@@ -453,6 +454,8 @@ def answer_together(
     """
     deadline, clock, first = deadline or Deadline(), _Clock(), localizers[0]
     numbers = [localizer._numbers(k, num_candidates) for localizer in localizers]
+    if is_many(photo):
+        raise UserError(f"{len(photo)} photos: expected one; `locate` takes several")
     photos = first._decoded(asked(photo))
     clock.next("decode")
     described = first._network.describe(photos, deadline)
@@ -503,8 +506,21 @@ def _found(
     return ids[is_there], squared_distances[is_there]
 
 
+def _path(name: str, value: object) -> str:
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise UserError(f"{name}={value!r}: expected a path or URL")
+    return path
+
+
+def _section(name: str, given: SectionConfig | None, kind: type[SectionConfig]) -> SectionConfig:
+    if given is not None and not isinstance(given, kind):
+        raise UserError(f"{name}={given!r}: expected a pairvpr.{kind.__name__}")
+    return kind() if given is None else given
+
+
 def _settled(rerank: RerankConfig | None, calibration: str | os.PathLike[str] | None) -> RerankConfig:
-    settings = rerank or RerankConfig()
+    settings = _section("rerank", rerank, RerankConfig)
     if settings.num_candidates == 0:
         raise UserError(
             "rerank.num_candidates=0: a Localizer re-ranks; expected 1 or more, or retrieve(describe(photo))"
@@ -513,13 +529,14 @@ def _settled(rerank: RerankConfig | None, calibration: str | os.PathLike[str] | 
         raise UserError("rerank.dense_features=store: a Localizer can't use a store; expected cache or recompute")
     if settings.candidates is not None:
         raise UserError(f"rerank.candidates={settings.candidates}: a Localizer finds candidates itself; expected null")
-    return settings if calibration is None else replace(settings, calibration=os.fspath(calibration))
+    return settings if calibration is None else replace(settings, calibration=_path("calibration", calibration))
 
 
 def _own_network(describe: DescribeConfig | None) -> DescribeConfig:
-    if describe is not None and describe.descriptors is not None:
-        raise UserError(f"describe.descriptors={describe.descriptors}: a Localizer describes photos itself")
-    return describe or DescribeConfig()
+    settings = _section("describe", describe, DescribeConfig)
+    if settings.descriptors is not None:
+        raise UserError(f"describe.descriptors={settings.descriptors}: a Localizer describes photos itself")
+    return settings
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -528,7 +545,7 @@ def _device(device: str | torch.device | None) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise UserError(f"device={device}: {storage.reason(error)}; expected cpu, cuda or cuda:N") from error
     return chosen
 
@@ -542,7 +559,7 @@ def _kind(kind: str) -> IndexKind:
 def _positions(positions: str | None) -> PositionsConfig:
     if positions is None or positions in (PositionSource.names, PositionSource.exif):
         return PositionsConfig(positions=None if positions is None else PositionSource(positions))
-    if not positions.lower().endswith((".csv", ".parquet")):
+    if not isinstance(positions, str) or not positions.lower().endswith((".csv", ".parquet")):
         raise UserError(f"positions={positions}: expected names, exif, or a table (.csv or .parquet)")
     return PositionsConfig(positions=PositionSource.table, positions_table=positions)
 

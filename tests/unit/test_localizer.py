@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -300,6 +302,52 @@ def test_the_zone_that_names_state(folder: Path, tmp_path: Path) -> None:
 
 def _photos(folder: Path) -> list[Path]:
     return sorted((folder / "photos").iterdir())
+
+
+WRONG: list[Any] = [None, 5, -1, 1.5, math.nan, b"x", "", [], {}, object(), "\0", "nothing", True, ("a", "b")]
+
+
+def _refused_in_a_line(call: Callable[[], object], what: str) -> None:
+    """It works, or is a `UserError` of one line."""
+    try:
+        call()
+    except Exception as error:
+        if not isinstance(error, UserError) or len(str(error).splitlines()) != 1:
+            pytest.fail(f"{what}: {type(error).__name__}: {error}")
+
+
+@pytest.mark.parametrize("value", WRONG, ids=repr)
+def test_arguments_of_any_type_are_refused_in_a_line(
+    folder: Path,
+    tmp_path: Path,
+    localizer: Localizer,
+    queries: list[Path],
+    value: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where an index of the name `nothing` may be built
+    index, photo, few = folder / "index", queries[0], tmp_path / "few"
+    few.mkdir()
+    shutil.copy(photo, few / photo.name)
+    for name in (*inspect.signature(Localizer.open).parameters,):
+        _refused_in_a_line(lambda n=name: Localizer.open(**{"index": index, **OPTIONS, n: value}), f"open {name}")
+    for name in (*inspect.signature(Localizer.build).parameters,):
+        given = {"photos": few, "index": tmp_path / name, **BUILD, name: value}
+        _refused_in_a_line(lambda given=given: Localizer.build(**given), f"build {name}")
+    for name in ("k", "near", "radius_m", "box", "heading_deg", "within_deg"):
+        _refused_in_a_line(lambda n=name: localizer.locate(photo, **{n: value}), f"locate {name}")
+    calls: dict[str, Callable[[], object]] = {
+        "answer": lambda: localizer.answer(value),
+        "locate": lambda: localizer.locate(value),
+        "locate several": lambda: localizer.locate([value]),
+        "describe": lambda: localizer.describe(value),
+        "score": lambda: localizer.score(photo, value),
+        "attention": lambda: localizer.attention(value, photo),
+        "retrieve": lambda: localizer.retrieve(value),
+        "refresh": lambda: localizer.refresh(value),
+    }
+    for name, call in calls.items():
+        _refused_in_a_line(call, name)
 
 
 def test_what_cannot_be_opened(folder: Path, tmp_path: Path, queries: list[Path]) -> None:
