@@ -135,8 +135,8 @@ def _read_part(root: str, part: str, config: MslsConfig, problems: Problems) -> 
         raise _nothing_left(root, f"{part} photo", config, problems)
     paths = [path for its in cities for path in its.paths]
     photos = Manifest.of(root, paths, np.concatenate([its.utm_m for its in cities]))
-    held = [name for name in _KINDS if all(name in its.kinds for its in cities)]
-    kinds = {name: np.concatenate([its.kinds[name] for its in cities]) for name in held}
+    known = [its.kinds for its in cities if len(its)]
+    kinds = {name: np.concatenate([its[name] for its in known]) for name in _KINDS if all(name in its for its in known)}
     return _Part(photos, np.repeat(np.arange(len(cities)), [len(its) for its in cities]), kinds)
 
 
