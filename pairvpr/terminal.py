@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, TextIO
+from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
 from pairvpr.secrets import without_secrets
 
@@ -67,7 +67,7 @@ def bar(step: str, total: int, unit: str, *, already_done: int) -> Iterator[Call
         MofNCompleteColumn(),
         TextColumn("{task.fields[unit]}, {task.fields[rate]:,.1f}/s, left"),
         TimeRemainingColumn(),
-        console=Console(file=stream),
+        console=Console(file=cast(IO[str], _MayGo(stream)), force_terminal=True),
         refresh_per_second=4,
         redirect_stdout=False,
         redirect_stderr=False,
@@ -86,6 +86,25 @@ def bar(step: str, total: int, unit: str, *, already_done: int) -> Iterator[Call
             yield show
         finally:
             _bar = None
+
+
+class _MayGo:
+    """A terminal that may be closed while a bar is drawn on it; the work goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _can_draw(stream: TextIO) -> bool:

@@ -113,6 +113,16 @@ def test_a_terminal_shows_a_bar() -> None:
     assert int(printed) >= 1, "listeners, such as the status, still hear how far the step is"
 
 
+def test_work_goes_on_when_the_terminal_is_closed() -> None:
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm"}
+    child = subprocess.Popen([sys.executable, "-c", STEP], stderr=theirs, stdout=subprocess.PIPE, env=environment)
+    os.close(theirs)
+    assert os.read(ours, 100)
+    os.close(ours)
+    assert child.wait(60) == 0
+
+
 def test_a_terminal_that_can_not_draw_gets_lines() -> None:
     written, _ = in_a_terminal("dumb")
     assert "\x1b" not in written
