@@ -1,7 +1,7 @@
 """The process behind `swift_server`: Swift's proxy and three storage servers in one eventlet loop.
 
-Run as a script with a directory and an account (JSON: access_key, secret_key, region). It prints one JSON
-line with its port when it is ready, logs to `swift.log` in that directory, and exits as soon as its standard
+Run as a script with a directory, an account (JSON: access_key, secret_key, region) and the proxy's address. It prints
+one JSON line with its port when it is ready, logs to `swift.log` in that directory, and exits as soon as its standard
 input closes, so it never outlives its parent.
 """
 
@@ -187,7 +187,7 @@ def load_servers(root: Path, kinds: Iterable[str]) -> dict[str, WsgiApp]:
     return apps
 
 
-def serve(root: Path, account: Mapping[str, str], report: int) -> None:
+def serve(root: Path, account: Mapping[str, str], address: str, report: int) -> None:
     """Run the servers until the process is killed."""
     import eventlet
     import eventlet.wsgi
@@ -197,7 +197,8 @@ def serve(root: Path, account: Mapping[str, str], report: int) -> None:
     utils.monkey_patch()
     # Swift always logs to syslog; its console handler writes the log below the root.
     setattr(logs, "ThreadSafeSysLogHandler", lambda **_: logging.NullHandler())  # noqa: B010
-    sockets = {kind: eventlet.listen(("127.0.0.1", 0), backlog=512) for kind in (*STORAGE_SERVERS, "proxy")}
+    addresses = dict.fromkeys(STORAGE_SERVERS, "127.0.0.1") | {"proxy": address}
+    sockets = {kind: eventlet.listen((at, 0), backlog=512) for kind, at in addresses.items()}
     ports = {kind: socket.getsockname()[1] for kind, socket in sockets.items()}
     write_settings(root, ports, account)
     write_rings(root, ports)
@@ -214,11 +215,11 @@ def serve(root: Path, account: Mapping[str, str], report: int) -> None:
 
 
 def main() -> None:
-    """Serve below the directory, and for the account, that the command line names."""
+    """Serve below the directory, for the account and at the address that the command line names."""
     exit_with_parent()
     root = Path(sys.argv[1])
     report = divert_output(root / "swift.log")
-    serve(root, json.loads(sys.argv[2]), report)
+    serve(root, json.loads(sys.argv[2]), sys.argv[3], report)
 
 
 if __name__ == "__main__":

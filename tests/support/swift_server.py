@@ -1,4 +1,4 @@
-"""A real S3 server for tests: OpenStack Swift with its S3 interface, on loopback, below one directory."""
+"""A real S3 server for tests: OpenStack Swift with its S3 interface, at one address, below one directory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import select
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +47,8 @@ class SwiftServer:
 
 
 @contextmanager
-def running_swift(root: Path) -> Iterator[SwiftServer]:
-    """Start Swift, yield how to reach it, stop it.
+def running_swift(root: Path, address: str = "127.0.0.1", prefix: Sequence[str] = ()) -> Iterator[SwiftServer]:
+    """Start Swift, yield how to reach it, stop it. `prefix` stands before the command, to run it somewhere else.
 
     `root` holds all of the server's files and has to be on a file system with extended attributes. It is created if
     need be, and is empty or what an earlier server left, whose objects are then there again. The server also stops when
@@ -58,14 +58,14 @@ def running_swift(root: Path) -> Iterator[SwiftServer]:
     if any(root.iterdir()) and not (root / "swift.conf").exists():
         raise ValueError(f"{root} is not empty")
     process = subprocess.Popen(
-        [sys.executable, str(PROCESS_SCRIPT), str(root.resolve()), json.dumps(ACCOUNT)],
+        [*prefix, sys.executable, str(PROCESS_SCRIPT), str(root.resolve()), json.dumps(ACCOUNT), address],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=True,
     )
     try:
         port = _reported_port(process, root / "swift.log")
-        yield SwiftServer(endpoint_url=f"http://127.0.0.1:{port}", pid=process.pid, **ACCOUNT)
+        yield SwiftServer(endpoint_url=f"http://{address}:{port}", pid=process.pid, **ACCOUNT)
     finally:
         _stop(process)
 
