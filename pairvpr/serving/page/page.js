@@ -180,7 +180,7 @@
   }
   function verdict(content) {
     const { candidates: [best], position } = content;
-    if (!best) return "No photo of the map fulfils the conditions";
+    if (!best) return "No photo in the map meets the conditions";
     if (content.in_map === false) return "Not in this map";
     const where = !position ? `: ${best.path}` : position.latitude === null ? ` at ${grid(position.utm)}` : ` at ${degrees(position)}`;
     return (content.in_map ? "Found" : "Best match") + where;
