@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pairvpr.config.schema import DescribeConfig, ModelConfig, RerankConfig, SearchConfig
+    from pairvpr.config.schema import DescribeConfig, DescriptorConfig, ModelConfig, RerankConfig, SearchConfig
     from pairvpr.errors import PhotoError, UserError
     from pairvpr.localizer import Localizer
     from pairvpr.located import Located, Match
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "DescribeConfig",
+    "DescriptorConfig",
     "Localizer",
     "Located",
     "Match",
@@ -35,7 +36,9 @@ __all__ = [
 ]
 
 _MODULES = {
-    **dict.fromkeys(("DescribeConfig", "ModelConfig", "RerankConfig", "SearchConfig"), "pairvpr.config.schema"),
+    **dict.fromkeys(
+        ("DescribeConfig", "DescriptorConfig", "ModelConfig", "RerankConfig", "SearchConfig"), "pairvpr.config.schema"
+    ),
     **dict.fromkeys(("PhotoError", "UserError"), "pairvpr.errors"),
     "Localizer": "pairvpr.localizer",
     **dict.fromkeys(("Located", "Match"), "pairvpr.located"),

@@ -39,9 +39,11 @@ from pairvpr.photo import Asked
 from pairvpr.retrieval.decision import Weights
 from pairvpr.retrieval.describe import Describer
 from pairvpr.retrieval.features import FeatureCache, FeaturesOf, PhotoFeatures
+from pairvpr.retrieval.first_stage import UserNetwork
 from pairvpr.retrieval.pipeline import feature_cache, load_pixels, no_pixels
 from pairvpr.retrieval.rerank import Features, Reranked, Reranker, WorkUnit
 from pairvpr.retrieval.unreadable import Unreadable
+from pairvpr.retrieval.user_network import UserDescriber
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class LocalNetwork:
     """The network in this process. Threads may share it: each call computes in the thread that makes it.
 
     Of `describe` and `rerank` it reads what decides about forward passes. `weights` and `stop_margin` are as in
-    `Reranker`.
+    `Reranker`. A `user_network` describes photos in place of `model`, which then scores pairs alone.
     """
 
     def __init__(
@@ -121,17 +123,21 @@ class LocalNetwork:
         rerank: RerankConfig,
         weights: Weights | None = None,
         stop_margin: float | None = None,
+        user_network: UserNetwork | None = None,
     ) -> None:
-        self._describer = Describer(model, describe.num_threads_per_actor)
+        self._describer: Describer | UserDescriber = Describer(model, describe.num_threads_per_actor)
+        if user_network is not None:
+            device = self._describer.device
+            self._describer = UserDescriber.built(user_network, device, describe.num_threads_per_actor)
         self._pair_describer = Describer(model, rerank.num_threads_per_actor)
         self._describe, self._rerank = describe, rerank
         self._weights, self._stop_margin = weights, stop_margin
-        self._features = feature_cache(rerank, self._describer.device)
+        self._features = feature_cache(rerank, self._pair_describer.device)
 
     @property
     def config(self) -> ModelConfig:
         """See `Network.config`."""
-        return self._describer.model.config
+        return self._pair_describer.model.config
 
     @property
     def cached_bytes(self) -> int:
@@ -139,10 +145,11 @@ class LocalNetwork:
         return 0 if self._features is None else self._features.used_bytes
 
     def describe(self, photos: Sequence[Asked], deadline: Deadline) -> Described:
-        """See `Network.describe`. A single photo needs one forward pass for everything."""
+        """See `Network.describe`. A single photo needs one forward pass of Pair-VPR's own network for everything."""
+        own = self._describer if isinstance(self._describer, Describer) else None
         with torch_threads_kept():
-            if len(photos) == 1 and self._describe.num_threads_per_actor == self._rerank.num_threads_per_actor:
-                return self._described_alone(photos[0], deadline)
+            if own and len(photos) == 1 and self._describe.num_threads_per_actor == self._rerank.num_threads_per_actor:
+                return self._described_alone(own, photos[0], deadline)
             places, rows, broken = [np.empty(0, np.int64)], [self._no_descriptors], dict[int, PhotoError]()
             for first in range(0, len(photos), self._describe.batch_size):
                 batch = self._batch(photos, first, broken)
@@ -152,23 +159,23 @@ class LocalNetwork:
                 rows.append(its_rows)
         return Described(np.concatenate(places), np.concatenate(rows), broken)
 
-    def _described_alone(self, photo: Asked, deadline: Deadline) -> Described:
+    def _described_alone(self, own: Describer, photo: Asked, deadline: Deadline) -> Described:
         try:
             pixels = photo.pixels(self.config)
         except PhotoError as error:
             return Described(np.empty(0, np.int64), self._no_descriptors, {0: error})
         deadline.check()
-        descriptors, embedded = self._describer.both(pixels)
+        descriptors, embedded = own.both(pixels)
         return Described(np.zeros(1, np.int64), descriptors, {}, embedded)
 
     def _batch(self, photos: Sequence[Asked], first: int, broken: dict[int, PhotoError]) -> PhotoBatch:
         """The photos of one forward pass, from place `first` on; unreadable ones are added to `broken`."""
-        some = photos[first : first + self._describe.batch_size]
-        side_px = self.config.image_size_px
+        some, settings = photos[first : first + self._describe.batch_size], self._describer.photos
+        side_px = settings.image_size_px
         pixels, errors = np.zeros((len(some), side_px, side_px, 3), np.uint8), dict[int, str]()
         for position, photo in enumerate(some):
             try:
-                pixels[position] = photo.pixels(self.config)
+                pixels[position] = photo.pixels(settings)
             except PhotoError as error:
                 broken[first + position] = error
                 errors[position] = error.reason
@@ -176,7 +183,7 @@ class LocalNetwork:
 
     @property
     def _no_descriptors(self) -> NDArray[np.float32]:
-        return np.empty((0, self.config.descriptor_dim), np.float32)
+        return np.empty((0, self._describer.width), np.float32)
 
     def score(
         self,

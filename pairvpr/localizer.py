@@ -27,6 +27,7 @@ from pairvpr.config.schema import (
     DecisionRule,
     DenseFeatures,
     DescribeConfig,
+    DescriptorConfig,
     IndexKind,
     ModelConfig,
     PositionsConfig,
@@ -41,7 +42,6 @@ from pairvpr.engines import Described, LocalNetwork, LocalShards, Network, Shard
 from pairvpr.errors import PhotoError, UserError
 from pairvpr.evaluation.confidence import Rules, calibrated, check_positions_of_votes, unlike_the_network
 from pairvpr.index.filters import Filters, Places
-from pairvpr.index.generations import check_model
 from pairvpr.index.merge import Found
 from pairvpr.index.search import NO_ID
 from pairvpr.located import Located, Match, Seconds, located, matches_of
@@ -50,9 +50,11 @@ from pairvpr.opened import Generation, manifest_of, network_of
 from pairvpr.photo import Asked, Photo, asked, is_many
 from pairvpr.retrieval.decision import Decider
 from pairvpr.retrieval.describe import Describer
+from pairvpr.retrieval.first_stage import FirstStage
 from pairvpr.retrieval.pipeline import answers, decided, with_prior
 from pairvpr.retrieval.rerank import work_units
 from pairvpr.retrieval.small_index import build_small_index
+from pairvpr.retrieval.user_network import UserDescriber, find_user_network
 from pairvpr.where import ANYWHERE, Position, Where
 
 SectionConfig = TypeVar("SectionConfig", DescribeConfig, SearchConfig, RerankConfig)
@@ -107,14 +109,16 @@ class Localizer:
         describe: DescribeConfig | None = None,
         search: SearchConfig | None = None,
         rerank: RerankConfig | None = None,
+        descriptor: DescriptorConfig | None = None,
     ) -> Localizer:
         """Open an index directory (path or URL) for any number of queries.
 
         By default, `weights` (path or URL) are those published for the index's model, `model` (a name, or a network) is
         the one that made the index, `generation` is the newest, and `device` is a GPU if torch finds one. All
         shards stay in memory, unless `memory_gib` limits them; the others are then opened for each call. `utm_epsg` is
-        the EPSG code of the UTM zone of the index's positions, if photo names do not give it. `describe`, `search` and
-        `rerank` are sections of the settings of the job `query`, with the same defaults.
+        the EPSG code of the UTM zone of the index's positions, if photo names do not give it. `describe`, `search`,
+        `rerank` and `descriptor` are sections of the settings of the job `query`, with the same defaults. With
+        `descriptor.module`, that network describes photos, and `model` scores pairs alone.
 
         Raises `UserError` if there is no index, if other weights made it, and for invalid settings.
         """
@@ -128,16 +132,19 @@ class Localizer:
         if weights is not None:
             network = replace(network, weights=_path("weights", weights))
         found = find_weights(network)
-        settings = network.settings() | {"weights_sha256": found.sha256}
-        check_model(directory, manifest, name=network.name, weights_sha256=found.sha256, model=settings)
+        first = _first_stage(network, found.sha256, sections[0], descriptor)
+        first.check_made(directory, manifest)
         if judged_by is not None:
-            first_stage = unlike_the_network(file_width=None, reduced_to=manifest.reduced_to)
+            settings = network.settings() | {"weights_sha256": found.sha256}
+            first_stage = unlike_the_network(first.settings, manifest.reduced_to)
             judged_by.check(str(sections[2].calibration), settings, first_stage)
         rules = Rules.of(sections[2], judged_by)
         built = build_model(network, load_weights(network, found), on)
         return cls(
             Generation.open(directory, manifest, utm_epsg),
-            LocalNetwork(built, sections[0], sections[2], rules.weights, rules.stop_margin),
+            LocalNetwork(
+                built, sections[0], sections[2], rules.weights, rules.stop_margin, user_network=first.user_network
+            ),
             local_shards(sections[1], math.inf if memory_gib is None else memory_gib * 2**30),
             sections[1],
             sections[2],
@@ -158,11 +165,12 @@ class Localizer:
         device: str | torch.device | None = None,
         precision: str = "fp32",
         describe: DescribeConfig | None = None,
+        descriptor: DescriptorConfig | None = None,
     ) -> Localizer:
         """Describe and index a small folder of photos (path or URL) in this process, and open the index.
 
         It is byte-identical to that of the job `build_index`, which is for large folders. `positions` is their source:
-        names, exif, or a table (.csv, .parquet). A finished index is opened as it is.
+        names, exif, or a table (.csv, .parquet). A finished index is opened as it is. `descriptor` is as in `open`.
 
         Raises `UserError` as that job does.
         """
@@ -172,18 +180,25 @@ class Localizer:
         if weights is not None:
             network = replace(network, weights=_path("weights", weights))
         found = find_weights(network)
-        built = build_model(network, load_weights(network, found), _device(device))
+        first = _first_stage(network, found.sha256, section, descriptor)
+        on = _device(device)
+        if first.user_network is None:
+            describer = Describer(build_model(network, load_weights(network, found), on), section.num_threads_per_actor)
+        else:
+            describer = UserDescriber.built(first.user_network, on, section.num_threads_per_actor)
         with torch_threads_kept():
             build_small_index(
                 _path("photos", photos),
                 directory,
-                Describer(built, section.num_threads_per_actor),
-                found.sha256,
+                describer,
+                first,
                 section,
                 BuildConfig(kind=_kind(kind)),
                 _positions(positions),
             )
-        return cls.open(directory, model=network, device=device, precision=precision, describe=describe)
+        return cls.open(
+            directory, model=network, device=device, precision=precision, describe=describe, descriptor=descriptor
+        )
 
     @property
     def generation(self) -> int:
@@ -530,6 +545,15 @@ def _settled(rerank: RerankConfig | None, calibration: str | os.PathLike[str] | 
     if settings.candidates is not None:
         raise UserError(f"rerank.candidates={settings.candidates}: a Localizer finds candidates itself; expected null")
     return settings if calibration is None else replace(settings, calibration=_path("calibration", calibration))
+
+
+def _first_stage(
+    network: ModelConfig, weights_sha256: str, describe: DescribeConfig, descriptor: DescriptorConfig | None
+) -> FirstStage:
+    """The user's network, if one is given, or else Pair-VPR's."""
+    if descriptor is not None and descriptor.module is not None:
+        return FirstStage.of_user_network(find_user_network(descriptor, network), describe)
+    return FirstStage.own(network, weights_sha256, describe)
 
 
 def _own_network(describe: DescribeConfig | None) -> DescribeConfig:

@@ -77,7 +77,15 @@ def manifest_of(directory: str, generation: int | None) -> IndexManifest:
 
 
 def network_of(directory: str, manifest: IndexManifest, model: str | ModelConfig | None) -> ModelConfig:
-    """The network given by `model`, or described by the index's settings, with the weights published for its name."""
+    """The network given by `model`, or described by the index's settings, with the weights published for its name.
+
+    Raises `UserError` for an index whose descriptors are of a file: nothing here makes such rows of a query.
+    """
+    if not manifest.model["weights_sha256"]:
+        raise UserError(
+            f"index {directory} has descriptors of a file, and a Localizer describes photos by a network; expected "
+            "pairvpr query with describe.descriptors=FILE"
+        )
     if isinstance(model, ModelConfig):
         return model
     if model is not None:
@@ -85,6 +93,11 @@ def network_of(directory: str, manifest: IndexManifest, model: str | ModelConfig
     name = manifest.model["name"]
     known = named_network(name) if name in network_names() else None
     settings = sealed.read_json(storage.join(directory, claim.FILE), "expected model=...")
+    if settings is not None and "descriptor" in settings:
+        raise UserError(
+            f"index {directory} was made with descriptor.module={name}; expected model=..., which scores pairs (one of "
+            f"{', '.join(network_names())}, or a ModelConfig), and descriptor=DescriptorConfig(module={name!r}, ...)"
+        )
     if settings is None:
         if known is not None:
             return known

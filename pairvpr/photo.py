@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pairvpr.config.schema import ModelConfig
 from pairvpr.data import images
+from pairvpr.data.photo_batches import PhotoSettings
 from pairvpr.errors import PhotoError, UserError
 
 Photo: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]"
@@ -26,7 +26,7 @@ class Asked:
     photo: Photo
     place: str = ""
 
-    def pixels(self, network: ModelConfig) -> NDArray[np.uint8]:
+    def pixels(self, network: PhotoSettings) -> NDArray[np.uint8]:
         """(S, S, 3) uint8, the network's input. Raises `PhotoError`, which names the photo.
 
         Images and arrays are already decoded, so `scaled_decoding` and `max_megapixels` don't apply to them.
@@ -36,7 +36,7 @@ class Asked:
         except (images.BrokenImageError, ValueError) as error:  # a path with NUL is a `ValueError`
             raise PhotoError(self.name, str(error)) from error
 
-    def _pixels(self, network: ModelConfig) -> NDArray[np.uint8]:
+    def _pixels(self, network: PhotoSettings) -> NDArray[np.uint8]:
         side_px, scaled, max_megapixels = network.image_size_px, network.scaled_decoding, network.max_megapixels
         match self.photo:
             case bytes() as data:

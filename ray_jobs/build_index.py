@@ -18,7 +18,7 @@ from pairvpr.data.manifest import folder_manifest
 from pairvpr.distributed.runtime import ModelSource, ray_session
 from pairvpr.index import choose
 from pairvpr.index.settings import index_settings, position_settings
-from pairvpr.models.weights import announce, find_weights, load_weights
+from pairvpr.models.weights import announce, load_weights
 from pairvpr.secrets import without_secrets
 from pairvpr.status import published
 from pairvpr.terminal import say
@@ -37,8 +37,7 @@ def build_index(config: BuildIndexConfig) -> str:
     directory = storage.absolute(config.output)
     check_writable(directory, "output")
     num_shards = config.index.num_shards or choose.default_num_shards(len(database))
-    source = None if config.describe.descriptors is not None else find_weights(config.model)
-    first = first_stage(config.model, source, config.describe)
+    first, source = first_stage(config)
     if first.file is not None:
         check_photos_of_file(first.file, {"database": database}, "describe.descriptors")
     settings = index_settings(database, num_shards, first.settings, config.index.reduce_to)
@@ -50,11 +49,8 @@ def build_index(config: BuildIndexConfig) -> str:
         announce(config.model, weights)
     claim(directory, settings, "output")
     with published(directory, "build_index"), ray_session(config.cluster):
-        rows = first.file if weights is None else ModelSource(config.model, ray.put(weights))
-        assert rows is not None
-        manifest = ensure_index(
-            database, directory, num_shards, first, rows, config.model, config.describe, config.index
-        )
+        network = weights and ModelSource(config.model, ray.put(weights))
+        manifest = ensure_index(database, directory, num_shards, first, network, config)
     say(about_generation(manifest))
     return directory
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import ray
 
@@ -15,7 +15,6 @@ from pairvpr.config.schema import EvaluateConfig
 from pairvpr.data import storage
 from pairvpr.data.benchmarks import load_benchmark, prepare_benchmark
 from pairvpr.data.claim import check_writable, claim
-from pairvpr.data.descriptor_file import DescriptorFile
 from pairvpr.data.manifest import Benchmark
 from pairvpr.distributed.dense import check_sharing
 from pairvpr.distributed.runtime import ModelSource, ray_session
@@ -36,7 +35,6 @@ from ray_jobs.run import (
     check_photos,
     first_stage,
     given_candidates,
-    needed_weights,
     queries_of_file,
 )
 from ray_jobs.steps import answer, ensure_index
@@ -72,14 +70,7 @@ def evaluate(configs: Sequence[EvaluateConfig]) -> list[dict[str, Any]]:
                     manifest = None
                     if run.given is None:
                         manifest = ensure_index(
-                            run.benchmark.database,
-                            run.index,
-                            run.num_shards,
-                            run.first,
-                            cast(ModelSource | DescriptorFile, run.first.file or source),
-                            config.model,
-                            config.describe,
-                            config.index,
+                            run.benchmark.database, run.index, run.num_shards, run.first, source, config
                         )
                     reports.append(answer(run, source, manifest))
             except IncompleteRunError as error:
@@ -109,8 +100,7 @@ def prepare(configs: Sequence[EvaluateConfig]) -> list[Run]:
         raise UserError("rerank.candidates: the file is for one benchmark; expected benchmark=..., not several")
     calibration = calibrated(configs[0].rerank)
     benchmarks = _load(configs, outputs)
-    weights = needed_weights(configs[0])
-    first = first_stage(configs[0].model, weights, configs[0].describe)
+    first, weights = first_stage(configs[0], configs[0].rerank.num_candidates)
     query_file = queries_of_file(configs[0].describe, first)
     if first.file is not None and query_file is not None:
         for benchmark in benchmarks:

@@ -22,11 +22,10 @@ from pairvpr.config.schema import IVF_KINDS, IndexKind, ModelConfig, PlanConfig
 from pairvpr.data import storage
 from pairvpr.data.benchmarks import load_benchmark
 from pairvpr.data.claim import check_writable_file
-from pairvpr.data.descriptor_file import open_descriptors
 from pairvpr.data.manifest import Manifest
 from pairvpr.distributed.capacity import room
-from pairvpr.distributed.describe import Description, describe
-from pairvpr.distributed.runtime import ModelSource, plan_actors, ray_session
+from pairvpr.distributed.describe import Description, NetworkSource, describe
+from pairvpr.distributed.runtime import ModelSource, UserNetworkSource, plan_actors, ray_session
 from pairvpr.errors import UserError
 from pairvpr.index.plan import Plan, Room, plan_index, table
 from pairvpr.index.plan_cost import KINDS as COSTED_KINDS
@@ -34,8 +33,10 @@ from pairvpr.index.plan_cost import KindCost, Machines, Rates, Store, Work, cost
 from pairvpr.index.plan_dense import dense_table, plan_dense
 from pairvpr.index.speed import measured_cpu_rates
 from pairvpr.models.weights import Weights, untrained_state
+from pairvpr.retrieval.first_stage import FirstStage
 from pairvpr.terminal import say
 from pairvpr.toy import city as toy_city
+from ray_jobs.run import other_first_stage
 from ray_jobs.steps import memory_budget_bytes
 
 WIDTH_PX, HEIGHT_PX, JPEG_QUALITY = 640, 480, 90
@@ -80,19 +81,16 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     if config.output is not None:
         check_writable_file(config.output, "output", "the plan as JSON")
     (num_images, num_queries), images_per_s = _numbers(config), config.plan.images_per_s
-    model, is_described = config.model, config.describe.descriptors is None
-    if config.describe.descriptors is not None:
-        model = replace(
-            model, descriptor_dim=open_descriptors(config.describe.descriptors, "describe.descriptors").width
-        )
-    is_measured = images_per_s is None and is_described
+    first = other_first_stage(config)
+    model = config.model if first is None else replace(config.model, name=first.name, descriptor_dim=first.width)
+    is_measured = images_per_s is None and (first is None or first.file is None)
     needs_ray = is_measured or config.index.memory_budget_gib is None
     calibration = None
     with ray_session(config.cluster) if needs_ray else nullcontext():
         there = room() if needs_ray else Room()
         budget_bytes = memory_budget_bytes(config.index)
         if is_measured:
-            calibration = measured_throughput(config)
+            calibration = measured_throughput(config, first)
             images_per_s = calibration.images_per_s
     made = plan_index(num_images, model, config.index, budget_bytes=budget_bytes, images_per_s=images_per_s)
     problems, dense = made.problems(there), None
@@ -186,8 +184,10 @@ def _write(output: str, content: dict[str, Any]) -> None:
         raise UserError(f"output={output}: can't be written: {storage.reason(error)}") from error
 
 
-def measured_throughput(config: PlanConfig) -> Throughput:
-    """Describe generated photos with the untrained network (speed does not depend on weights); nothing is kept.
+def measured_throughput(config: PlanConfig, first: FirstStage | None = None) -> Throughput:
+    """Describe generated photos with the network of `first`, or Pair-VPR's, untrained; nothing is kept.
+
+    Speed does not depend on weights.
 
     Only the second half is timed, when the actors have started and used up the photos decoded meanwhile. The photos
     are in the page cache, so slow photo storage is not measured.
@@ -196,8 +196,7 @@ def measured_throughput(config: PlanConfig) -> Throughput:
     asked = config.plan.calibration_photos
     batches = BATCHES_PER_ACTOR * plan_actors(config.describe).num_actors
     number = asked or max(NUM_DRAWN, batches * config.describe.batch_size)
-    arrays = {name: tensor.numpy() for name, tensor in untrained_state(config.model).items()}
-    source = ModelSource(config.model, ray.put(Weights(arrays, "", untrained=True)))
+    source = _source(config, first)
     with _scratch(config.output) as directory:
         paths = _draw(storage.join(directory, "photos"), min(number, NUM_DRAWN))
         started_s = time.monotonic()
@@ -209,6 +208,14 @@ def measured_throughput(config: PlanConfig) -> Throughput:
             if asked or measured.seconds >= ENOUGH_S or number >= MOST_PHOTOS or affordable <= number:
                 return measured
             number = min(MOST_PHOTOS, affordable, max(2 * number, int(3 * ENOUGH_S * measured.images_per_s)))
+
+
+def _source(config: PlanConfig, first: FirstStage | None) -> NetworkSource:
+    """The network that is measured."""
+    if first is not None and first.user_network is not None:
+        return UserNetworkSource(first.user_network)
+    arrays = {name: tensor.numpy() for name, tensor in untrained_state(config.model).items()}
+    return ModelSource(config.model, ray.put(Weights(arrays, "", untrained=True)))
 
 
 def _check_shared(output: str | None) -> None:
@@ -248,7 +255,7 @@ def _draw(folder: str, num_photos: int) -> list[str]:
     return [photo.path for photo in photos]
 
 
-def _measured(config: PlanConfig, source: ModelSource, directory: str, paths: list[str]) -> Throughput:
+def _measured(config: PlanConfig, source: NetworkSource, directory: str, paths: list[str]) -> Throughput:
     """Describe the photos at `paths` as a run would, in one shard."""
     photos = Manifest.of(storage.join(directory, "photos"), paths)
     description = Description(photos, storage.join(directory, f"{len(paths)}"), 1, source, config.describe)

@@ -33,10 +33,8 @@ from ray_jobs.run import (
     Run,
     check_calibration,
     check_dense_store,
-    check_first_stage,
     first_stage,
     given_candidates,
-    needed_weights,
     open_manifest,
 )
 from ray_jobs.steps import answer
@@ -69,7 +67,7 @@ def query(config: QueryConfig) -> dict[str, Any]:
     check_claim(run.output, settings, "output")
     check_dense_store(run)
     if run.given is None:
-        check_first_stage(index, manifest, run.first)
+        run.first.check_made(index, manifest)
     weights = run.weights and load_weights(config.model, run.weights)
     if run.weights is not None:
         announce(config.model, run.weights)
@@ -95,8 +93,7 @@ def _run(config: QueryConfig, index: str, manifest: IndexManifest) -> Run:
         positives=None,
         protocol={"positives": "none", "radius_m": None},
     )
-    weights = needed_weights(config)
-    first = first_stage(config.model, weights, config.describe)
+    first, weights = first_stage(config, config.rerank.num_candidates)
     if first.file is not None:
         check_photos_of_file(first.file, {"query": benchmark.queries}, "describe.descriptors")
     return Run(

@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pairvpr.config.schema import (
+    BuildIndexConfig,
     DenseFeatures,
     DescribeBothConfig,
-    DescribeConfig,
     EvaluateConfig,
-    ModelConfig,
+    PlanConfig,
     QueryConfig,
     RerankConfig,
+    UpdateIndexConfig,
 )
 from pairvpr.data import storage
 from pairvpr.data.claim import FILE as SETTINGS_FILE
@@ -34,13 +35,16 @@ from pairvpr.evaluation.confidence import (
     decision_of,
     unlike_the_network,
 )
-from pairvpr.index.generations import IndexManifest, check_model, read_images, read_manifest
+from pairvpr.index.generations import IndexManifest, read_images, read_manifest
 from pairvpr.index.settings import index_settings
 from pairvpr.models.weights import WeightsSource, find_weights
 from pairvpr.retrieval.decision import Decision
 from pairvpr.retrieval.dense_store import Layout
 from pairvpr.retrieval.first_stage import FirstStage
 from pairvpr.retrieval.rerank import SCORING
+from pairvpr.retrieval.user_network import find_user_network
+
+DescribingConfig = BuildIndexConfig | UpdateIndexConfig | QueryConfig | EvaluateConfig | PlanConfig
 
 
 @dataclass(frozen=True)
@@ -202,18 +206,7 @@ def check_index_model(run: Run) -> None:
     manifest = read_manifest(run.index)
     if manifest is None:
         return
-    check_first_stage(run.index, manifest, run.first)
-
-
-def check_first_stage(index: str, manifest: IndexManifest, first: FirstStage) -> None:
-    """Raise `UserError` unless this first stage made a finished index, as far as that can be known."""
-    model = first.settings.get("model")
-    check_model(index, manifest, name=first.name, weights_sha256=first.weights_sha256, model=model)
-    if manifest.described_dim != first.width:
-        raise UserError(
-            f"index {index} has descriptors of {manifest.described_dim} values, {first.name} of {first.width}; "
-            "expected those of the network that described its photos"
-        )
+    run.first.check_made(run.index, manifest)
 
 
 def check_dense_store(run: Run) -> None:
@@ -235,18 +228,30 @@ def given_candidates(config: RerankConfig, benchmark: Benchmark) -> GivenCandida
     return GivenCandidates(candidates_of(pairs, *about, benchmark.queries, benchmark.database), pairs.sha256)
 
 
-def needed_weights(config: EvaluateConfig | QueryConfig) -> WeightsSource | None:
-    """The weights of the network; None where descriptors are in a file and no pair is scored."""
-    is_needed = config.describe.descriptors is None or config.rerank.num_candidates > 0
-    return find_weights(config.model) if is_needed else None
+def first_stage(config: DescribingConfig, num_candidates: int = 0) -> tuple[FirstStage, WeightsSource | None]:
+    """What makes descriptors, and the weights of Pair-VPR's network; None where nothing runs that.
+
+    It runs unless something else makes descriptors and no pair is scored. Raises `UserError`.
+    """
+    other = other_first_stage(config)
+    if other is not None:
+        return other, find_weights(config.model) if num_candidates else None
+    weights = find_weights(config.model)
+    return FirstStage.own(config.model, weights.sha256, config.describe), weights
 
 
-def first_stage(model: ModelConfig, weights: WeightsSource | None, config: DescribeConfig) -> FirstStage:
-    """What makes descriptors: a file if one is given, or the network with these weights."""
-    if config.descriptors is not None:
-        return FirstStage.of_file(open_descriptors(config.descriptors, "describe.descriptors"))
-    assert weights is not None
-    return FirstStage.own(model, weights.sha256, config)
+def other_first_stage(config: DescribingConfig) -> FirstStage | None:
+    """A file or a network of the user's, if one is given in place of Pair-VPR's network. Raises `UserError`."""
+    file, module = config.describe.descriptors, config.descriptor.module
+    if file is not None and module is not None:
+        raise UserError(
+            f"describe.descriptors={file}, descriptor.module={module}: both make descriptors; expected one of them"
+        )
+    if file is not None:
+        return FirstStage.of_file(open_descriptors(file, "describe.descriptors"))
+    if module is not None:
+        return FirstStage.of_user_network(find_user_network(config.descriptor, config.model), config.describe)
+    return None
 
 
 def queries_of_file(config: DescribeBothConfig, first: FirstStage) -> DescriptorFile | None:
@@ -277,7 +282,7 @@ def check_calibration(run: Run) -> None:
     """Raise `UserError` unless the run's network and first stage are the calibrated ones and votes have positions."""
     if run.calibration is None:
         return
-    first_stage = unlike_the_network(file_width=run.first.file and run.first.width, reduced_to=_reduced_to(run))
+    first_stage = unlike_the_network(run.first.settings, _reduced_to(run))
     run.calibration.check(str(run.config.rerank.calibration), run.model_settings(), first_stage)
     check_positions_of_votes(run.decision, run.benchmark.database.utm_m)
 

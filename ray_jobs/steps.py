@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pairvpr.config.schema import BuildConfig, DescribeConfig, ModelConfig
+from pairvpr.config.schema import BuildConfig, BuildIndexConfig, EvaluateConfig
 from pairvpr.data import sealed, stamps, storage
-from pairvpr.data.descriptor_file import DescriptorFile
 from pairvpr.data.manifest import Manifest
 from pairvpr.distributed.capacity import node_rooms, room
 from pairvpr.distributed.dense import about_store, make_store
-from pairvpr.distributed.describe import Description, describe
+from pairvpr.distributed.describe import Description, describe, source_of
 from pairvpr.distributed.index import RayRunner
 from pairvpr.distributed.rerank import Lost, RerankResult, rerank, unfinished
 from pairvpr.distributed.retrieve import retrieve
@@ -48,15 +47,14 @@ def ensure_index(
     directory: str,
     num_shards: int,
     first: FirstStage,
-    source: ModelSource | DescriptorFile,
-    model: ModelConfig,
-    config: DescribeConfig,
-    index: BuildConfig,
+    network: ModelSource | None,
+    config: BuildIndexConfig | EvaluateConfig,
 ) -> IndexManifest:
     """Describe the database and build its index in a claimed directory, or resume doing so.
 
-    `source` is where the rows of the first stage come from, `model` the network that will score pairs.
+    `network` is Pair-VPR's, where the job has it.
     """
+    index = config.index
     finished = read_manifest(directory)
     if finished is not None and make.is_wanted(finished, index):
         stamps.check_unchanged(database, directory)
@@ -71,12 +69,13 @@ def ensure_index(
     budget_bytes = memory_budget_bytes(index)
     plan = plan_index(
         len(database),
-        replace(model, descriptor_dim=first.width),
+        replace(config.model, descriptor_dim=first.width),
         replace(index, num_shards=num_shards),
         budget_bytes=budget_bytes,
     )
     check_fits(plan, room(directory), index)
-    describe(Description(database, directory, num_shards, source, config), "database", needs_a_readable_photo=True)
+    photos = Description(database, directory, num_shards, source_of(first, network), config.describe)
+    describe(photos, "database", needs_a_readable_photo=True)
     if finished is None:
         made_by = {"name": first.name, "weights_sha256": first.weights_sha256}
         draft = make.first_generation(directory, database, num_shards, made_by, first.width)
@@ -156,8 +155,7 @@ def _retrieved(
     """Describe the queries, and find their candidates in the index."""
     assert manifest is not None, "candidates that are not given come from an index"
     config, directory = run.config, storage.join(run.output, "queries")
-    rows = run.query_file or source
-    assert rows is not None
+    rows = run.query_file or source_of(run.first, source)
     queries = Description(run.benchmark.queries, directory, 1, rows, config.describe)
     describe(queries, "queries", needs_a_readable_photo=False)
     num_kept = config.index.num_kept(config.rerank.num_candidates)
@@ -226,7 +224,7 @@ def _facts(run: Run, manifest: IndexManifest | None, found: _Found, scored: Rera
     return RunFacts(
         weights_sha256=None if run.weights is None else run.weights.sha256,
         untrained=run.weights is not None and run.weights.untrained,
-        first_stage=None if run.first.file is None else {"name": run.first.name, "descriptor_dim": run.first.width},
+        first_stage=run.first.entry,
         num_candidates=found.num_reranked,
         seconds_describe=found.seconds_describe,
         seconds_retrieve=found.seconds_retrieve,

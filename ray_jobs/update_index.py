@@ -25,14 +25,14 @@ from pairvpr.config.compose import load
 from pairvpr.config.schema import UpdateIndexConfig
 from pairvpr.data import stamps, storage
 from pairvpr.data.claim import check_writable
-from pairvpr.data.descriptor_file import DescriptorFile, check_photos_of_file
+from pairvpr.data.descriptor_file import check_photos_of_file
 from pairvpr.data.located import located
 from pairvpr.data.manifest import Manifest, folder_manifest
 from pairvpr.data.photo_listing import IMAGE_SUFFIXES, photos_among
 from pairvpr.data.problems import Problems
 from pairvpr.data.spellings import NO_PHOTO, SEVERAL, Spellings, no_photo_text
 from pairvpr.data.tables import TableFile, find_photos
-from pairvpr.distributed.describe import Description, describe
+from pairvpr.distributed.describe import Description, describe, source_of
 from pairvpr.distributed.index import RayRunner
 from pairvpr.distributed.runtime import ModelSource, ray_session
 from pairvpr.errors import UserError
@@ -49,11 +49,10 @@ from pairvpr.index.reader import removed_ids
 from pairvpr.index.settings import index_settings
 from pairvpr.index.update import UPDATES, compacted, remove_leftovers, with_added, without
 from pairvpr.index.versions import are_there, photo_versions, write_versions
-from pairvpr.models.weights import WeightsSource, announce, find_weights, load_weights
-from pairvpr.retrieval.first_stage import FirstStage
+from pairvpr.models.weights import announce, load_weights
 from pairvpr.status import published
 from pairvpr.terminal import say
-from ray_jobs.run import check_first_stage, first_stage, open_manifest
+from ray_jobs.run import first_stage, open_manifest
 from ray_jobs.steps import about_generation, memory_budget_bytes
 
 pc: Any = compute  # its functions are generated at run time, so their types are unknown
@@ -84,10 +83,9 @@ def update_index(config: UpdateIndexConfig) -> IndexManifest:
     if named is not None:
         added, versions = _less_those_there(directory, manifest, removed, named)
         gone = _gone(config, images, removed, added)
-    weights = None if config.describe.descriptors is not None else find_weights(config.model)
-    first = first_stage(config.model, weights, config.describe)
+    first, weights = first_stage(config)
     settings = index_settings(images if added is None else added, 1, first.settings)
-    check_first_stage(directory, manifest, first)
+    first.check_made(directory, manifest)
     if weights is not None:
         announce(config.model, weights)
     if first.file is not None and added is not None:
@@ -106,7 +104,8 @@ def update_index(config: UpdateIndexConfig) -> IndexManifest:
                 num_shards = config.index.num_shards or choose.default_num_shards(len(added))
                 below = storage.join(directory, prefix.rstrip("/"))
                 write_versions(below, added, versions)
-                rows = _rows(config, first, weights)
+                network = weights and ModelSource(config.model, ray.put(load_weights(config.model, weights)))
+                rows = source_of(first, network)
                 what = Description(added, below, num_shards, rows, config.describe, draft.num_images)
                 describe(what, "added photos", needs_a_readable_photo=True)
                 draft = with_added(directory, draft, prefix, added, num_shards, threads, runner)
@@ -127,14 +126,6 @@ def update_index(config: UpdateIndexConfig) -> IndexManifest:
     num_gone = draft.num_removed - manifest.num_removed
     say(f"{about_generation(draft)}: {num_added:,} added, {num_gone:,} removed or replaced")
     return draft
-
-
-def _rows(config: UpdateIndexConfig, first: FirstStage, weights: WeightsSource | None) -> ModelSource | DescriptorFile:
-    """Where descriptors of added photos come from: the file of the first stage, or the network with these weights."""
-    if first.file is not None:
-        return first.file
-    assert weights is not None
-    return ModelSource(config.model, ray.put(load_weights(config.model, weights)))
 
 
 def _check_single_writer(directory: str, single_writer: bool) -> None:

@@ -248,6 +248,40 @@ class DescribeBothConfig(DescribeConfig):
         )
 
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of red, green and blue on a scale of 0 to 1."""
+
+
+@dataclass(kw_only=True)
+class DescriptorConfig:
+    """A network of your own that describes photos in place of Pair-VPR's (docs/first_stages.md)."""
+
+    module: str | None = None
+    """package.module:function of your environment; it returns a torch.nn.Module (B, 3, S, S) -> (B, G). null = none."""
+    image_size_px: int = 322
+    """S: every photo is resized to a square of this side."""
+    mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))
+    """Subtracted from red, green and blue on a scale of 0 to 1."""
+    std: list[float] = field(default_factory=lambda: list(IMAGENET_STD))
+    """What red, green and blue are then divided by."""
+
+    def __post_init__(self) -> None:
+        require_text(self, "descriptor.", "module")
+        require_positive(self, "descriptor", "image_size_px")
+        for name, lowest, what in (("mean", -math.inf, "finite numbers"), ("std", 0.0, "finite numbers above 0")):
+            values = getattr(self, name)
+            require(
+                len(values) == 3 and all(lowest < value < math.inf for value in values),
+                f"descriptor.{name}={values}: expected three {what}, of red, green and blue",
+            )
+        for name in ("image_size_px", "mean", "std") if self.module is None else ():
+            default = getattr(DescriptorConfig(module="a:b"), name)
+            require(
+                getattr(self, name) == default,
+                f"descriptor.{name}={getattr(self, name)}: expected descriptor.module, too, whose photos it is about",
+            )
+
+
 @dataclass(kw_only=True)
 class SearchConfig:
     """Query descriptors -> candidates, found in the shards of an index."""
@@ -519,6 +553,7 @@ class EvaluateConfig(BenchmarkJobConfig):
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     describe: DescribeBothConfig = field(default_factory=DescribeBothConfig)
+    descriptor: DescriptorConfig = field(default_factory=DescriptorConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
     rerank: RerankConfig = field(default_factory=RerankConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -629,6 +664,7 @@ class BuildIndexConfig(PositionsConfig):
     """Index directory to write (path or URL); run the same command again to resume."""
     model: ModelConfig = field(default_factory=ModelConfig)
     describe: DescribeConfig = field(default_factory=DescribeConfig)
+    descriptor: DescriptorConfig = field(default_factory=DescriptorConfig)
     index: BuildConfig = field(default_factory=BuildConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
@@ -677,6 +713,7 @@ class UpdateIndexConfig(PositionsConfig):
     """Confirm that nobody else is changing the index; needed on stores without atomic creation of files."""
     model: ModelConfig = field(default_factory=ModelConfig)
     describe: DescribeConfig = field(default_factory=DescribeConfig)
+    descriptor: DescriptorConfig = field(default_factory=DescriptorConfig)
     index: ChangedIndexConfig = field(default_factory=ChangedIndexConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
@@ -755,6 +792,7 @@ class QueryConfig:
     filter: FilterConfig = field(default_factory=FilterConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     describe: DescribeConfig = field(default_factory=DescribeConfig)
+    descriptor: DescriptorConfig = field(default_factory=DescriptorConfig)
     index: OpenIndexConfig = field(default_factory=OpenIndexConfig)
     rerank: RerankConfig = field(default_factory=RerankConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -840,6 +878,7 @@ class PlanConfig(BenchmarkJobConfig):
     """Benchmark whose database photos are counted; alternatively set plan.num_images=..."""
     model: ModelConfig = field(default_factory=ModelConfig)
     describe: DescribeConfig = field(default_factory=DescribeConfig)
+    descriptor: DescriptorConfig = field(default_factory=DescriptorConfig)
     index: BuildConfig = field(default_factory=BuildConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 

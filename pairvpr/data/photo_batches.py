@@ -6,13 +6,32 @@ B photos in a batch, S image side in pixels, G descriptor width.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pairvpr.config.schema import ModelConfig
 from pairvpr.data import images
 from pairvpr.data.manifest import Manifest
+
+
+class PhotoSettings(Protocol):
+    """How a network takes photos; `ModelConfig` says so of Pair-VPR's."""
+
+    @property
+    def image_size_px(self) -> int:
+        """S, the side of the square that every photo is resized to."""
+        ...
+
+    @property
+    def scaled_decoding(self) -> bool:
+        """Whether large JPEGs are decoded at a scale."""
+        ...
+
+    @property
+    def max_megapixels(self) -> float:
+        """Photos of more pixels are rejected."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -49,16 +68,16 @@ def num_batches(num_images: int, batch_size: int) -> int:
     return -(-num_images // batch_size)
 
 
-def load_batch(manifest: Manifest, batch: int, batch_size: int, model: ModelConfig) -> PhotoBatch:
-    """Decode photos [batch * batch_size, (batch + 1) * batch_size) of the manifest, using the model's settings."""
+def load_batch(manifest: Manifest, batch: int, batch_size: int, settings: PhotoSettings) -> PhotoBatch:
+    """Decode photos [batch * batch_size, (batch + 1) * batch_size) of the manifest as a network takes them."""
     first_id = batch * batch_size
     ids = range(first_id, min(first_id + batch_size, len(manifest)))
-    pixels = np.zeros((len(ids), model.image_size_px, model.image_size_px, 3), np.uint8)
+    pixels = np.zeros((len(ids), settings.image_size_px, settings.image_size_px, 3), np.uint8)
     errors: dict[int, str] = {}
     remarks: dict[int, str] = {}
     for position, image_id in enumerate(ids):
         try:
-            photo = load_photo(manifest.url(image_id), model)
+            photo = load_photo(manifest.url(image_id), settings)
         except images.BrokenImageError as error:
             errors[position] = str(error)
             continue
@@ -68,8 +87,8 @@ def load_batch(manifest: Manifest, batch: int, batch_size: int, model: ModelConf
     return PhotoBatch(first_id, pixels, errors, remarks)
 
 
-def load_photo(url: str, model: ModelConfig) -> images.Pixels:
-    """Load a photo's file with the model's settings. Raises as `images.load_upright` does."""
+def load_photo(url: str, settings: PhotoSettings) -> images.Pixels:
+    """Load a photo's file as a network takes it. Raises as `images.load_upright` does."""
     return images.load_pixels(
-        url, model.image_size_px, scaled_decoding=model.scaled_decoding, max_megapixels=model.max_megapixels
+        url, settings.image_size_px, scaled_decoding=settings.scaled_decoding, max_megapixels=settings.max_megapixels
     )

@@ -29,11 +29,19 @@ from pairvpr.distributed.index import RayRunner
 from pairvpr.distributed.metrics import count_bytes, count_failure
 from pairvpr.distributed.parts import Parts, Rows
 from pairvpr.distributed.progress import Progress
-from pairvpr.distributed.runtime import ActorPlan, ModelSource, cpus_of_a_shard, most_gpus_of_a_node, plan_actors
+from pairvpr.distributed.runtime import (
+    ActorPlan,
+    ModelSource,
+    UserNetworkSource,
+    cpus_of_a_shard,
+    most_gpus_of_a_node,
+    plan_actors,
+)
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.index import descriptor_shards
 from pairvpr.machine import in_a_line
 from pairvpr.quiet import ignore_warnings
+from pairvpr.retrieval.first_stage import FirstStage
 from pairvpr.terminal import say
 
 MAX_TRIES = 3
@@ -44,6 +52,15 @@ CALLS_PER_ACTOR = 2
 """Parts per actor at once: one is in the network while another is received or written."""
 
 _commit_shard: Any = ray.remote(part_files.commit_shard)
+
+NetworkSource = ModelSource | UserNetworkSource
+
+
+def source_of(first: FirstStage, own: ModelSource | None) -> NetworkSource | DescriptorFile:
+    """Where the rows of a first stage come from; `own` is Pair-VPR's network, where the job has it."""
+    found = first.file or (first.user_network and UserNetworkSource(first.user_network)) or own
+    assert found is not None, "the network's own rows need the network"
+    return found
 
 
 @dataclass(frozen=True)
@@ -56,12 +73,12 @@ class Description:
     manifest: Manifest
     directory: str
     num_shards: int
-    source: ModelSource | DescriptorFile
+    source: NetworkSource | DescriptorFile
     config: DescribeConfig
     first_id: int = 0
 
     @property
-    def network(self) -> ModelSource:
+    def network(self) -> NetworkSource:
         """The source, where it is no file."""
         assert not isinstance(self.source, DescriptorFile)
         return self.source
@@ -70,7 +87,7 @@ class Description:
     def parts(self) -> Parts:
         """How the photos are cut."""
         directory = storage.join(self.directory, "parts")
-        return Parts.of(directory, len(self.manifest), self.config.batch_size, self.network.config.image_size_px)
+        return Parts.of(directory, len(self.manifest), self.config.batch_size, self.network.photos.image_size_px)
 
 
 def describe(
@@ -241,7 +258,7 @@ class _Commits:
         description, parts = self.description, self.description.parts
         commit = _commit_shard.options(num_cpus=cpus_of_a_shard(), max_retries=MAX_TRIES, retry_exceptions=[OSError])
         urls = [parts.url(part) for part in parts.of_shard(shard)]
-        width = description.network.config.descriptor_dim
+        width = description.network.width
         self.refs.append(commit.remote(description.directory, shard, urls, width, description.first_id))
 
 
@@ -288,7 +305,7 @@ def _described(description: Description, pending: Sequence[int], plan: ActorPlan
         part_files.decode,
         manifest=ray.put(description.manifest),
         photos_per_part=parts.photos_per_part,
-        model=source.config,
+        settings=source.photos,
         step=step,
     )
     return (
@@ -326,9 +343,9 @@ def _by_position(texts: str) -> dict[int, str]:
 class _Network:
     """One model actor: pixels -> part files. Several threads call it; one at a time uses the network."""
 
-    def __init__(self, source: ModelSource, parts: Parts, batch_size: int, num_threads: int, step: str) -> None:
+    def __init__(self, source: NetworkSource, parts: Parts, batch_size: int, num_threads: int, step: str) -> None:
         self.describer = source.describer(num_threads)
-        self.size_px = source.config.image_size_px
+        self.size_px = source.photos.image_size_px
         self.parts = parts
         self.batch_size = batch_size
         self.step = step

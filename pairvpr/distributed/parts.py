@@ -18,11 +18,10 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from pairvpr.config.schema import ModelConfig
 from pairvpr.data import sealed, storage
 from pairvpr.data.descriptor_file import read_rows
 from pairvpr.data.manifest import Manifest, check_photos_are_seen
-from pairvpr.data.photo_batches import PhotoBatch, load_batch, num_batches
+from pairvpr.data.photo_batches import PhotoBatch, PhotoSettings, load_batch, num_batches
 from pairvpr.distributed.metrics import count_bytes
 from pairvpr.errors import IncompleteRunError
 from pairvpr.index import descriptor_shards
@@ -79,7 +78,7 @@ class Parts:
 
 
 def decode(
-    rows: Rows, *, manifest: ray.ObjectRef[Manifest], photos_per_part: int, model: ModelConfig, step: str
+    rows: Rows, *, manifest: ray.ObjectRef[Manifest], photos_per_part: int, settings: PhotoSettings, step: str
 ) -> Rows:
     """Part numbers -> one row each: pixels as bytes, errors and remarks as JSON, and the seconds spent.
 
@@ -89,7 +88,7 @@ def decode(
     decoded: dict[str, list[Any]] = {"part": [], "pixels": [], "errors": [], "remarks": [], "seconds": []}
     for part in rows["part"]:
         started_s = time.perf_counter()
-        loaded = load_batch(photos, int(part), photos_per_part, model)
+        loaded = load_batch(photos, int(part), photos_per_part, settings)
         if loaded.errors:
             check_photos_are_seen(photos)
         decoded["part"].append(part)

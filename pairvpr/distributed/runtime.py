@@ -24,6 +24,8 @@ from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.machine import in_a_line
 from pairvpr.models.weights import Weights, build_model
 from pairvpr.retrieval.describe import Describer
+from pairvpr.retrieval.first_stage import UserNetwork
+from pairvpr.retrieval.user_network import UserDescriber
 from pairvpr.terminal import say
 
 ALONE = "pairvpr-alone"
@@ -269,6 +271,32 @@ class ModelSource:
     config: ModelConfig
     weights: ray.ObjectRef[Weights]
 
+    @property
+    def photos(self) -> ModelConfig:
+        """How it takes photos."""
+        return self.config
+
+    @property
+    def width(self) -> int:
+        """Descriptor width."""
+        return self.config.descriptor_dim
+
     def describer(self, num_threads: int) -> Describer:
         """The network on this actor's GPU if it has one, else on its CPU threads."""
         return Describer(build_model(self.config, ray.get(self.weights), own_device()), num_threads)
+
+
+@dataclass(frozen=True)
+class UserNetworkSource:
+    """A network of the user's environment, which every actor builds for itself: `photos` is all that is known of it."""
+
+    photos: UserNetwork
+
+    @property
+    def width(self) -> int:
+        """Descriptor width."""
+        return self.photos.width
+
+    def describer(self, num_threads: int) -> UserDescriber:
+        """The network on this actor's GPU if it has one, else on its CPU threads."""
+        return UserDescriber.built(self.photos, own_device(), num_threads)

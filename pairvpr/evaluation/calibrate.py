@@ -136,9 +136,7 @@ def _read_settings(url: str) -> dict[str, Any]:
         raise UserError(
             f"{settings_url}: it lacks the weights or the batch size; expected the settings of an evaluation"
         )
-    first_stage = unlike_the_network(
-        file_width=settings.get("descriptors", {}).get("width"), reduced_to=settings.get("index_reduce_to")
-    )
+    first_stage = unlike_the_network(settings, settings.get("index_reduce_to"))
     return {"model": model, "rerank": rerank, "index": settings.get("index"), "first_stage": first_stage}
 
 

@@ -48,7 +48,7 @@ class Calibration:
     """K of that run."""
     model: dict[str, Any]
     """The section `model` of that run's settings."""
-    first_stage: dict[str, int] = field(default_factory=dict)
+    first_stage: dict[str, Any] = field(default_factory=dict)
     """What `unlike_the_network` says of that run's descriptors."""
     temperature: float
     midpoint: float
@@ -68,7 +68,7 @@ class Calibration:
         """The content of its file."""
         return {"format_version": FORMAT_VERSION, **asdict(self)}
 
-    def check(self, url: str, model: Mapping[str, Any], first_stage: Mapping[str, int]) -> None:
+    def check(self, url: str, model: Mapping[str, Any], first_stage: Mapping[str, Any]) -> None:
         """Raise `UserError` unless a run's network and first stage are the calibrated ones.
 
         They are the section `model` of its settings, in which precisions may differ, and `unlike_the_network`.
@@ -123,13 +123,14 @@ class Calibration:
             )
 
 
-def unlike_the_network(*, file_width: int | None, reduced_to: int | None) -> dict[str, int]:
+def unlike_the_network(settings: Mapping[str, Any], reduced_to: int | None) -> dict[str, Any]:
     """How the descriptors of a run differ from those of the network that scores its pairs; empty where they don't.
 
-    Those of a file have `file_width` values, those of an index with a reduction `reduced_to`. Distances between other
-    descriptors mean other things, and so does their weight in a decision.
+    `settings` are the run's, or those of its first stage alone; an index with a reduction has `reduced_to` values.
+    Distances between other descriptors mean other things, and so does their weight in a decision.
     """
-    found = {"file_width": file_width, "reduced_to": reduced_to}
+    file_width = settings.get("descriptors", {}).get("width")
+    found = {"file_width": file_width, "descriptor": settings.get("descriptor"), "reduced_to": reduced_to}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -229,7 +230,7 @@ def _parsed(content: Mapping[str, Any]) -> Calibration:
         num_queries=int(content["num_queries"]),
         num_candidates=int(content["num_candidates"]),
         model=dict(content["model"]),
-        first_stage={str(name): int(value) for name, value in dict(content.get("first_stage", {})).items()},
+        first_stage=dict(content.get("first_stage", {})),
         temperature=temperature,
         midpoint=float(content["midpoint"]),
         round_size=int(content["round_size"]),

@@ -252,12 +252,12 @@ def check_model(
     *,
     name: str,
     weights_sha256: str,
-    model: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Raise `UserError` unless the index was made by these weights.
 
-    With `model` (section `model` of the settings of a run) also unless its `settings.json`, where there is one, has
-    the same network and image size; names and number formats may differ. Rows of files have no weights.
+    With `settings` (those of a first stage) also unless its `settings.json`, where there is one, has the same network
+    and photos; names and number formats of Pair-VPR's may differ. Rows of files have no weights.
     """
     made_by = manifest.model
     if made_by["weights_sha256"] != weights_sha256:
@@ -269,15 +269,14 @@ def check_model(
             f"index {directory} was made with {'model ' if made_by['weights_sha256'] else ''}{there}, not with {here}; "
             "expected the same weights"
         )
-    if model is None:
+    if settings is None:
         return
-    settings = sealed.read_json(storage.join(directory, claim.FILE), REMEDY)
-    if settings is None or not isinstance(settings.get("model"), dict):
-        return
-    there, here = (
-        {key: value for key, value in section.items() if key not in ("name", "precision")}
-        for section in (settings["model"], model)
+    made_with = sealed.read_json(storage.join(directory, claim.FILE), REMEDY) or {}
+    both = [name for name in ("model", "descriptor") if name in settings and isinstance(made_with.get(name), dict)]
+    differences = claim.differences(
+        {name: made_with[name] for name in both},
+        {name: settings[name] for name in both},
+        ignored=("model.name", "model.precision"),
     )
-    differences = claim.differences({"model": there}, {"model": here})
     if differences:
         raise UserError(f"index {directory} was made with another network: {'; '.join(differences)}; expected the same")

@@ -5,21 +5,20 @@ B batch, L patches, C encoder width, D decoder width, G descriptor width, S imag
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pairvpr.config.schema import ModelConfig, Precision
+from pairvpr.config.schema import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, Precision
 from pairvpr.models.attention import engine
 from pairvpr.models.linear import Linear
 from pairvpr.models.pair_decoder import DecoderBlock
 from pairvpr.models.pos_embed import sine_cosine_2d
 from pairvpr.models.vit import LAYER_NORM_EPS, VisionTransformer, run_block
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 CLASSIFIER_WIDTH = 512
 AUTOCAST_DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
@@ -29,13 +28,13 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
-def normalise(pixels: Tensor) -> Tensor:
-    """(B, S, S, 3) uint8 RGB -> (B, 3, S, S) float32, scaled to [0, 1], ImageNet mean and standard deviation."""
+def normalise(pixels: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
+    """(B, S, S, 3) uint8 RGB -> (B, 3, S, S) float32, scaled to [0, 1], less `mean`, divided by `std`."""
     images = pixels.permute(0, 3, 1, 2).to(torch.float32) / 255
-    return (images - _channels(IMAGENET_MEAN, pixels.device)) / _channels(IMAGENET_STD, pixels.device)
+    return (images - _channels(mean, pixels.device)) / _channels(std, pixels.device)
 
 
-def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+def _channels(values: Sequence[float], device: torch.device) -> Tensor:
     """(1, C, 1, 1), filled on the device: it would have to wait for a copy from the host."""
     return torch.cat([torch.full((1, 1, 1, 1), value, device=device) for value in values], dim=1)
 

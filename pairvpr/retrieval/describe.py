@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pairvpr.config.schema import ModelConfig
 from pairvpr.errors import UserError
 from pairvpr.models.compiled import compiled, filled, power_of_two
 from pairvpr.models.pair_vpr import PairVPR, normalise, sent
@@ -24,6 +25,16 @@ class Describer:
         self._num_threads = num_threads
         self._describe = compiled(lambda pixels: model.describe(normalise(pixels)), model.config)
         self._embed = compiled(model.embed, model.config)
+
+    @property
+    def photos(self) -> ModelConfig:
+        """How it takes photos."""
+        return self.model.config
+
+    @property
+    def width(self) -> int:
+        """G."""
+        return self.model.config.descriptor_dim
 
     @torch.inference_mode()
     def descriptors(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:

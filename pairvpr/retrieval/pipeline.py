@@ -26,6 +26,7 @@ from pairvpr.retrieval.describe import Describer
 from pairvpr.retrieval.features import FeatureCache, PhotoFeatures
 from pairvpr.retrieval.rerank import Features, Reranked, Reranker, WorkUnit, work_units
 from pairvpr.retrieval.unreadable import Unreadable
+from pairvpr.retrieval.user_network import UserDescriber
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,17 @@ def run(
     config: EvaluateConfig,
     stop_margin: float | None = None,
     decision: Decision | None = None,
+    user_network: UserDescriber | None = None,
 ) -> list[Answer]:
     """Describe, retrieve and re-rank every query, in query order; with `stop_margin`, re-ranking may stop early.
 
-    A `decision`, if given, orders the answers, and its evidence decides which pairs are scored.
+    A `decision`, if given, orders the answers, and its evidence decides which pairs are scored. A `user_network`
+    describes the photos in place of `model`.
     """
     torch.set_num_threads(config.describe.num_threads_per_actor)
     describer = Describer(model)
-    database = describe(benchmark.database, describer, config.describe)
-    queries = describe(benchmark.queries, describer, config.describe)
+    database = describe(benchmark.database, user_network or describer, config.describe)
+    queries = describe(benchmark.queries, user_network or describer, config.describe)
 
     num_kept = config.index.num_kept(config.rerank.num_candidates)
     shard = Shard(flat_index(database.descriptors), database.ids)
@@ -88,11 +91,11 @@ def run(
     return final if decision is None else decided(final, Decider(decision, benchmark.database.utm_m))
 
 
-def describe(manifest: Manifest, describer: Describer, config: DescribeConfig) -> Described:
+def describe(manifest: Manifest, describer: Describer | UserDescriber, config: DescribeConfig) -> Described:
     """Global descriptors of all photos of a manifest, batch by batch."""
     ids, rows, rejected, remarks = list[NDArray[np.int64]](), list[NDArray[np.float32]](), {}, {}
     for number in range(num_batches(len(manifest), config.batch_size)):
-        batch = load_batch(manifest, number, config.batch_size, describer.model.config)
+        batch = load_batch(manifest, number, config.batch_size, describer.photos)
         batch_ids, batch_rows = batch.kept(describer.descriptors(batch.pixels))
         ids.append(batch_ids)
         rows.append(batch_rows)

@@ -22,6 +22,7 @@ from pairvpr.index.settings import index_settings, position_settings
 from pairvpr.retrieval.describe import Describer
 from pairvpr.retrieval.first_stage import FirstStage
 from pairvpr.retrieval.pipeline import describe
+from pairvpr.retrieval.user_network import UserDescriber
 
 SHARE_OF_MEMORY = 0.5
 """Share of this machine's memory that an index may take by default."""
@@ -30,20 +31,19 @@ SHARE_OF_MEMORY = 0.5
 def build_small_index(
     photos: str,
     directory: str,
-    describer: Describer,
-    weights_sha256: str,
+    describer: Describer | UserDescriber,
+    first: FirstStage,
     config: DescribeConfig,
     index: BuildConfig,
     positions: PositionsConfig,
 ) -> IndexManifest:
-    """Build the index of a folder of photos (path or URL), or keep a finished one.
+    """Build the index of a folder of photos (path or URL), or keep a finished one; `describer` runs `first`.
 
     Raises `UserError` for a folder without readable photos, and if `directory` was made with other settings.
     """
     database = located(folder_manifest(photos, "photos"), positions, "photos")
     check_writable(directory, "index")
     num_shards = index.num_shards or choose.default_num_shards(len(database))
-    first = FirstStage.own(describer.model.config, weights_sha256, config)
     settings = index_settings(database, num_shards, first.settings)
     if positions.positions is not None:
         settings |= position_settings(database)
@@ -69,7 +69,7 @@ def build_small_index(
 
 
 def _describe(
-    database: Manifest, directory: str, num_shards: int, describer: Describer, config: DescribeConfig
+    database: Manifest, directory: str, num_shards: int, describer: Describer | UserDescriber, config: DescribeConfig
 ) -> None:
     database.write(storage.join(directory, "images.parquet"))
     stamps.write(directory, stamps.stamps(database))

@@ -13,10 +13,10 @@ from pairvpr.data import storage
 from pairvpr.engines import LocalNetwork, Network
 from pairvpr.errors import UserError
 from pairvpr.evaluation.confidence import Rules, calibrated, check_positions_of_votes, unlike_the_network
-from pairvpr.index.generations import check_model
 from pairvpr.localizer import Localizer, OpenShards
 from pairvpr.models.weights import build_model, find_weights, load_weights
 from pairvpr.opened import Generation, manifest_of
+from pairvpr.retrieval.first_stage import FirstStage
 
 MOST_TOKEN_BYTES = 4096
 
@@ -61,11 +61,12 @@ class Opening:
 
     def _check(self, opened: Generation, weights_sha256: str) -> None:
         network, manifest, directory = self.config.model, opened.manifest, opened.directory
-        settings = network.settings() | {"weights_sha256": weights_sha256}
-        check_model(directory, manifest, name=network.name, weights_sha256=weights_sha256, model=settings)
+        first = FirstStage.own(network, weights_sha256, self.config.describe)
+        first.check_made(directory, manifest)
         judged_by = calibrated(self.config.rerank)
         if judged_by is not None:
-            first_stage = unlike_the_network(file_width=None, reduced_to=manifest.reduced_to)
+            settings = network.settings() | {"weights_sha256": weights_sha256}
+            first_stage = unlike_the_network(first.settings, manifest.reduced_to)
             judged_by.check(str(self.config.rerank.calibration), settings, first_stage)
         check_positions_of_votes(self.rules.decision, opened.photos.utm_m)
 

@@ -121,8 +121,7 @@ def write_parquet(file: Path, paths: list[str], rows: NDArray[Any]) -> str:
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looking for weights fails the test."""
-    for module in ("ray_jobs.run", "ray_jobs.build_index", "ray_jobs.update_index"):
-        monkeypatch.setattr(f"{module}.find_weights", lambda _: pytest.fail("weights are looked for"))
+    monkeypatch.setattr("ray_jobs.run.find_weights", lambda _: pytest.fail("weights are looked for"))
 
 
 def test_our_own_descriptors_read_back_give_the_same_index_and_answers(city: Path, ours: Path, tmp_path: Path) -> None:

@@ -139,7 +139,10 @@ def test_the_last_of_two_equal_keys_wins() -> None:
         ("~model", ["tiny, vitb, vitg, vitl, vits"]),
         ("model={a:1}", ["tiny, vitb, vitg, vitl, vits"]),
         ("rerank.num_candidats=3", ["unknown key rerank.num_candidats", "did you mean rerank.num_candidates?"]),
-        ("rerankk.batch_size=3", ["unknown key rerankk.batch_size", "did you mean rerank?", "describe, index"]),
+        (
+            "rerankk.batch_size=3",
+            ["unknown key rerankk.batch_size", "did you mean rerank?", "descriptor, index"],
+        ),
         ("model.encoder.dept=3", ["did you mean model.encoder.depth?", "model.encoder.num_heads"]),
         ("benchmark.database=/d", ["unknown key benchmark.database", "benchmark.num_places"]),
         ("rerank.batch_size.x=3", ["unknown key rerank.batch_size.x"]),

@@ -261,11 +261,13 @@ def test_another_network_is_refused() -> None:
 
 
 def test_another_first_stage_is_refused() -> None:
-    """A calibration of the network's own descriptors and one of a file's, by runs of any other."""
-    stages = [
-        unlike_the_network(file_width=width, reduced_to=reduced)
-        for width, reduced in ((None, None), (512, None), (8448, None), (8448, 512), (None, 512))
+    """A calibration of the network's own descriptors, of a file's and of a user's network, by runs of any other."""
+    files = [{}, *({"descriptors": {"width": width, "file": "stamp"}} for width in (512, 8448))]
+    modules = [
+        {"descriptor": {"module": module, "mean": mean, "weights_sha256": sha256}}
+        for module, mean, sha256 in product(("a:b", "a:c"), ([0.0, 0.0, 0.0], [0.5, 0.5, 0.5]), ("ab", "cd"))
     ]
+    stages = [unlike_the_network(settings, reduced) for settings in files + modules for reduced in (None, 512)]
     for calibrated, asked in product(stages, stages):
         found = Calibration(**{**CALIBRATION.__dict__, "first_stage": calibrated})
         if calibrated == asked:

@@ -86,7 +86,7 @@ def test_a_folder_that_this_node_does_not_see_rejects_no_photo(tmp_path: Path, m
     def decoded(root: str) -> list[Any]:
         manifest = cast(Any, Manifest.of(root, ["a.jpg", "b.jpg"]))
         return decode(
-            {"part": [0]}, manifest=manifest, photos_per_part=2, model=ModelConfig(image_size_px=14), step="describe"
+            {"part": [0]}, manifest=manifest, photos_per_part=2, settings=ModelConfig(image_size_px=14), step="describe"
         )["errors"]
 
     for _ in ("missing", "a mount point without its mount"):
@@ -111,7 +111,7 @@ def test_a_part_is_decoded_as_on_one_machine(
         {"part": [0, 1]},
         manifest=cast(Any, manifest),
         photos_per_part=2,
-        model=ModelConfig(image_size_px=14, scaled_decoding=scaled_decoding),
+        settings=ModelConfig(image_size_px=14, scaled_decoding=scaled_decoding),
         step="describe",
     )
     expected = [images.load(manifest.url(i), 14, scaled_decoding=scaled_decoding) for i in range(3)]

@@ -1,0 +1,97 @@
+"""`Localizer` with a network of the user's in front of the pair step, compared with the pipeline without an index."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pairvpr import DescriptorConfig, Localizer, SearchConfig, UserError
+from pairvpr.data.manifest import Benchmark, folder_manifest
+from pairvpr.index.generations import read_manifest
+from pairvpr.models.weights import build_model, load_weights
+from pairvpr.opened import network_of
+from pairvpr.retrieval import pipeline
+from pairvpr.retrieval.user_network import UserDescriber, find_user_network
+from pairvpr.toy import city as toy_city
+from tests.support.small import small_evaluate_config
+from tests.support.user_networks import SIDE_PX, WIDTH
+
+CONFIG = small_evaluate_config("unused", num_candidates=5)
+WIDE = DescriptorConfig(module="tests.support.user_networks:wide", image_size_px=SIDE_PX)
+SQUARED = DescriptorConfig(module="tests.support.user_networks:squared", image_size_px=SIDE_PX)
+SECTIONS: dict[str, Any] = {
+    "model": CONFIG.model,
+    "device": "cpu",
+    "describe": CONFIG.describe,
+    "search": SearchConfig(num_threads_per_actor=1),
+    "rerank": CONFIG.rerank,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photos, queries, and the photos' index; the second photo is broken."""
+    root = tmp_path_factory.mktemp("user_network")
+    for part, photos in (
+        ("photos", toy_city.database_photos(seed=6, num_places=5, photos_per_place=3)),
+        ("queries", toy_city.query_photos(seed=6, num_places=5, photos_per_place=1)),
+    ):
+        (root / part).mkdir()
+        for photo in photos:
+            toy_city.draw(photo, width_px=64, height_px=48).save(root / part / photo.path)
+    broken = sorted((root / "photos").iterdir())[1]
+    broken.write_bytes(broken.read_bytes()[:200])
+    options: dict[str, Any] = {"model": CONFIG.model, "describe": CONFIG.describe, "device": "cpu", "descriptor": WIDE}
+    Localizer.build(root / "photos", root / "index", **options)
+    return root
+
+
+def test_answers_are_those_of_the_pipeline(folder: Path) -> None:
+    """Byte for byte, of several photos and of one, which passes through both networks."""
+    localizer = Localizer.open(folder / "index", descriptor=WIDE, **SECTIONS)
+    benchmark = Benchmark(
+        name="query",
+        database=folder_manifest(str(folder / "photos"), "photos"),
+        queries=folder_manifest(str(folder / "queries"), "queries"),
+        positives=None,
+        protocol={},
+    )
+    model = build_model(CONFIG.model, load_weights(CONFIG.model), torch.device("cpu"))
+    described_by = UserDescriber.built(find_user_network(WIDE, CONFIG.model), torch.device("cpu"))
+    answers = pipeline.run(benchmark, model, CONFIG, user_network=described_by)
+    photos = [benchmark.queries.url(image_id) for image_id in range(len(benchmark.queries))]
+    for answer, matches in zip(answers, localizer.locate(photos, k=5), strict=True):
+        assert isinstance(matches, list)
+        assert [match.database_id for match in matches] == answer.reranked.tolist()
+        assert [match.pair_score for match in matches] == answer.pair_scores.tolist()
+        near = dict(zip(answer.candidates.tolist(), answer.squared_distances.tolist(), strict=True))
+        assert [match.squared_distance for match in matches] == [near[match.database_id] for match in matches]
+    rows = localizer.describe(photos[0])
+    assert rows.shape == (1, WIDTH)
+    np.testing.assert_allclose(np.linalg.norm(rows), 1, atol=1e-5)
+    (alone,) = localizer.locate([photos[0]], k=1)
+    assert isinstance(alone, list)
+    assert alone[0].database_id == answers[0].reranked[0]
+
+
+def test_another_network_or_none_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"was made with descriptor\.module=.*:wide; expected model=\.\.\., which"):
+        Localizer.open(folder / "index")
+    with pytest.raises(UserError, match=r"was made with model .*:wide and weights .*, not with .* and weights"):
+        Localizer.open(folder / "index", **SECTIONS)
+    with pytest.raises(UserError, match=r"another network: descriptor\.module .*:wide there, .*:squared now"):
+        Localizer.open(folder / "index", descriptor=SQUARED, **SECTIONS)
+
+
+def test_an_index_of_a_file_is_refused(folder: Path) -> None:
+    """Nothing in a Localizer makes such rows of a photo."""
+    manifest = read_manifest(str(folder / "index"))
+    assert manifest is not None
+    of_file = replace(manifest, model={"name": "descriptors", "weights_sha256": ""})
+    with pytest.raises(UserError, match="has descriptors of a file, and a Localizer describes photos by a network"):
+        network_of(str(folder / "index"), of_file, CONFIG.model)
