@@ -165,8 +165,8 @@ class Whole:
         self._token = read_token(opening.config)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Serve calls it once."""
-        return create_app(self._service, self._token)
+        """Serve calls it once. Its proxy sends the ids of requests."""
+        return create_app(self._service, self._token, sends_request_id=False)
 
     async def drain(self) -> None:
         """See `Service.drain`."""
@@ -195,8 +195,8 @@ class Door:
         return Service(opening.localizers(elsewhere, open_shards), settings, Metrics(), elsewhere.is_there)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Serve calls it once."""
-        return create_app(self._service, self._token)
+        """Serve calls it once. Its proxy sends the ids of requests."""
+        return create_app(self._service, self._token, sends_request_id=False)
 
     async def drain(self) -> None:
         """See `Service.drain`."""

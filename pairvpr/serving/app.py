@@ -80,8 +80,12 @@ GenerationNumber = Annotated[
 PhotoId = Annotated[int, Query(ge=0, le=2**53, description="`photo_id` of a candidate.")]
 
 
-def create_app(service: Service, token: str | None = None) -> FastAPI:
-    """The app: what it answers is in `/docs`. With a `token`, requests must carry it."""
+def create_app(service: Service, token: str | None = None, *, sends_request_id: bool = True) -> FastAPI:
+    """The app: what it answers is in `/docs`. With a `token`, requests must carry it.
+
+    A proxy that sends the header X-Request-Id itself, with the id that it gave the request, wants `sends_request_id`
+    false.
+    """
     app = FastAPIOffline(
         docs_url="/docs",
         redoc_url=None,
@@ -96,6 +100,7 @@ def create_app(service: Service, token: str | None = None) -> FastAPI:
         Door,  # pyright: ignore[reportArgumentType]
         token=token,
         service=service,
+        sends_request_id=sends_request_id,
     )
     app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)

@@ -32,8 +32,8 @@ OWN_HEADERS = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"n
 class Door:
     """Pure ASGI: nothing is read of a request that it refuses."""
 
-    def __init__(self, app: ASGIApp, *, token: str | None, service: Service) -> None:
-        self._app, self._service = app, service
+    def __init__(self, app: ASGIApp, *, token: str | None, service: Service, sends_request_id: bool) -> None:
+        self._app, self._service, self._sends_request_id = app, service, sends_request_id
         self._digest = None if token is None else hashlib.sha256(token.encode()).digest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,7 +48,9 @@ class Door:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                own = [(b"x-request-id", scope[REQUEST_ID].encode()), *OWN_HEADERS]
+                own = list(OWN_HEADERS)
+                if self._sends_request_id:
+                    own.append((b"x-request-id", scope[REQUEST_ID].encode()))
                 message = {**message, "headers": [*message.get("headers", []), *own]}
             await send(message)
 

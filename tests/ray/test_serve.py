@@ -70,6 +70,7 @@ def serving(index: str, *more: str) -> Iterator[str]:
 def asked(url: str, photo: Path, **parameters: Any) -> dict[str, Any]:
     answer = requests.post(f"{url}/v1/locate", data=photo.read_bytes(), params={"k": 10, **parameters}, timeout=60)
     assert answer.status_code == 200, answer.text
+    assert answer.headers["X-Request-Id"] == answer.json()["request_id"]
     return answer.json()
 
 
