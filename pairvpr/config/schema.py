@@ -536,7 +536,7 @@ class ClusterConfig:
     address: str | None = None
     """Scheduling: address of a running cluster; null = RAY_ADDRESS, or a new local Ray instance."""
     num_cpus: int | None = None
-    """Scheduling: CPUs of a new local Ray instance; null = all CPUs of this machine."""
+    """Scheduling: CPUs of a new local Ray instance, or this job's share of a running cluster's; null = all."""
 
     def __post_init__(self) -> None:
         require_positive(self, "cluster", "num_cpus")

@@ -36,6 +36,7 @@ from pairvpr.distributed.runtime import (
     cpus_of_a_shard,
     most_gpus_of_a_node,
     plan_actors,
+    share_cpus,
 )
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.index import descriptor_shards
@@ -271,7 +272,7 @@ def _finished_parts(description: Description, pending: Sequence[int], step: str)
     context.print_on_execution_start = False
     context.raise_original_map_exception = True  # otherwise a task's `UserError` arrives as text in a traceback
     context.execution_options.resource_limits = ExecutionResources.for_limits(
-        object_store_memory=description.config.memory_gib * 2**30
+        cpu=share_cpus(), object_store_memory=description.config.memory_gib * 2**30
     )
     plan = plan_actors(description.config)
     # This Ray has no other way to set the retry limits, though it warns that one is coming.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 from pairvpr.data import storage
 from pairvpr.distributed.metrics import count_bytes
 from pairvpr.distributed.progress import Progress
-from pairvpr.distributed.runtime import cpus_of_a_shard
+from pairvpr.distributed.runtime import cpus_of_a_shard, share_cpus
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.terminal import say
 
@@ -31,19 +33,30 @@ class RayRunner:
         """See `Runner`. A user's error in a task (`UserError` etc.) is raised here unchanged."""
         options = {"num_cpus": cpus_of_a_shard(), "max_retries": MAX_TRIES, "retry_exceptions": [OSError]}
         task: Any = ray.remote(**options)(_counted(work, label or "index"))
-        refs = [task.remote(*one) for one in _large_ones_shared(arguments)]
+        answers = _in_order(task, _large_ones_shared(arguments))
         if not label:
-            return [_get(ref) for ref in refs]
-        answers = []
+            return list(answers)
+        found = []
         with Progress(label, len(arguments), "shards") as progress:
-            for ref in refs:
-                answers.append(_get(ref))
+            for answer in answers:
+                found.append(answer)
                 progress.add(1)
-        return answers
+        return found
 
     def say(self, line: str) -> None:
         """On the driver's stderr."""
         say(line)
+
+
+def _in_order(task: Any, arguments: Sequence[Sequence[Any]]) -> Iterator[Any]:
+    """The tasks' answers; no more run at once than this job's share of the cluster has room for."""
+    share = share_cpus()
+    at_once = None if share is None else max(1, int(share // cpus_of_a_shard()))
+    waiting = iter(arguments)
+    refs = deque(task.remote(*one) for one in islice(waiting, at_once))
+    while refs:
+        yield _get(refs.popleft())
+        refs.extend(task.remote(*one) for one in islice(waiting, 1))
 
 
 def _counted(work: Callable[..., Any], step: str) -> Callable[..., Any]:

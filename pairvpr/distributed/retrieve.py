@@ -18,7 +18,7 @@ from pairvpr.data import sealed, storage
 from pairvpr.data.local_cache import LocalCache, cache_directory
 from pairvpr.distributed.pool import PoolActor, SupervisedPool
 from pairvpr.distributed.progress import Progress
-from pairvpr.distributed.runtime import ALONE, cpus_of_a_shard, own_device
+from pairvpr.distributed.runtime import ALONE, cpus_of_a_shard, job_cpus, own_device
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.index import choose, descriptor_shards
 from pairvpr.index.filters import Filters, Places, search_filtered
@@ -116,7 +116,7 @@ def search_shards(request: SearchRequest, config: SearchConfig) -> tuple[Found, 
     is_rescored = choose.KINDS[IndexKind(manifest.kind)].is_rescored
     num_actors = min(
         len(alone if is_rescored else groups),
-        config.num_actors or max(1, int(ray.cluster_resources().get("CPU", 2) // 2)),
+        config.num_actors or max(1, int(job_cpus() // 2)),
     )
     effort = Effort(**manifest.effort)
     if config.num_probes is not None:

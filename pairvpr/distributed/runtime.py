@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import resource
 import shutil
@@ -36,13 +37,16 @@ SECONDS_TO_CONNECT = 5.0
 MIN_OPEN_FILES = 256
 MIN_FREE_BYTES = 64 << 20
 SHARED_MEMORY = "/dev/shm"
+_share_cpus = math.inf
+"""CPUs that this process's job keeps to, of a cluster that it shares with others."""
 
 
 @contextmanager
 def ray_session(config: ClusterConfig) -> Iterator[None]:
     """Connect to the cluster named by `config` or RAY_ADDRESS, or start a local Ray instance.
 
-    A local instance ends with the block, and with this process, however it dies.
+    On a cluster the job keeps to `config.num_cpus`, as far as it decides how much runs at once. A local instance ends
+    with the block, and with this process, however it dies.
     """
     if ray.is_initialized():
         yield
@@ -51,15 +55,17 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     not_rays = set(psutil.Process().children(recursive=True))
+    global _share_cpus
     try:
-        if config.address:
-            _connect(config.address, "cluster.address")
-        elif os.environ.get("RAY_ADDRESS"):
-            _connect(os.environ["RAY_ADDRESS"], "RAY_ADDRESS")
+        address = config.address or os.environ.get("RAY_ADDRESS")
+        if address:
+            _connect(address, "cluster.address" if config.address else "RAY_ADDRESS")
+            _share_cpus = config.num_cpus or math.inf
         else:
             _start(config.num_cpus)
         yield
     finally:
+        _share_cpus = math.inf
         # None of a remote cluster's processes is our child.
         children = set(psutil.Process().children(recursive=True)) - not_rays
         ray.shutdown()
@@ -146,11 +152,13 @@ def _connect(address: str, key: str) -> None:
         raise UserError(f"{key}={address}: this is the dashboard's address, for `ray job submit`; expected HOST:6379")
     _check_reachable(address, key)
     try:
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+        connected: Any = ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, ValueError) as error:
         raise UserError(
             f"{key}={address}: {storage.reason(error)}; expected HOST:PORT of a running cluster, or auto"
         ) from error
+    dashboard = f", dashboard http://{connected.dashboard_url}" if connected.dashboard_url else ""
+    say(f"Ray: job {ray.get_runtime_context().get_job_id()} of the cluster at {address}{dashboard}")
 
 
 def _check_reachable(address: str, key: str) -> None:
@@ -205,8 +213,7 @@ def plan_actors(config: DescribeConfig | RerankConfig) -> ActorPlan:
     A cluster that scales up from zero shows no CPUs yet, so the number of actors must be given. It may also gain GPUs
     later, so only a local Ray instance refuses actors that need more than there are.
     """
-    resources = ray.cluster_resources()
-    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    cpus, gpus = job_cpus(), ray.cluster_resources().get("GPU", 0.0)
     section = "describe" if isinstance(config, DescribeConfig) else "rerank"
     if not cpus and (config.num_actors is None or config.num_gpus_per_actor is None):
         raise UserError(
@@ -233,9 +240,20 @@ def plan_actors(config: DescribeConfig | RerankConfig) -> ActorPlan:
     return ActorPlan(num_actors, cpus_per_actor, gpus_per_actor, _rounded_down(min(1.0, smallest / 4)))
 
 
+def job_cpus() -> float:
+    """CPUs of the cluster, or this job's share of them; 0 before a cluster scales up."""
+    return min(ray.cluster_resources().get("CPU", 0.0), _share_cpus)
+
+
 def smallest_node_cpus() -> float:
-    """CPUs of the smallest node that has any; 1 if there is none."""
-    return min((cpus for node in ray.nodes() if node["Alive"] and (cpus := node["Resources"].get("CPU"))), default=1.0)
+    """CPUs of the smallest node that has any, or this job's share if that is less; 1 if there is no node."""
+    of_nodes = (cpus for node in ray.nodes() if node["Alive"] and (cpus := node["Resources"].get("CPU")))
+    return min(min(of_nodes, default=1.0), _share_cpus)
+
+
+def share_cpus() -> float | None:
+    """CPUs that this job keeps to, where `cluster.num_cpus` says so."""
+    return None if _share_cpus == math.inf else _share_cpus
 
 
 def cluster_memory_bytes() -> float:

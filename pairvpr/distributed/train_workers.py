@@ -37,7 +37,7 @@ from pairvpr.data import storage
 from pairvpr.data.manifest import Benchmark
 from pairvpr.data.training_sets.base import TrainingSet
 from pairvpr.distributed import metrics
-from pairvpr.distributed.runtime import ALONE
+from pairvpr.distributed.runtime import ALONE, job_cpus
 from pairvpr.distributed.validate import validate
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.machine import in_a_line
@@ -220,7 +220,7 @@ def _scaling(train: TrainConfig) -> ScalingConfig:
         raise UserError(
             "the cluster has no CPUs until it scales up; expected train.num_workers and train.num_gpus_per_worker"
         )
-    cpus, gpus = resources.get("CPU", 1.0), resources.get("GPU", 0.0)
+    cpus, gpus = job_cpus() or 1.0, resources.get("GPU", 0.0)
     gpus_per_worker = train.num_gpus_per_worker
     if gpus_per_worker is None:
         gpus_per_worker = 1.0 if gpus else 0.0

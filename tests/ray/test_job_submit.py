@@ -28,6 +28,7 @@ from pairvpr.training.metrics_log import read_metrics
 from tests.support import training
 from tests.support.runs import ROOT, arguments, wait_gone, wait_until
 
+USED = "ray_resources", {"Name": "CPU", "State": "USED"}
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -94,7 +95,7 @@ def _submit(dashboard: str, job: str, line: list[str]) -> subprocess.CompletedPr
 
 @contextmanager
 def _scraped(url: str) -> Iterator[dict[tuple[str, frozenset[tuple[str, str]]], float]]:
-    """The largest value of each of our series while the block runs, by name and labels."""
+    """The largest value of each series of ours, and of Ray's resources, while the block runs; by name and labels."""
     series: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
     is_over = threading.Event()
 
@@ -103,7 +104,7 @@ def _scraped(url: str) -> Iterator[dict[tuple[str, frozenset[tuple[str, str]]], 
             with suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
                 for family in text_string_to_metric_families(answer.read().decode()):
                     for sample in family.samples:
-                        if "pairvpr" in sample.name:
+                        if "pairvpr" in sample.name or sample.name == USED[0]:
                             key = sample.name, frozenset(sample.labels.items())
                             series[key] = max(sample.value, series.get(key, 0.0))
 
@@ -118,9 +119,10 @@ def _scraped(url: str) -> Iterator[dict[tuple[str, frozenset[tuple[str, str]]], 
 
 def _check_metrics(series: dict[tuple[str, frozenset[tuple[str, str]]], float], city: Path) -> None:
     """Names and labels are those declared, and the counts those of the files."""
+    series = {key: value for key, value in series.items() if key[0] != USED[0]}
     declared = {metric.exported: {*metric.labels, metrics.JOB} for metric in metrics.ALL}
     of_ray = {"Component", "NodeAddress", "SessionName", "Version", "WorkerId"}
-    assert series.keys()
+    assert series
     for name, labels in series:
         ours = {label for label, _ in labels if not label.startswith("otel_")} - of_ray
         assert ours == declared[name], name
@@ -157,6 +159,21 @@ def test_evaluate(city: Path, expected: bytes, tmp_path: Path, dashboard: str, m
     assert submitted.returncode == 0, submitted.stdout[-4000:] + submitted.stderr[-4000:]
     assert "recall@N" in submitted.stdout
     assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected
+
+
+@pytest.mark.soak
+def test_a_job_keeps_to_its_share_of_the_cluster(
+    city: Path, expected: bytes, tmp_path: Path, dashboard: str, metrics_url: str
+) -> None:
+    line = arguments(city, tmp_path / "out", "index.num_shards=1", "cluster.num_cpus=1")
+    with _scraped(metrics_url) as series:
+        submitted = _submit(dashboard, "evaluate", line)
+    assert submitted.returncode == 0, submitted.stdout[-4000:] + submitted.stderr[-4000:]
+    assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected
+    used = [
+        cpus for (name, labels), cpus in series.items() if name == USED[0] and USED[1].items() <= dict(labels).items()
+    ]
+    assert 0 < max(used) <= 1
 
 
 @pytest.mark.soak

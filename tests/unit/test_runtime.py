@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import ray
 
-from pairvpr.config.schema import ClusterConfig, IndexKind, SearchConfig
-from pairvpr.distributed import retrieve
-from pairvpr.distributed.runtime import ALONE, ray_session
+from pairvpr.config.schema import ClusterConfig, DescribeConfig, IndexKind, SearchConfig
+from pairvpr.distributed import retrieve, runtime
+from pairvpr.distributed.runtime import ALONE, plan_actors, ray_session
 from pairvpr.errors import UserError
 
 
@@ -77,3 +77,17 @@ def test_a_local_ray_says_before_it_searches_that_faiss_has_no_gpus(monkeypatch:
     assert retrieve._gpus_per_actor(IndexKind.flat, SearchConfig()) == 0
     with pytest.raises(UserError, match=r"index\.num_gpus_per_actor: this faiss has no GPU part"):
         retrieve._gpus_per_actor(IndexKind.flat, SearchConfig(num_gpus_per_actor=0.5))
+
+
+def test_actors_and_tasks_fit_into_a_jobs_share_of_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = {"Alive": True, "Resources": {"CPU": 16.0}}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 64.0})
+    monkeypatch.setattr(ray, "nodes", lambda: [node] * 4)
+    assert plan_actors(DescribeConfig()).num_actors == 32
+    for share in (1, 2, 3, 8):
+        monkeypatch.setattr(runtime, "_share_cpus", float(share))
+        plan = plan_actors(DescribeConfig())
+        assert plan.num_actors == max(1, share // 2)
+        assert plan.num_actors * plan.cpus_per_actor <= share / 2
+        assert plan.cpus_per_task <= share / 4
+        assert runtime.cpus_of_a_shard() <= share
