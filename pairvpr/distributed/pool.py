@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import math
 import re
-import statistics
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from bisect import insort
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -64,6 +64,63 @@ class PoolActor:
             count_bytes(step)
 
 
+class Transport(Protocol):
+    """All that the pool asks of Ray, beside the calls of its actors; `benchmarks/simulate_cluster.py` has another."""
+
+    def now_s(self) -> float:
+        """A clock that never goes back."""
+        ...
+
+    def sleep(self, seconds: float) -> None:
+        """Let time pass."""
+        ...
+
+    def ended(self, refs: Sequence[Any], timeout_s: float) -> Sequence[Any]:
+        """The first of the calls that has ended; none if that takes too long."""
+        ...
+
+    def result(self, ref: Any) -> Any:
+        """What a call that ended returned. Raises `RayError`: what it raised, or that its actor died."""
+        ...
+
+    def kill(self, actor: Any) -> None:
+        """End an actor, dead or alive."""
+        ...
+
+    def live_nodes(self) -> set[str]:
+        """The ids of nodes that are not known to be dead."""
+        ...
+
+    def resources(self) -> Any:
+        """What the cluster has, for a message."""
+        ...
+
+
+class _Ray:
+    """Ray itself."""
+
+    def now_s(self) -> float:
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def ended(self, refs: Sequence[Any], timeout_s: float) -> Sequence[Any]:
+        return ray.wait(list(refs), num_returns=1, timeout=timeout_s)[0]
+
+    def result(self, ref: Any) -> Any:
+        return ray.get(ref)
+
+    def kill(self, actor: Any) -> None:
+        ray.kill(actor)
+
+    def live_nodes(self) -> set[str]:
+        return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+    def resources(self) -> Any:
+        return ray.cluster_resources()
+
+
 @dataclass
 class _Member:
     """An actor and the unit `key` that it has been running since `since_s`; `ref` is its next result.
@@ -72,7 +129,7 @@ class _Member:
     """
 
     actor: Any
-    ref: ray.ObjectRef[Any] | None
+    ref: Any
     node_id: str | None = None
     key: int | None = None
     since_s: float = 0.0
@@ -82,9 +139,9 @@ class _Member:
         """Whether it has started and has nothing to do."""
         return self.ref is None
 
-    def send(self, key: int, unit: Any, step: str) -> None:
+    def send(self, key: int, unit: Any, step: str, now_s: float) -> None:
         """Give it its next unit."""
-        self.ref, self.key, self.since_s = self.actor.work.remote(unit, step), key, time.monotonic()
+        self.ref, self.key, self.since_s = self.actor.work.remote(unit, step), key, now_s
 
     def free(self) -> None:
         """Note that its unit has ended."""
@@ -113,7 +170,7 @@ class _Work(Generic[Unit]):
     """Failed units that no actor runs, and that are neither queued again nor set aside yet."""
     failed: dict[int, str] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
-    """Seconds of each finished unit."""
+    """Seconds of each finished unit, in order."""
 
     @property
     def is_over(self) -> bool:
@@ -122,7 +179,11 @@ class _Work(Generic[Unit]):
 
     def seconds_before_late(self) -> float:
         """Seconds after which a unit is late."""
-        return max(SECONDS_BEFORE_LATE, LATE_FACTOR * statistics.median(self.seconds)) if self.seconds else math.inf
+        if not self.seconds:
+            return math.inf
+        middle = len(self.seconds) - 1
+        median = (self.seconds[middle // 2] + self.seconds[(middle + 1) // 2]) / 2
+        return max(SECONDS_BEFORE_LATE, LATE_FACTOR * median)
 
 
 class SupervisedPool(Generic[Unit]):
@@ -131,7 +192,16 @@ class SupervisedPool(Generic[Unit]):
     Without `second_tries`, a unit is sent to one actor only, as long as that actor lives.
     """
 
-    def __init__(self, make_actor: Callable[[], Any], num_actors: int, what: str, *, second_tries: bool = True) -> None:
+    def __init__(
+        self,
+        make_actor: Callable[[], Any],
+        num_actors: int,
+        what: str,
+        *,
+        second_tries: bool = True,
+        transport: Transport | None = None,
+    ) -> None:
+        self._transport: Transport = transport or _Ray()
         self._make_actor = make_actor
         self._what = what
         self._second_tries = second_tries
@@ -143,7 +213,7 @@ class SupervisedPool(Generic[Unit]):
 
     def __exit__(self, *_: object) -> None:
         for member in self._members:
-            ray.kill(member.actor)
+            self._transport.kill(member.actor)
 
     def run(self, units: Mapping[int, Unit], on_done: Callable[[int, Any], None]) -> dict[int, str]:
         """Run all units; `on_done(key, result)` is called once for each finished one, in no fixed order.
@@ -153,7 +223,7 @@ class SupervisedPool(Generic[Unit]):
         """
         work = _Work(units, deque(units))
         while not work.is_over:
-            _judge(work)
+            self._judge(work)
             self._send(work)
             for member, answer in self._answers(in_suspense=bool(work.suspects)):
                 if member.node_id is None:
@@ -176,40 +246,45 @@ class SupervisedPool(Generic[Unit]):
                 key = work.queue.popleft() if work.queue else self._late(work)
                 if key is None:
                     return
-                member.send(key, work.units[key], self._what)
+                member.send(key, work.units[key], self._what, self._transport.now_s())
 
     def _late(self, work: _Work[Unit]) -> int | None:
         """The unit that has been late longest and has no second try yet."""
         if not self._second_tries:
             return None
-        began_before_s = time.monotonic() - work.seconds_before_late()
-        for member in sorted(self._members, key=lambda member: member.since_s):
-            key = member.key
-            if key is None or member.since_s > began_before_s:
-                continue
-            if len(self._members_at(key)) == 1 and len(work.failures.get(key, ())) < MAX_TRIES:
-                say(f"{self._what}: a unit is late, so an idle actor runs it, too")
-                return key
-        return None
+        began_before_s = self._transport.now_s() - work.seconds_before_late()
+        running = Counter(member.key for member in self._members)
+        late = [
+            member
+            for member in self._members
+            if member.key is not None
+            and member.since_s <= began_before_s
+            and running[member.key] == 1
+            and len(work.failures.get(member.key, ())) < MAX_TRIES
+        ]
+        if not late:
+            return None
+        say(f"{self._what}: a unit is late, so an idle actor runs it, too")
+        return min(late, key=lambda member: member.since_s).key
 
-    def _answers(self, *, in_suspense: bool) -> list[tuple[_Member, ray.ObjectRef[Any]]]:
+    def _answers(self, *, in_suspense: bool) -> list[tuple[_Member, Any]]:
         """Actors that are ready or whose unit has ended; waits for some seconds, fewer if `in_suspense`."""
         awaited = {member.ref: member for member in self._members if member.ref is not None}
         timeout_s = WAIT_S if any(member.node_id for member in self._members) else SECONDS_BEFORE_COMPLAINT
         if in_suspense:
             timeout_s = SECONDS_BETWEEN_VERDICTS
         if not awaited:
-            time.sleep(timeout_s)
+            self._transport.sleep(timeout_s)
             return []
-        answered, _ = ray.wait(list(awaited), num_returns=1, timeout=timeout_s)
+        answered = self._transport.ended(list(awaited), timeout_s)
         if not answered and not in_suspense and not any(member.node_id for member in self._members):
-            say(f"{self._what}: still no actor could start; the cluster has {ray.cluster_resources()}")
+            say(f"{self._what}: still no actor could start; the cluster has {self._transport.resources()}")
         return [(awaited[ref], ref) for ref in answered]
 
-    def _start(self, member: _Member, answer: ray.ObjectRef[str]) -> None:
+    def _start(self, member: _Member, answer: Any) -> None:
         """Record an actor's node. An actor that can't start is retried, then left out while others work."""
         try:
-            member.node_id = ray.get(answer)
+            member.node_id = self._transport.result(answer)
             member.free()
             self._failed_starts = 0
         except RayError as error:
@@ -226,14 +301,14 @@ class SupervisedPool(Generic[Unit]):
     def _hear(
         self,
         member: _Member,
-        answer: ray.ObjectRef[Any],
+        answer: Any,
         work: _Work[Unit],
         on_done: Callable[[int, Any], None],
     ) -> None:
         """Handle the end of an actor's unit: it is done, is retried, or has failed for good."""
-        key, seconds = member.key, time.monotonic() - member.since_s
+        key, seconds = member.key, self._transport.now_s() - member.since_s
         try:
-            result = ray.get(answer)
+            result = self._transport.result(answer)
         except RayError as error:
             member.free()
             count_failure(self._what, "unit" if isinstance(error, RayTaskError) else "actor")
@@ -248,7 +323,7 @@ class SupervisedPool(Generic[Unit]):
             return
         for other in self._members_at(key):
             other.key = None
-        work.seconds.append(seconds)
+        insort(work.seconds, seconds)
         self._send(work)  # the actor continues while the result is processed
         on_done(key, result)
 
@@ -257,33 +332,32 @@ class SupervisedPool(Generic[Unit]):
         work.failures.setdefault(key, []).append(node_id)
         if not self._members_at(key):
             seconds = SECONDS_TO_NOTICE_A_DEAD_NODE if node_id is not None else 0.0
-            work.suspects[key] = _Suspect(_reason(error), time.monotonic() + seconds)
+            work.suspects[key] = _Suspect(_reason(error), self._transport.now_s() + seconds)
 
     def _replace(self, member: _Member) -> None:
         # An unreachable actor may still be alive, and would work alongside its replacement.
-        ray.kill(member.actor)
+        self._transport.kill(member.actor)
         self._members[self._members.index(member)] = self._new_member()
 
+    def _judge(self, work: _Work[Any]) -> None:
+        """Queue the suspects again; set aside those that failed `MAX_TRIES` times by their own fault, or far too often.
 
-def _judge(work: _Work[Any]) -> None:
-    """Queue the suspects again; set aside those that failed `MAX_TRIES` times by their own fault, or far too often.
-
-    An actor's death is not the unit's fault if the whole node died. Ray notices that some seconds later; until then the
-    unit waits, and the others continue.
-    """
-    if not work.suspects:
-        return
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    for key, suspect in list(work.suspects.items()):
-        failures = work.failures[key]
-        own = sum(node is None or node in alive for node in failures)
-        if len(failures) < MAX_TRIES_WITH_NODES and own < MAX_TRIES:
-            work.queue.appendleft(key)
-        elif len(failures) >= MAX_TRIES_WITH_NODES or time.monotonic() >= suspect.until_s:
-            work.failed[key] = suspect.reason
-        else:
-            continue
-        del work.suspects[key]
+        An actor's death is not the unit's fault if the whole node died. Ray notices that some seconds later; until then
+        the unit waits, and the others continue.
+        """
+        if not work.suspects:
+            return
+        alive = self._transport.live_nodes()
+        for key, suspect in list(work.suspects.items()):
+            failures = work.failures[key]
+            own = sum(node is None or node in alive for node in failures)
+            if len(failures) < MAX_TRIES_WITH_NODES and own < MAX_TRIES:
+                work.queue.appendleft(key)
+            elif len(failures) >= MAX_TRIES_WITH_NODES or self._transport.now_s() >= suspect.until_s:
+                work.failed[key] = suspect.reason
+            else:
+                continue
+            del work.suspects[key]
 
 
 def _reason(error: RayError) -> str:
