@@ -316,7 +316,7 @@ def _refused_in_a_line(call: Callable[[], object], what: str) -> None:
             pytest.fail(f"{what}: {type(error).__name__}: {error}")
 
 
-@pytest.mark.parametrize("value", WRONG, ids=repr)
+@pytest.mark.parametrize("value", WRONG, ids=lambda value: type(value).__name__)
 def test_arguments_of_any_type_are_refused_in_a_line(
     folder: Path,
     tmp_path: Path,
