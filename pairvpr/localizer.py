@@ -57,7 +57,7 @@ from pairvpr.retrieval.small_index import build_small_index
 from pairvpr.retrieval.user_network import UserDescriber, find_user_network
 from pairvpr.where import ANYWHERE, Position, Where
 
-SectionConfig = TypeVar("SectionConfig", DescribeConfig, SearchConfig, RerankConfig)
+SectionConfig = TypeVar("SectionConfig", DescribeConfig, DescriptorConfig, SearchConfig, RerankConfig)
 OpenShards: TypeAlias = Callable[[Generation, "Shards | None"], Shards]
 """Opens the shards of a generation; those of an earlier one may be shared."""
 
@@ -551,8 +551,9 @@ def _first_stage(
     network: ModelConfig, weights_sha256: str, describe: DescribeConfig, descriptor: DescriptorConfig | None
 ) -> FirstStage:
     """The user's network, if one is given, or else Pair-VPR's."""
-    if descriptor is not None and descriptor.module is not None:
-        return FirstStage.of_user_network(find_user_network(descriptor, network), describe)
+    settings = _section("descriptor", descriptor, DescriptorConfig)
+    if settings.module is not None:
+        return FirstStage.of_user_network(find_user_network(settings, network), describe)
     return FirstStage.own(network, weights_sha256, describe)
 
 
