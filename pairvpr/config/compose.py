@@ -270,12 +270,24 @@ def _line(override: Override, node: Node) -> str:
         if "${" in text:
             raise UserError(f"{line}: '${{' (interpolation) is not supported here; expected the value itself")
         return _with_text(key, text)
+    if isinstance(node, DictConfig):
+        return _texts_by_name(line, override.value())
     value = str(override.value()).lower()
     if isinstance(node, BooleanNode) and value not in FLAGS and "${" not in typed:
         raise UserError(f"{line}: expected true or false")
     if isinstance(node, IntegerNode | FloatNode) and re.match(r"\s*[+-]?0[0-9_]", typed):
         raise UserError(f"{line}: expected a number without a leading 0")
     return _with_text(key, typed) if override.value() == typed else line
+
+
+def _texts_by_name(line: str, value: object) -> str:
+    """The override `key={name: text, ...}` in Hydra's syntax, which adds names that the schema can't know."""
+    if not isinstance(value, dict) or "${" in line or not all(isinstance(text, str) for text in value.values()):
+        raise UserError(
+            f"{line}: expected {{NAME: TEXT, ...}}, with names of letters, digits, - and _; texts that could be numbers "
+            "need quotation marks"
+        )
+    return f"++{line}"
 
 
 def _groups(job: type) -> dict[str, str]:

@@ -622,7 +622,12 @@ def test_models_have_the_shapes_of_the_method(name: str) -> None:
     [
         ([], "index.path=INDEX and indices={NAME: INDEX}: neither is given"),
         (["index.path=a", "indices={b: c}"], "both are given"),
-        (["indices={'../x': c}"], "expected letters, digits"),
+        (["indices={'../x': c}"], "names of letters, digits"),
+        (["indices={a.b: c}"], "letters, digits"),
+        (["indices={b: 1.10}"], "need quotation marks"),
+        (["indices={b: {c: d}}"], "expected {NAME: TEXT, ...}"),
+        (["indices=[b]"], "expected {NAME: TEXT, ...}"),
+        (["indices=b"], "expected {NAME: TEXT, ...}"),
         (["index.path=a", "serve.host=0.0.0.0"], "serve.token_file=FILE, or serve.allow_anonymous=true"),
         (["index.path=a", "serve.num_shard_parts=2"], "expected also serve.split=true"),
         (["index.path=a", "serve.batch_wait_s=0.01"], "expected also serve.split=true"),
@@ -643,4 +648,5 @@ def test_serve_refuses(line: list[str], words: str) -> None:
 def test_serve_takes_several_indices() -> None:
     config = load(ServeConfig, ["indices={sf: /a/b, oslo: 's3://bucket/c'}", "serve.host=::1"])
     assert config.by_name == {"sf": "/a/b", "oslo": "s3://bucket/c"}
+    assert load(ServeConfig, ["indices={b: '1.10'}"]).by_name == {"b": "1.10"}
     assert load(ServeConfig, ["index.path=/a"]).by_name == {"default": "/a"}
