@@ -284,8 +284,8 @@ def _texts_by_name(line: str, value: object) -> str:
     """The override `key={name: text, ...}` in Hydra's syntax, which adds names that the schema can't know."""
     if not isinstance(value, dict) or "${" in line or not all(isinstance(text, str) for text in value.values()):
         raise UserError(
-            f"{line}: expected {{NAME: TEXT, ...}}, with names of letters, digits, - and _; texts that could be numbers "
-            "need quotation marks"
+            f"{line}: expected {{NAME: TEXT, ...}}, with names of letters, digits, - and _; texts like numbers, "
+            "flags or null need quotation marks"
         )
     return f"++{line}"
 
