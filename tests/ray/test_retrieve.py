@@ -39,7 +39,7 @@ def kill_one_actor(killed: list[int]) -> None:
     while not killed and time.monotonic() < deadline_s:
         for process in psutil.Process().children(recursive=True):
             try:
-                if "_ShardActor" in " ".join(process.cmdline()) and "run" in " ".join(process.cmdline()):
+                if "_ShardActor.work" in " ".join(process.cmdline()):
                     process.kill()
                     killed.append(process.pid)
                     return
