@@ -69,6 +69,7 @@ def dashboard(ray_home: Path, metrics_url: str) -> Iterator[str]:
     )
     address = f"http://127.0.0.1:{port}"
     wait_until(lambda: _takes_jobs(address), "the cluster's start")
+    wait_until(lambda: _answers(metrics_url), "the start of its metrics")
     yield address
     processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
     head.send_signal(signal.SIGTERM)
@@ -77,6 +78,14 @@ def dashboard(ray_home: Path, metrics_url: str) -> Iterator[str]:
         if process.is_running():
             process.terminate()
     wait_gone(processes[1:])
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 def _submit(dashboard: str, job: str, line: list[str]) -> subprocess.CompletedProcess[str]:
@@ -155,8 +164,8 @@ def test_evaluate(city: Path, expected: bytes, tmp_path: Path, dashboard: str, m
     line = arguments(city, tmp_path / "out", "index.num_shards=2", "rerank.num_actors=2")
     with _scraped(metrics_url) as series:
         submitted = _submit(dashboard, "evaluate", line)
-    _check_metrics(series, city)
     assert submitted.returncode == 0, submitted.stdout[-4000:] + submitted.stderr[-4000:]
+    _check_metrics(series, city)
     assert "recall@N" in submitted.stdout
     assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected
 
