@@ -406,7 +406,6 @@ def _report(
     load: float,
 ) -> str:
     worst = list(FAULTS)[-1]
-    names = [step.name for step in steps()]
     return "\n".join(
         [
             "# 100 million photos on 1 to 256 GPUs, simulated",
@@ -419,18 +418,7 @@ def _report(
             "",
             f"By step, where {worst}:",
             "",
-            shared.markdown_table(
-                ("GPUs", *names, "machines lost", "calls sent"),
-                [
-                    (
-                        str(number),
-                        *(f"{outcomes[worst, number][name].hours:.2f}" for name in names),
-                        f"{sum(its.num_lost for its in outcomes[worst, number].values()):,}",
-                        f"{sum(its.num_calls for its in outcomes[worst, number].values()):,}",
-                    )
-                    for number in sizes
-                ],
-            ),
+            _steps_table(sizes, outcomes, worst),
             "",
             "## The driver",
             "",
@@ -440,19 +428,7 @@ def _report(
             "",
             "Its other work, done for real:",
             "",
-            shared.markdown_table(
-                ("work", "messages", "seconds", "microseconds each", "MiB at the peak"),
-                [
-                    (
-                        work.what,
-                        f"{work.num_messages:,}",
-                        f"{work.seconds:.1f}",
-                        f"{1e6 * work.seconds / work.num_messages:,.2f}",
-                        f"{work.peak_bytes / 2**20:,.0f}",
-                    )
-                    for work in works
-                ],
-            ),
+            _works_table(works),
             "",
             _limit(works),
             "",
@@ -467,6 +443,30 @@ def _report(
             shared.circumstances("simulate_cluster", load),
         ]
     )
+
+
+def _steps_table(sizes: Sequence[int], outcomes: Outcomes, faults: str) -> str:
+    names = [step.name for step in steps()]
+    rows = []
+    for number in sizes:
+        by_step = outcomes[faults, number]
+        lost, sent = (sum(getattr(its, name) for its in by_step.values()) for name in ("num_lost", "num_calls"))
+        rows.append((str(number), *(f"{by_step[name].hours:.2f}" for name in names), f"{lost:,}", f"{sent:,}"))
+    return shared.markdown_table(("GPUs", *names, "machines lost", "calls sent"), rows)
+
+
+def _works_table(works: Sequence[DriverWork]) -> str:
+    rows = [
+        (
+            work.what,
+            f"{work.num_messages:,}",
+            f"{work.seconds:.1f}",
+            f"{1e6 * work.seconds / work.num_messages:,.2f}",
+            f"{work.peak_bytes / 2**20:,.0f}",
+        )
+        for work in works
+    ]
+    return shared.markdown_table(("work", "messages", "seconds", "microseconds each", "MiB at the peak"), rows)
 
 
 def _hours_table(sizes: Sequence[int], outcomes: Outcomes) -> str:

@@ -110,13 +110,7 @@ def update_index(config: UpdateIndexConfig) -> IndexManifest:
                 describe(what, "added photos", needs_a_readable_photo=True)
                 draft = with_added(directory, draft, prefix, added, num_shards, threads, runner)
                 gone = _less_unreadable(gone, images, added, below)
-            if len(gone):
-                draft = without(directory, draft, prefix, gone)
-            if config.compact:
-                draft = compacted(directory, draft, prefix, config.index.compact_share, threads, runner)
-            options = config.index.as_build_config()
-            if config.index.kind is not None and not is_wanted(draft, options):
-                draft = next_generation(directory, draft, options, memory_budget_bytes(options), runner)
+            draft = _changed(config, directory, draft, prefix, gone, runner)
         if replace(draft, generation=manifest.generation) == manifest:
             say("update: finished earlier, nothing to change")
             return manifest
@@ -125,6 +119,26 @@ def update_index(config: UpdateIndexConfig) -> IndexManifest:
     num_added = draft.num_images - manifest.num_images - (draft.num_rejected - manifest.num_rejected)
     num_gone = draft.num_removed - manifest.num_removed
     say(f"{about_generation(draft)}: {num_added:,} added, {num_gone:,} removed or replaced")
+    return draft
+
+
+def _changed(
+    config: UpdateIndexConfig,
+    directory: str,
+    draft: IndexManifest,
+    prefix: str,
+    gone: NDArray[np.int64],
+    runner: RayRunner,
+) -> IndexManifest:
+    """The draft without the photos that are gone, compacted and of another kind where that is wanted."""
+    if len(gone):
+        draft = without(directory, draft, prefix, gone)
+    if config.compact:
+        share, threads = config.index.compact_share, config.index.num_build_threads
+        draft = compacted(directory, draft, prefix, share, threads, runner)
+    options = config.index.as_build_config()
+    if config.index.kind is not None and not is_wanted(draft, options):
+        draft = next_generation(directory, draft, options, memory_budget_bytes(options), runner)
     return draft
 
 

@@ -211,20 +211,30 @@ class _Held(Generic[T]):
 
     def __init__(self, opening: Opening, open_it: Callable[[Generation, T | None], T]) -> None:
         self._indices = {index.directory: index for index in opening.indices.values()}
-        self._open, self._lock = open_it, Lock()
-        self._held: dict[str, OrderedDict[int, T]] = {}
+        self._open, self._opening, self._lock = open_it, Lock(), Lock()
+        self._held: dict[str, OrderedDict[int, T]] = {name: OrderedDict() for name in self._indices}
 
     def get(self, directory: str, number: int) -> T:
-        """One of them, opened if it is not."""
+        """One of them, opened if it is not. While one is opened, which takes long, others are given out."""
+        held = self._held[directory]
+        found = self._given_out(held, number)
+        if found is None:
+            with self._opening:
+                found = self._given_out(held, number)
+                if found is None:
+                    newest = next(reversed(held.values()), None)
+                    found = self._open(self._indices[directory].open(number), newest)
+                    with self._lock:
+                        held[number] = found
+                        while len(held) > GENERATIONS_HELD:
+                            held.popitem(last=False)
+        return found
+
+    def _given_out(self, held: OrderedDict[int, T], number: int) -> T | None:
         with self._lock:
-            held = self._held.setdefault(directory, OrderedDict())
-            if number not in held:
-                newest = held[next(reversed(held))] if held else None
-                held[number] = self._open(self._indices[directory].open(number), newest)
-            held.move_to_end(number)
-            while len(held) > GENERATIONS_HELD:
-                held.popitem(last=False)
-            return held[number]
+            if number in held:
+                held.move_to_end(number)
+            return held.get(number)
 
 
 async def _in_thread(work: Callable[[Deadline], T], left_s: float) -> T:

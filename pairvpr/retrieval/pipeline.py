@@ -137,27 +137,13 @@ def photo_reranker(
             load, embedded, device=device, num_threads=num_threads, cache=cache, lost=unreadable.reasons
         )
 
-    def no_features() -> Tensor:
-        layout = Layout.of_model(network, settings.stored_as)
-        return torch.zeros(layout.num_patches, layout.width, dtype=DTYPES[layout.features])
-
-    def pinned(read: Callable[[int], Tensor], image_id: int) -> Tensor:
-        """In a loading thread, so that `sent` finds it pinned."""
-        features = read(image_id)
-        return features if device.type == "cpu" else features.pin_memory()
-
     return Reranker(
         describer.model,
         batch_size=settings.batch_size,
         query_features=described(benchmark.queries, queries),
         database_features=described(benchmark.database, database, feature_cache(settings, device))
         if stored is None
-        else PhotoFeatures(
-            partial(pinned, database.guarded(stored, no_features)),
-            partial(sent, device=device),
-            device=device,
-            num_threads=num_threads,
-        ),
+        else _stored_features(database.guarded(stored, partial(_no_features, network, settings)), device, num_threads),
         second_direction=settings.second_direction,
         queries_per_unit=settings.queries_per_unit,
         stop_margin=stop_margin,
@@ -165,6 +151,23 @@ def photo_reranker(
         lost_queries=queries.reasons,
         lost_candidates=database.reasons,
     )
+
+
+def _stored_features(read: Callable[[int], Tensor], device: torch.device, num_threads: int) -> Features:
+    """Features (L, D) that `read` takes from a store, on the device."""
+
+    def pinned(image_id: int) -> Tensor:
+        """In a loading thread, so that `sent` finds it pinned."""
+        features = read(image_id)
+        return features if device.type == "cpu" else features.pin_memory()
+
+    return PhotoFeatures(pinned, partial(sent, device=device), device=device, num_threads=num_threads)
+
+
+def _no_features(network: ModelConfig, settings: RerankConfig) -> Tensor:
+    """Placeholder features (L, D) of a store for a photo that can't be read."""
+    layout = Layout.of_model(network, settings.stored_as)
+    return torch.zeros(layout.num_patches, layout.width, dtype=DTYPES[layout.features])
 
 
 def no_pixels(model: ModelConfig) -> NDArray[np.uint8]:

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -27,6 +28,7 @@ from PIL import Image
 
 from pairvpr import Localizer
 from pairvpr.config.serve_schema import ServeSettings
+from pairvpr.distributed.serve import GENERATIONS_HELD, _Held
 from pairvpr.index.generations import IndexManifest, commit, read_manifest
 from pairvpr.index.update import without
 from tests.support.served import Served, served
@@ -276,3 +278,32 @@ def test_many_slow_clients_at_once(localizer: Localizer, queries: list[Path]) ->
         dripping.join()
         for each in slow:
             each.close()
+
+
+def test_a_generation_that_is_being_opened_keeps_nobody_waiting() -> None:
+    """A replica of a split service answers from the open generations while it opens the next one, once."""
+    begun, may_end, opened = threading.Event(), threading.Event(), list[tuple[int, int | None]]()
+
+    def open_it(number: Any, newest: int | None) -> int:
+        opened.append((number, newest))
+        if number == 2:
+            begun.set()
+            assert may_end.wait(30)
+        return number
+
+    index = SimpleNamespace(directory="d", open=lambda number: number)
+    held = _Held[int](cast(Any, SimpleNamespace(indices={"a": index})), open_it)
+    assert held.get("d", 1) == 1
+    with ThreadPoolExecutor(3) as threads:
+        try:
+            waiting = [threads.submit(held.get, "d", 2) for _ in range(2)]
+            assert begun.wait(30)
+            assert threads.submit(held.get, "d", 1).result(timeout=10) == 1
+        finally:
+            may_end.set()
+        assert [each.result(timeout=30) for each in waiting] == [2, 2]
+    assert opened == [(1, None), (2, 1)]
+    for number in range(3, 3 + GENERATIONS_HELD):
+        held.get("d", number)
+    assert held.get("d", 1) == 1
+    assert opened[-1] == (1, 2 + GENERATIONS_HELD)  # it had been let go
