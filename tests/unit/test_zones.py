@@ -7,6 +7,8 @@ of their own.
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -21,6 +23,8 @@ from pairvpr.data.located import located
 from pairvpr.data.manifest import Manifest
 from pairvpr.data.positions import zone_of_metres
 from pairvpr.data.utm import UtmZone, to_utm
+from pairvpr.index.generations import IndexManifest, read_images
+from pairvpr.index.make import image_table
 from pairvpr.where import Map
 from ray_jobs.query import _priors
 from tests.unit.test_localizer import BUILD, OPTIONS
@@ -140,3 +144,23 @@ def test_an_index_of_exif_photos_answers_in_degrees(tmp_path: Path) -> None:
     for match in found:
         assert match.latitude == pytest.approx(LATITUDE, abs=1e-5)
         assert match.longitude == pytest.approx(DATABASE[match.path], abs=1e-5)
+
+
+def test_parts_of_an_index_in_two_zones_are_refused(tmp_path: Path) -> None:
+    """Also where only one of them has a zone; a part without positions has none to compare."""
+    directory, images = str(tmp_path / "index"), index_photos(tmp_path)
+    east = located(photos(JOINING), table(tmp_path, "joining.csv", JOINING), "add")
+
+    def read(*parts: Manifest) -> Manifest:
+        first_ids = np.cumsum([0, *(len(part) for part in parts)]).tolist()
+        tables = [
+            image_table(directory, f"{number}.parquet", part, first_id)
+            for number, (part, first_id) in enumerate(zip(parts, first_ids, strict=False))
+        ]
+        return read_images(directory, cast(IndexManifest, SimpleNamespace(images=tables, images_root="root")))
+
+    assert read(images, east.in_zone(WEST)).zone == WEST
+    assert read(photos(JOINING), images).zone == WEST
+    for other in (east, east.in_zone(None)):
+        with pytest.raises(UserError, match=r"1\.parquet: its metres are of another UTM zone than the index's"):
+            read(images, other)
