@@ -208,9 +208,7 @@ def _less_those_there(
     is_new = ~are_there(directory, manifest, removed, named, versions)
     if not is_new.all():
         say(f"update: {(~is_new).sum():,} of {len(named):,} photos to add are already in the index")
-    new = Manifest.of(
-        named.root, named.path_column.filter(pa.array(is_new)), named.utm_m[is_new], named.heading_deg[is_new]
-    )
+    new = named.take(np.flatnonzero(is_new))
     return new if len(new) else None, versions.filter(pa.array(is_new))
 
 

@@ -28,16 +28,17 @@ def located(photos: Manifest, config: PositionsConfig, key: str, index: Manifest
     """
     if config.positions is None:
         return photos
-    problems, zone, zone_of_its_names = Problems(), None, None
-    if index is not None:
-        zone, zone_of_its_names = zone_of_metres(index), index.zone or zone_of_names(index)
+    problems, zone = Problems(), None
     match config.positions:
         case PositionSource.names:
-            placed = positions_from_names(photos, key, problems, zone_of_its_names)
+            zone = None if index is None else index.zone or zone_of_names(index)
+            placed = positions_from_names(photos, key, problems, zone)
         case PositionSource.table:
+            zone = None if index is None else zone_of_metres(index)
             table = PositionsTable("positions_table", str(config.positions_table), photos)
             placed = positions_from_tables([table], config.columns, "columns", problems, zone)[0]
         case PositionSource.exif:
+            zone = None if index is None else zone_of_metres(index)
             placed = positions_from_exif([photos], problems, zone)[0]
     problems.raise_if_any()
     if index is None or not index.has_positions:

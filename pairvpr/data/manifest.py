@@ -90,6 +90,11 @@ class Manifest:
         """Some of the photos, without positions and with new ids."""
         return Manifest.of(self.root, self.path_column.take(pa.array(image_ids, pa.int64())))
 
+    def take(self, image_ids: NDArray[np.int64]) -> Manifest:
+        """Some of the photos, with their positions, headings and zone, and with new ids."""
+        taken = self.table.take(pa.array(image_ids, pa.int64()))
+        return Manifest(self.root, taken.set_column(0, SCHEMA.field(0), pa.array(np.arange(len(taken)))))
+
     def with_positions(
         self,
         utm_m: NDArray[np.float64],

@@ -88,7 +88,7 @@ def zone_of_metres(photos: Manifest) -> UtmZone | None:
     if photos.zone is not None:
         return photos.zone
     rows = np.flatnonzero(~np.isnan(photos.utm_m[:, 0]))
-    located = photos.only(rows).with_positions(photos.utm_m[rows])
+    located = photos.take(rows)
     zone, apart_m = zone_of_names(located), _apart_m(located, _METRES, lambda metres: metres)
     if zone is None or not len(apart_m) or np.median(apart_m) > _METRES_AGREE_M:
         return None

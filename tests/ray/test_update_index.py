@@ -12,10 +12,12 @@ import pytest
 from pairvpr.config.compose import load
 from pairvpr.config.schema import BuildIndexConfig, IndexKind, QueryConfig, UpdateIndexConfig
 from pairvpr.data import storage
+from pairvpr.data.utm import UtmZone
 from pairvpr.index.generations import read_images, read_manifest
 from ray_jobs.build_index import build_index
 from ray_jobs.query import query
 from ray_jobs.update_index import update_index
+from tests.support.located import draw_located
 from tests.support.runs import SMALL_NETWORK
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -150,3 +152,29 @@ def check_near(index: str, queries: Path, output: Path, everything: list[dict[st
 
 def _utm_m(name: str) -> np.ndarray:
     return np.array(name.split("@")[1:3], np.float64)
+
+
+@pytest.mark.parametrize("source", ["exif", pytest.param("table", marks=pytest.mark.soak)])
+def test_photos_that_join_in_degrees_are_found_in_the_zone_of_the_index(tmp_path: Path, source: str) -> None:
+    """Around 12 degrees east, where zones 32 and 33 meet: those that join would have zone 33 of their own."""
+    draw_located(tmp_path / "photos", {"a.jpg": 11.9997, "b.jpg": 11.9999, "c.jpg": 12.0001}, 48.0)
+    line = [f"database={tmp_path}/photos", f"output={tmp_path}/index", "positions=exif", *DESCRIBE]
+    index = build_index(load(BuildIndexConfig, line))
+    joining = {"a.jpg": 11.9997, "p.jpg": 12.0003, "q.jpg": 12.0005}  # the first one is there already
+    draw_located(tmp_path / "photos", joining, 48.0)
+    (tmp_path / "add.csv").write_text("path\n" + "\n".join(joining))
+    rows = [f"{path},48.0,{longitude}" for path, longitude in joining.items()]
+    (tmp_path / "places.csv").write_text("\n".join(["path,latitude,longitude", *rows]))
+    where = ["positions=exif"] if source == "exif" else ["positions=table", f"positions_table={tmp_path}/places.csv"]
+    update_index(load(UpdateIndexConfig, [f"index.path={index}", f"add={tmp_path}/add.csv", *where, *DESCRIBE]))
+
+    manifest = read_manifest(index)
+    assert manifest is not None
+    images = read_images(index, manifest)
+    assert images.zone == UtmZone(32, south=False)
+    (tmp_path / "queries").mkdir()
+    shutil.copy(tmp_path / "photos" / "q.jpg", tmp_path / "queries")
+    (tmp_path / "priors.csv").write_text("path,latitude,longitude\nq.jpg,48.0,12.0004\n")
+    conditions = ["filter.near_m=20", f"filter.priors={tmp_path}/priors.csv"]
+    (found,) = answers(index, tmp_path / "queries", tmp_path / "out", *conditions)
+    assert sorted(found["distances"]) == ["p.jpg", "q.jpg"]

@@ -12,8 +12,6 @@ from typing import cast
 
 import numpy as np
 import pytest
-from PIL import Image
-from PIL.ExifTags import GPS, IFD
 
 from pairvpr import Localizer, UserError
 from pairvpr.config.benchmark_schema import PositionSource
@@ -27,6 +25,7 @@ from pairvpr.index.generations import IndexManifest, read_images
 from pairvpr.index.make import image_table
 from pairvpr.where import Map
 from ray_jobs.query import _priors
+from tests.support.located import draw_located
 from tests.unit.test_localizer import BUILD, OPTIONS
 
 WEST = UtmZone(32, south=False)
@@ -124,19 +123,7 @@ def test_another_zone_than_the_recorded_one_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_index_of_exif_photos_answers_in_degrees(tmp_path: Path) -> None:
-    for name, longitude in DATABASE.items():
-        exif = Image.Exif()
-        exif.get_ifd(IFD.GPSInfo).update(
-            {
-                GPS.GPSLatitudeRef: "N",
-                GPS.GPSLatitude: (LATITUDE, 0.0, 0.0),
-                GPS.GPSLongitudeRef: "E",
-                GPS.GPSLongitude: (longitude // 1, longitude % 1 * 60.0, 0.0),
-            }
-        )
-        (tmp_path / "photos").mkdir(exist_ok=True)
-        pixels = np.random.default_rng(ord(name[0])).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "photos" / name, exif=exif)
+    draw_located(tmp_path / "photos", DATABASE, LATITUDE)
     Localizer.build(tmp_path / "photos", tmp_path / "index", positions="exif", **BUILD)
     localizer = Localizer.open(tmp_path / "index", **OPTIONS)
     found = localizer.locate(tmp_path / "photos" / "a.jpg", near=(LATITUDE, DATABASE["a.jpg"]), radius_m=20.0)

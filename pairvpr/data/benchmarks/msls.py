@@ -61,8 +61,7 @@ class _Part:
     """(n,) groups of the photos, by the names of `_KINDS` that all cities' tables hold."""
 
     def only(self, ids: NDArray[np.int64]) -> _Part:
-        photos = self.photos.only(ids).with_positions(self.photos.utm_m[ids])
-        return _Part(photos, self.city[ids], {name: its[ids] for name, its in self.kinds.items()})
+        return _Part(self.photos.take(ids), self.city[ids], {name: its[ids] for name, its in self.kinds.items()})
 
 
 def load(config: MslsConfig, problems: Problems) -> Benchmark:
