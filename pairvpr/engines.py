@@ -75,6 +75,11 @@ class Network(Protocol):
         """Its shape."""
         ...
 
+    @property
+    def describes_what_it_scores(self) -> bool:
+        """Whether describing and scoring take the same pixels: not where a network of the user's describes."""
+        ...
+
     def describe(self, photos: Sequence[Asked], deadline: Deadline) -> Described:
         """Global descriptors of photos, in batches like a folder of them."""
         ...
@@ -143,6 +148,11 @@ class LocalNetwork:
     def cached_bytes(self) -> int:
         """Memory that features of candidates take."""
         return 0 if self._features is None else self._features.used_bytes
+
+    @property
+    def describes_what_it_scores(self) -> bool:
+        """See `Network.describes_what_it_scores`."""
+        return isinstance(self._describer, Describer)
 
     def describe(self, photos: Sequence[Asked], deadline: Deadline) -> Described:
         """See `Network.describe`. A single photo needs one forward pass of Pair-VPR's own network for everything."""

@@ -401,8 +401,8 @@ class Localizer:
         return self._searched(photos, described, numbers, where, deadline, clock)
 
     def _decoded(self, photos: Sequence[Asked]) -> Sequence[Asked]:
-        """A single photo is decoded once; several are when they are needed, and again."""
-        if len(photos) > 1:
+        """A single photo is decoded once, if describing and scoring take the same pixels; others when needed, twice."""
+        if len(photos) > 1 or not self._network.describes_what_it_scores:
             return photos
         try:
             return [Asked(photo.pixels(self._network.config), photo.place) for photo in photos]

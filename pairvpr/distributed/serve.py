@@ -362,6 +362,11 @@ class RemoteNetwork:
         """See `pairvpr.engines.Network`."""
         return self._config
 
+    @property
+    def describes_what_it_scores(self) -> bool:
+        """See `pairvpr.engines.Network`; a service has no network of the user's."""
+        return True
+
     def is_there(self) -> bool:
         """Whether a replica answers."""
         empty: list[Asked] = []

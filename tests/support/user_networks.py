@@ -14,7 +14,7 @@ class Wide(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.small = nn.AvgPool2d(2)
+        self.small: nn.Module = nn.AvgPool2d(2)
         self.layer = nn.Linear(3 * (SIDE_PX // 2) ** 2, WIDTH)
 
     def forward(self, photos: Tensor) -> Tensor:
@@ -31,6 +31,13 @@ class Squared(Wide):
 def wide() -> Wide:
     torch.manual_seed(11)
     return Wide()
+
+
+def of_any_side() -> Wide:
+    """Takes photos of every side."""
+    network = wide()
+    network.small = nn.AdaptiveAvgPool2d(SIDE_PX // 2)
+    return network
 
 
 def squared() -> Squared:

@@ -23,6 +23,8 @@ from tests.support.user_networks import SIDE_PX, WIDTH
 
 CONFIG = small_evaluate_config("unused", num_candidates=5)
 WIDE = DescriptorConfig(module="tests.support.user_networks:wide", image_size_px=SIDE_PX)
+LARGE = DescriptorConfig(module="tests.support.user_networks:of_any_side", image_size_px=SIDE_PX + 12)
+"""Its photos are not those of the pair network: pixels of one are no pixels of the other."""
 SQUARED = DescriptorConfig(module="tests.support.user_networks:squared", image_size_px=SIDE_PX)
 SECTIONS: dict[str, Any] = {
     "model": CONFIG.model,
@@ -77,6 +79,18 @@ def test_answers_are_those_of_the_pipeline(folder: Path) -> None:
     (alone,) = localizer.locate([photos[0]], k=1)
     assert isinstance(alone, list)
     assert alone[0].database_id == answers[0].reranked[0]
+
+
+def test_one_photo_is_described_at_the_side_of_its_own_network(folder: Path, tmp_path: Path) -> None:
+    index = tmp_path / "index"
+    options: dict[str, Any] = {"model": CONFIG.model, "describe": CONFIG.describe, "device": "cpu", "descriptor": LARGE}
+    Localizer.build(folder / "photos", index, **options)
+    localizer = Localizer.open(index, descriptor=LARGE, **SECTIONS)
+    photo = sorted((folder / "queries").iterdir())[0]
+    (nearest,) = localizer.retrieve(localizer.describe(photo), k=CONFIG.rerank.num_candidates)
+    expected = {match.database_id: match.squared_distance for match in nearest}
+    for found in (localizer.locate(photo, k=5), localizer.answer(photo, k=5).matches):
+        assert {match.database_id: match.squared_distance for match in found} == expected
 
 
 def test_another_network_or_none_is_refused(folder: Path) -> None:
