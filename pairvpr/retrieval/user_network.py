@@ -31,6 +31,8 @@ from pairvpr.terminal import say
 
 FARTHEST = 0.01
 """How far apart two descriptors of one photo may be, each of unit length."""
+SHORTEST = 1e-12
+"""A shorter descriptor has no direction."""
 NUM_NAMED = 5
 
 
@@ -63,7 +65,8 @@ class UserDescriber:
     def descriptors(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """(B, S, S, 3) uint8 -> (B, G) float32, unit length.
 
-        Raises `UserError` for what the network raises, and for other output than a finite row for each photo.
+        Raises `UserError` for what the network raises, and for other output than a finite row for each photo, whose
+        length is above 0.
         """
         about = self.photos
         if self._num_threads is not None:
@@ -73,26 +76,37 @@ class UserDescriber:
             given = self._network(photos)
             _check_rows(about, len(photos), given)
             rows = given.float()
-            is_finite = torch.linalg.vector_norm(rows, dim=-1).isfinite().all()
-            found = F.normalize(rows, dim=-1).cpu().numpy()
-        if not is_finite:
+            lengths = torch.linalg.vector_norm(rows, dim=-1).cpu()
+            found = F.normalize(rows, dim=-1, eps=SHORTEST).cpu().numpy()
+        if not lengths.isfinite().all():
             raise UserError(f"{_named(about.module)}: its descriptors are NaN or infinite; expected finite numbers")
+        if (lengths < SHORTEST).any():
+            raise UserError(
+                f"{_named(about.module)}: a descriptor is zero (shorter than {SHORTEST:g}), so it can't be divided by "
+                "its length; expected a length above 0 for every photo"
+            )
         return found
 
 
 def find_user_network(config: DescriptorConfig, model: ModelConfig) -> UserNetwork:
     """What is known of the network that `config` names; `model` says how photos are decoded.
 
-    Its function is called twice, and each network describes a drawn and a black photo, together and alone, on the CPU.
-    Raises `UserError` for a function that can't be imported or called, for what is no network, for other output than a
-    descriptor of each photo, and where the two networks differ.
+    Its function is called twice, and each network describes a photo of noise and a black one on the CPU, together and
+    each alone. Raises `UserError` for a function that can't be imported or called, for what is no network, for other
+    output than a descriptor of each photo, where a descriptor depends on the other photos of its batch, and where the
+    two networks differ.
     """
-    (found, rows), (again, other_rows) = _tried(config, model), _tried(config, model)
+    (found, rows, alone), (again, other_rows, _) = _tried(config, model), _tried(config, model)
     _check_same_weights(found.module, found.weights_sha256, again.weights_sha256)
-    if rows.shape != other_rows.shape or np.linalg.norm(rows - other_rows, axis=1).max() > FARTHEST:
+    if rows.shape != other_rows.shape or _distance(rows, other_rows) > FARTHEST:
         raise UserError(
             f"{_named(found.module)}: it describes the same photo differently from one call to the next; expected the "
             "same each time, without random numbers"
+        )
+    if _distance(rows, alone) > FARTHEST:
+        raise UserError(
+            f"{_named(found.module)}: it describes a photo differently alone and in a batch; expected a descriptor "
+            "that depends on its photo only"
         )
     say(
         f"first stage {found.module}: {found.width:,} values a photo, weights {found.weights_sha256[:12]}; code and "
@@ -113,8 +127,13 @@ def fingerprint(module: str, network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _tried(config: DescriptorConfig, model: ModelConfig) -> tuple[UserNetwork, NDArray[np.float32]]:
-    """What is known of a network that the user's function makes now, and what it makes of two photos (2, G)."""
+def _tried(
+    config: DescriptorConfig, model: ModelConfig
+) -> tuple[UserNetwork, NDArray[np.float32], NDArray[np.float32]]:
+    """What is known of a network that the user's function makes now, and its rows of noise and of black.
+
+    Rows (2, G) are those of both photos together, and of each alone.
+    """
     assert config.module is not None
     network = _network(config.module)
     about = UserNetwork(
@@ -131,8 +150,14 @@ def _tried(config: DescriptorConfig, model: ModelConfig) -> tuple[UserNetwork, N
     pixels[0] = np.random.default_rng(0).integers(256, size=pixels[0].shape)
     rows = UserDescriber(about, network, torch.device("cpu")).descriptors(pixels)
     about = replace(about, width=rows.shape[1])
-    UserDescriber(about, network, torch.device("cpu")).descriptors(pixels[:1])
-    return about, rows
+    describer = UserDescriber(about, network, torch.device("cpu"))
+    alone = np.concatenate([describer.descriptors(photo[None]) for photo in pixels])
+    return about, rows, alone
+
+
+def _distance(rows: NDArray[np.float32], others: NDArray[np.float32]) -> float:
+    """The largest between a photo's two descriptors."""
+    return float(np.linalg.norm(rows - others, axis=1).max())
 
 
 def _network(module: str) -> nn.Module:

@@ -207,6 +207,16 @@ def net():
         ("x.flatten(1) * 1e30", "its descriptors are NaN or infinite"),
         ("x.flatten(1).half() * 60000", "its descriptors are NaN or infinite"),
         ("x[:, 0].flatten(1) / x[:, 0].std((1, 2))[:, None]", "its descriptors are NaN"),  # of the black photo
+        (
+            "x.flatten(1) * 0",
+            r"a descriptor is zero \(shorter than 1e-12\), so it can't be divided by its length; expected",
+        ),
+        ("x.flatten(1) * 1e-15", "a descriptor is zero"),
+        ("(x - x[:, :, :1, :1]).flatten(1)", "a descriptor is zero"),  # of the black photo
+        (
+            "(x - 0.1 * x.mean(0)).flatten(1)",
+            "it describes a photo differently alone and in a batch; expected a descriptor that depends on its photo",
+        ),
         ("x @ x[0, 0, :3]", r"its network fails on photos \(2, 3, 8, 8\): RuntimeError"),
         ("1 / 0", r"its network fails on photos \(2, 3, 8, 8\): ZeroDivisionError: division by zero"),
         ("exit(1)", "its network fails on photos .*: SystemExit: 1"),
