@@ -92,16 +92,19 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         if is_measured:
             calibration = measured_throughput(config, first)
             images_per_s = calibration.images_per_s
-    made = plan_index(num_images, model, config.index, budget_bytes=budget_bytes, images_per_s=images_per_s)
-    problems, dense = made.problems(there), None
+    speeds = _Speeds.of(first, images_per_s, reranks=num_queries is not None)
+    made = plan_index(num_images, model, config.index, budget_bytes=budget_bytes, images_per_s=speeds.first_stage)
+    problems, dense, costs = made.problems(there), None, None
     if num_queries is not None:
-        dense = plan_dense(num_images, num_queries, config.plan.num_candidates, config.model, images_per_s)
-    costs = None if config.plan.price_per_hour is None else _Costs.of(config, made, model, there, num_queries)
+        dense = plan_dense(num_images, num_queries, config.plan.num_candidates, config.model, speeds.pair_network)
+    if config.plan.price_per_hour is not None:
+        costs = _Costs.of(config, made, model, there, num_queries, speeds)
     content = made.as_json() | {
         "calibration": None if calibration is None else asdict(calibration),
         "nodes": [asdict(node) for node in there.nodes],
         "dense_run": None if dense is None else asdict(dense),
         "costs": None if costs is None else costs.as_json(),
+        "remarks": list(speeds.remarks),
         "problems": problems,
     }
     print(table(made, str(calibration or "plan.images_per_s")))
@@ -109,11 +112,47 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         print(f"\n{dense_table(dense)}")
     if costs is not None:
         print(f"\n{costs.table()}")
-    print("".join(f"no room: {problem}\n" for problem in problems))
+    print("".join(f"{line}\n" for line in (*speeds.remarks, *(f"no room: {problem}" for problem in problems))))
     print(json.dumps(content, indent=2), flush=True)
     if config.output is not None:
         _write(config.output, content)
     return content
+
+
+@dataclass(frozen=True)
+class _Speeds:
+    """Photos per second of the whole cluster (None = unknown).
+
+    One given or measured speed is that of a single network: Pair-VPR's, which is then both, or the user's.
+    """
+
+    first_stage: float | None
+    pair_network: float | None
+    rows_from_file: bool = False
+    remarks: Sequence[str] = ()
+    """One line for what the plan does not know."""
+
+    @classmethod
+    def of(cls, first: FirstStage | None, images_per_s: float | None, *, reranks: bool) -> _Speeds:
+        if first is None:
+            return cls(images_per_s, images_per_s)
+        if first.file is None:
+            line = (
+                "descriptor.module: the speed is that of your network; how fast Pair-VPR's describes what is re-ranked "
+                "is unknown (plan without descriptor.module to know)"
+            )
+            return cls(images_per_s, None, remarks=[line] if reranks else [])
+        lines = [
+            "describe.descriptors: rows are copied and no photo is described; the memory to gather and the most "
+            "storage are upper bounds"
+        ]
+        if reranks:
+            known = "is unknown without" if images_per_s is None else "is"
+            lines.append(
+                "describe.descriptors: the speed of Pair-VPR's network, which describes what is re-ranked, "
+                f"{known} plan.images_per_s"
+            )
+        return cls(None, images_per_s, rows_from_file=True, remarks=lines)
 
 
 @dataclass(frozen=True)
@@ -126,7 +165,15 @@ class _Costs:
     rates: Rates
 
     @classmethod
-    def of(cls, config: PlanConfig, made: Plan, model: ModelConfig, there: Room, num_queries: int | None) -> _Costs:
+    def of(
+        cls,
+        config: PlanConfig,
+        made: Plan,
+        model: ModelConfig,
+        there: Room,
+        num_queries: int | None,
+        speeds: _Speeds,
+    ) -> _Costs:
         """Measures how fast a CPU of this machine compares descriptors."""
         asked = config.plan
         assert asked.price_per_hour is not None
@@ -144,8 +191,10 @@ class _Costs:
         kinds = [each.kind for each in made.kinds if each.kind in COSTED_KINDS and each.num_lists <= made.num_images]
         say("costs: measuring how fast a CPU compares descriptors")
         cpu = measured_cpu_rates(made.descriptor_dim, kinds)
-        rates = Rates(images_per_s=made.images_per_s, pairs_per_s=asked.pairs_per_s, cpu=cpu)
-        work = Work(num_queries, asked.num_candidates, config.index.num_build_threads)
+        rates = Rates(
+            images_per_s=speeds.first_stage, dense_per_s=speeds.pair_network, pairs_per_s=asked.pairs_per_s, cpu=cpu
+        )
+        work = Work(num_queries, asked.num_candidates, config.index.num_build_threads, speeds.rows_from_file)
         plans = [_as_kind(kind, config, made, model) for kind in kinds]
         return cls([plan_cost(each, machines, store, rates, work) for each in plans], machines, store, rates)
 

@@ -811,6 +811,10 @@ class QueryConfig:
         )
 
 
+COST_SETTINGS = ("pairs_per_s", "photo_kib", "price_per_gib_read", "price_per_gib_month")
+MACHINE_SETTINGS = ("num_machines", "cpus_per_machine")
+
+
 @dataclass(kw_only=True, slots=True)
 class PlanSettings:
     """The size of the planned index, the speed of the cluster, and what machines and storage cost."""
@@ -818,7 +822,7 @@ class PlanSettings:
     num_images: int | None = None
     """Number of database photos; null = counted in benchmark=..."""
     images_per_s: float | None = None
-    """Photos per second that the whole cluster describes; null = measure this on the current cluster."""
+    """Photos per second that the whole cluster describes; null = measured on the current cluster (docs/index.md)."""
     calibration_photos: int | None = None
     """Number of synthetic photos for that measurement; null = 64, then enough to take a few seconds."""
     num_queries: int | None = None
@@ -828,9 +832,9 @@ class PlanSettings:
     price_per_hour: float | None = None
     """Dollars that a machine costs an hour: adds hours and dollars by step; null = no costs are planned."""
     num_machines: int | None = None
-    """Machines of the cluster, with plan.images_per_s; null = those that are there, or 1 where no Ray is started."""
+    """Machines that describe plan.images_per_s; null = those that are there, or 1 where no Ray is started."""
     cpus_per_machine: int | None = None
-    """CPUs of each, with plan.images_per_s; null = those that are there, or this machine's."""
+    """CPUs of each; null = those that are there, or this machine's."""
     pairs_per_s: float | None = None
     """Pairs of photos per second that the whole cluster scores; null = unknown, and left out of the costs."""
     photo_kib: float = 100.0
@@ -852,19 +856,15 @@ class PlanSettings:
         )
         require_positive(self, "plan", "num_machines", "cpus_per_machine", "pairs_per_s", "photo_kib")
         require_not_negative(self, "plan", "price_per_hour", "price_per_gib_read", "price_per_gib_month")
-        for name in ("num_machines", "cpus_per_machine", "pairs_per_s"):
-            value = getattr(self, name)
+        for name in (*COST_SETTINGS, *MACHINE_SETTINGS) if self.price_per_hour is None else ():
             require(
-                value is None or self.price_per_hour is not None,
-                f"plan.{name}={value} counts in costs only; expected plan.price_per_hour=..., too",
+                not self.is_set(name),
+                f"plan.{name}={getattr(self, name)} counts in costs only; expected plan.price_per_hour=..., too",
             )
-        for name in ("num_machines", "cpus_per_machine"):
-            value = getattr(self, name)
-            require(
-                value is None or self.images_per_s is not None,
-                f"plan.{name}={value}: without plan.images_per_s=... the speed is that of the cluster at hand, and "
-                "so are its machines; expected both or neither",
-            )
+
+    def is_set(self, name: str) -> bool:
+        """Whether a setting differs from its default."""
+        return getattr(self, name) != next(item.default for item in fields(self) if item.name == name)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -890,3 +890,34 @@ class PlanConfig(BenchmarkJobConfig):
             (self.benchmark is None) != (self.plan.num_images is None),
             f"benchmark=... and plan.num_images=...: {given}; expected one of them, to give the number of photos",
         )
+        self._check_speed()
+        of_queries = ["num_candidates", "pairs_per_s"]
+        if self.describe.descriptors is not None:
+            of_queries.append("images_per_s")
+        for name in of_queries if self.benchmark is None and self.plan.num_queries is None else ():
+            require(
+                not self.plan.is_set(name),
+                f"plan.{name}={getattr(self.plan, name)} counts for queries only; expected plan.num_queries=..., too",
+            )
+
+    def _check_speed(self) -> None:
+        """A speed and machines belong together: both are given, or both are those of the cluster at hand."""
+        asked, has_rows = self.plan, self.describe.descriptors is not None
+        is_measured = asked.images_per_s is None and not has_rows
+        require(
+            asked.calibration_photos is None or is_measured,
+            f"plan.calibration_photos={asked.calibration_photos}: nothing is measured with "
+            f"{'describe.descriptors' if has_rows else 'plan.images_per_s'}=...; expected one of the two",
+        )
+        for name in MACHINE_SETTINGS if asked.price_per_hour is not None else ():
+            value = getattr(asked, name)
+            require(
+                value is None or not is_measured,
+                f"plan.{name}={value}: without plan.images_per_s=... the speed is that of the cluster at hand, and "
+                "so are its machines; expected both or neither",
+            )
+            require(
+                value is not None or asked.images_per_s is None,
+                f"plan.images_per_s={asked.images_per_s}: of how many machines and CPUs is not known, so neither are "
+                f"costs; expected plan.{name}=..., too",
+            )

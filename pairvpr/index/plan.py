@@ -137,7 +137,7 @@ class Plan:
 def plan_index(
     num_images: int, model: ModelConfig, config: BuildConfig, *, budget_bytes: float, images_per_s: float | None = None
 ) -> Plan:
-    """The plan of the index that `config` asks for; `images_per_s` is the describing rate of the whole cluster.
+    """The plan of the index that `config` asks for; `images_per_s` is the rate of the whole cluster's first stage.
 
     Raises `UserError` for more lists than so few photos can fill.
     """

@@ -54,20 +54,28 @@ class CpuRates:
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """Photos described and pairs scored by all machines in a second (None = unknown), and the work of a CPU."""
+    """What all machines do in a second (None = unknown), and the work of a CPU.
+
+    The first stage describes `images_per_s` photos; Pair-VPR's network describes `dense_per_s` for re-ranking.
+    """
 
     images_per_s: float | None
+    dense_per_s: float | None
     pairs_per_s: float | None
     cpu: CpuRates
 
 
 @dataclass(frozen=True)
 class Work:
-    """Queries to answer (None = only an index is made), candidates of each, and threads that learn the lists."""
+    """Queries to answer (None = only an index is made), candidates of each, and threads that learn the lists.
+
+    With `rows_from_file`, descriptors are copied from a file: the first stage describes no photo.
+    """
 
     num_queries: int | None
     num_candidates: int
     num_build_threads: int
+    rows_from_file: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +131,7 @@ def plan_cost(plan: Plan, machines: Machines, store: Store, rates: Rates, work: 
 
 def _building_hours(plan: Plan, rates: Rates, work: Work, num_cpus: int) -> list[tuple[str, float | None]]:
     rows, cpu, num_lists = plan.num_images, rates.cpu, _num_lists(plan)
-    steps: list[tuple[str, float | None]] = [("describe", _hours(rows, rates.images_per_s))]
+    steps: list[tuple[str, float | None]] = [("describe", _first_stage_hours(rows, rates, work))]
     if num_lists:
         sample = choose.num_training_rows(rows, plan.descriptor_dim, num_lists)
         learning = choose.NUM_ITERATIONS * sample * num_lists / cpu.centres
@@ -144,24 +152,28 @@ def _answering_hours(plan: Plan, rates: Rates, work: Work, num_cpus: int) -> lis
     searching = work.num_queries * (scanned / rates.cpu.scanned[plan.kind] + num_lists / rates.cpu.centres)
     pairs = work.num_queries * min(work.num_candidates, plan.num_images)
     return [
-        ("describe queries", _hours(work.num_queries, rates.images_per_s)),
+        ("describe queries", _first_stage_hours(work.num_queries, rates, work)),
         ("search", searching / _busy(num_cpus, plan.num_groups) / 3600),
-        ("describe candidates", _hours(pairs, rates.images_per_s)),
+        ("describe candidates", _hours(pairs, rates.dense_per_s)),
         ("score pairs", _hours(pairs, rates.pairs_per_s)),
     ]
 
 
 def _read_bytes(plan: Plan, store: Store, work: Work) -> dict[str, float]:
-    """Bytes that each step reads from the store. Descriptors are read as part files first, then as shards."""
+    """Bytes that each step reads from the store.
+
+    Descriptors are read as part files, or from the user's file, first, then as shards.
+    """
     num_queries, described = work.num_queries or 0, plan.descriptors_bytes
     index_bytes = next(each.bytes for each in plan.kinds if each.kind is plan.kind)
     sample = choose.num_training_rows(plan.num_images, plan.descriptor_dim, _num_lists(plan))
+    row_bytes = described / plan.num_images
     return {
-        "describe": plan.num_images * store.photo_bytes + described,
+        "describe": (0.0 if work.rows_from_file else plan.num_images * store.photo_bytes) + described,
         "learn": 4.0 * plan.descriptor_dim * sample + described,  # checks all, then reads the sample
         "fill": described,
         "measure": described + index_bytes,
-        "describe queries": num_queries * store.photo_bytes,
+        "describe queries": num_queries * (row_bytes if work.rows_from_file else store.photo_bytes),
         "search": index_bytes + (described if choose.KINDS[plan.kind].is_rescored else 0),
         "describe candidates": num_queries * min(work.num_candidates, plan.num_images) * store.photo_bytes,
         "score pairs": 0.0,
@@ -175,6 +187,10 @@ def _num_lists(plan: Plan) -> int:
 def _busy(num_cpus: int, num_pieces: int) -> int:
     """CPUs that have work when it is cut into so many pieces."""
     return min(num_cpus, num_pieces)
+
+
+def _first_stage_hours(num_photos: int, rates: Rates, work: Work) -> float | None:
+    return 0.0 if work.rows_from_file else _hours(num_photos, rates.images_per_s)
 
 
 def _hours(number: float, per_s: float | None) -> float | None:
@@ -208,10 +224,10 @@ def cost_table(costs: Sequence[KindCost], machines: Machines, store: Store) -> s
         f"photos of {size_text(store.photo_bytes)}, ${store.price_per_gib_read:g} for a GiB read, "
         f"${store.price_per_gib_month:g} for a GiB kept a month; requests and waiting for the store are not counted",
     ]
-    if any(step.hours is None for cost in costs for step in cost.steps):
-        lines.append(
-            "?: no rate is known, so it is not in the sums; give plan.images_per_s=... and plan.pairs_per_s=..."
-        )
+    unknown = {step.step for cost in costs for step in cost.steps if step.hours is None}
+    if unknown:
+        advice = "; give plan.pairs_per_s=..." if "score pairs" in unknown else ""
+        lines.append(f"?: no rate is known, so it is not in the sums{advice}")
     return "\n".join(lines)
 
 

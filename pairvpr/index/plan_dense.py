@@ -48,7 +48,7 @@ class DenseRun:
 def plan_dense(
     num_images: int, num_queries: int, num_candidates: int, model: ModelConfig, images_per_s: float | None
 ) -> DenseRun:
-    """Costs of every mode; `images_per_s` is the describing rate of the whole cluster.
+    """Costs of every mode; `images_per_s` is the rate at which the whole cluster describes with Pair-VPR's network.
 
     The cheapest mode describes the fewest photos; ties go to the one that stores less, then to a cache.
     """
