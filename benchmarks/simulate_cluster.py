@@ -276,7 +276,7 @@ def parts_of_a_hundred_million() -> DriverWork:
     order = np.argsort(order + np.random.default_rng(0).uniform(0, 1000, len(order)), kind="stable").tolist()
 
     def work() -> None:
-        commits = _CountedCommits(description, shard_ranges(NUM_PHOTOS, NUM_SHARDS))
+        commits = _CountedCommits(description, shard_ranges(NUM_PHOTOS, NUM_SHARDS), "describe")
         for part in order:
             commits.part_is_done(part)
         assert commits.num_sent == NUM_SHARDS

@@ -26,7 +26,7 @@ from pairvpr.data.manifest import Manifest
 from pairvpr.data.photo_batches import PhotoBatch
 from pairvpr.distributed import parts as part_files
 from pairvpr.distributed.index import RayRunner
-from pairvpr.distributed.metrics import count_bytes, count_failure
+from pairvpr.distributed.metrics import bytes_of, count_failure
 from pairvpr.distributed.parts import Parts, Rows
 from pairvpr.distributed.progress import Progress
 from pairvpr.distributed.runtime import (
@@ -135,7 +135,6 @@ def describe(
             f"{rejected[min(rejected)]}; delete {description.directory} to try again"
         )
     descriptor_shards.finish_description(description.directory, manifest, finished, description.first_id)
-    count_failure(f"describe {label}", "photo", sum(len(about.rejected) for about in finished))
     for line in descriptor_shards.about_photos(description.directory):
         say(f"describe {label}: {line}")
     storage.remove_tree(parts_directory)
@@ -155,6 +154,8 @@ def _copy_rows(
         if descriptor_shards.read_shard_description(directory, shard.shard) is None
     ]
     RayRunner().run(f"describe {label}", part_files.copy_shard, arguments)
+    without = sum(int((rows_of_shard < 0).sum()) for _, _, _, _, rows_of_shard, _ in arguments)
+    count_failure(f"describe {label}", "photo", without)
 
 
 def _describe_photos(
@@ -165,8 +166,8 @@ def _describe_photos(
 ) -> None:
     """The photos of shards that are not there yet, through the network."""
     manifest, parts = description.manifest, description.parts
-    commits = _Commits(description, shards)
     _forget_changed(description, label)
+    commits = _Commits(description, shards, f"describe {label}")
     existing = set(storage.list_files(parts.directory))
     pending = []
     for part in sorted(commits.shards_of):
@@ -233,8 +234,8 @@ class _Commits:
     `shards_of` maps each needed part to the unfinished shards that it belongs to.
     """
 
-    def __init__(self, description: Description, shards: Sequence[descriptor_shards.ShardRange]) -> None:
-        self.description = description
+    def __init__(self, description: Description, shards: Sequence[descriptor_shards.ShardRange], step: str) -> None:
+        self.description, self.step = description, step
         self.refs: list[ray.ObjectRef[None]] = []
         self.shards_of: dict[int, list[descriptor_shards.ShardRange]] = {}
         self._parts_left: dict[int, int] = {}
@@ -260,7 +261,7 @@ class _Commits:
         commit = _commit_shard.options(num_cpus=cpus_of_a_shard(), max_retries=MAX_TRIES, retry_exceptions=[OSError])
         urls = [parts.url(part) for part in parts.of_shard(shard)]
         width = description.network.width
-        self.refs.append(commit.remote(description.directory, shard, urls, width, description.first_id))
+        self.refs.append(commit.remote(description.directory, shard, urls, width, description.first_id, self.step))
 
 
 def _finished_parts(description: Description, pending: Sequence[int], step: str) -> Iterator[int]:
@@ -353,24 +354,24 @@ class _Network:
         self.in_the_network = threading.Lock()
 
     def __call__(self, rows: Rows) -> Rows:
-        columns = (rows[name] for name in ("part", "pixels", "errors", "remarks", "seconds"))
-        for part, pixels, errors, remarks, seconds in zip(*columns, strict=True):
-            shape = (-1, self.size_px, self.size_px, 3)
-            photos = PhotoBatch(
-                self.parts.ids(part).start,
-                np.frombuffer(pixels, np.uint8).reshape(shape).copy(),
-                _by_position(errors),
-                _by_position(remarks),
-            )
-            with self.in_the_network:
-                started_s = time.perf_counter()
-                descriptors = np.concatenate(
-                    [
-                        self.describer.descriptors(photos.pixels[first : first + self.batch_size])
-                        for first in range(0, len(photos.pixels), self.batch_size)
-                    ]
+        with bytes_of(self.step):
+            columns = (rows[name] for name in ("part", "pixels", "errors", "remarks", "seconds"))
+            for part, pixels, errors, remarks, seconds in zip(*columns, strict=True):
+                shape = (-1, self.size_px, self.size_px, 3)
+                photos = PhotoBatch(
+                    self.parts.ids(part).start,
+                    np.frombuffer(pixels, np.uint8).reshape(shape).copy(),
+                    _by_position(errors),
+                    _by_position(remarks),
                 )
-                seconds += time.perf_counter() - started_s
-            part_files.write(self.parts.url(part), photos, descriptors, seconds)
-        count_bytes(self.step)
+                with self.in_the_network:
+                    started_s = time.perf_counter()
+                    descriptors = np.concatenate(
+                        [
+                            self.describer.descriptors(photos.pixels[first : first + self.batch_size])
+                            for first in range(0, len(photos.pixels), self.batch_size)
+                        ]
+                    )
+                    seconds += time.perf_counter() - started_s
+                part_files.write(self.parts.url(part), photos, descriptors, seconds)
         return {"part": rows["part"]}

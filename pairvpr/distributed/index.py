@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from pairvpr.data import storage
-from pairvpr.distributed.metrics import count_bytes
+from pairvpr.distributed.metrics import SMALL_WORK, bytes_of
 from pairvpr.distributed.progress import Progress
 from pairvpr.distributed.runtime import cpus_of_a_shard, share_cpus
 from pairvpr.errors import IncompleteRunError, UserError
@@ -32,7 +32,7 @@ class RayRunner:
     def run(self, label: str, work: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """See `Runner`. A user's error in a task (`UserError` etc.) is raised here unchanged."""
         options = {"num_cpus": cpus_of_a_shard(), "max_retries": MAX_TRIES, "retry_exceptions": [OSError]}
-        task: Any = ray.remote(**options)(_counted(work, label or "index"))
+        task: Any = ray.remote(**options)(_counted(work, label or SMALL_WORK))
         answers = _in_order(task, _large_ones_shared(arguments))
         if not label:
             return list(answers)
@@ -64,10 +64,8 @@ def _counted(work: Callable[..., Any], step: str) -> Callable[..., Any]:
 
     @wraps(work)
     def counted(*arguments: Any) -> Any:
-        try:
+        with bytes_of(step):
             return work(*arguments)
-        finally:
-            count_bytes(step)
 
     return counted
 

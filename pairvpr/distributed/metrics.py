@@ -1,13 +1,14 @@
 """What a job counts for Prometheus, through Ray: every metric is declared here and nowhere else.
 
-`docs/metrics.md` and the dashboard in `deploy/grafana/` name them; tests compare both with this file and with a scrape
-of a real run. A local Ray exports nothing (`runtime.ray_session`), and recording costs a microsecond.
+`docs/metrics.md` and the dashboard in `deploy/kubernetes/monitoring/` name them; tests compare both with this file and
+with a scrape of a real run. A local Ray exports nothing (`runtime.ray_session`), and recording costs a microsecond.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import ray
@@ -19,6 +20,8 @@ PREFIX = "ray_"
 """Ray puts this before every name, and Prometheus's `_total` after a counter's."""
 JOB = "job_id"
 """Label of every metric: Ray's id of the job, as `ray list jobs` shows it."""
+SMALL_WORK = "index"
+"""Step of the tasks on an index that no progress line is about: checking rows, learning, measuring."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ _STEP, _OF_STEP = ("step",), ("step", "unit")
 PHOTOS = Declared(Counter, "pairvpr_photos", "photos", _STEP, "described, stored as dense features, or trained on")
 QUERIES = Declared(Counter, "pairvpr_queries", "queries", _STEP, "re-ranked")
 PAIRS = Declared(Counter, "pairvpr_pairs", "pairs", _STEP, "of a query and a candidate, scored by the network")
-SHARDS = Declared(Counter, "pairvpr_shards", "shards", _STEP, "indexed, searched or rewritten")
+SHARDS = Declared(Counter, "pairvpr_shards", "shards", _STEP, "indexed, searched, rewritten, or copied from a file")
 CHECKPOINTS = Declared(Counter, "pairvpr_checkpoints", "checkpoints", _STEP, "evaluated by search_checkpoints")
 READ = Declared(Counter, "pairvpr_read_bytes", "bytes", _STEP, "read whole or by range from a disk or store")
 WRITTEN = Declared(Counter, "pairvpr_written_bytes", "bytes", _STEP, "published on a disk or store")
@@ -63,11 +66,17 @@ FAILURES = Declared(
     "pairvpr_failures",
     "failures",
     ("step", "what"),
-    "what=photo: unreadable; what=unit: a try raised an error; what=actor: it died or could not start",
+    "what=photo: unreadable or without a row; what=unit: a try raised an error; what=actor: it died or could not start",
 )
-DONE = Declared(Gauge, "pairvpr_step_done", "see label unit", _OF_STEP, "of the step, with what earlier runs left")
+DONE = Declared(Gauge, "pairvpr_step_done", "see label unit", _OF_STEP, "finished in the step, also by earlier runs")
 TOTAL = Declared(Gauge, "pairvpr_step_total", "see label unit", _OF_STEP, "to be done in the step")
-RATE = Declared(Gauge, "pairvpr_step_rate_per_s", "label unit per second", _OF_STEP, "since the step began")
+RATE = Declared(
+    Gauge,
+    "pairvpr_step_rate_per_s",
+    "label unit per second",
+    _OF_STEP,
+    "by this run, mean since it began the step; in training since the last logged training step",
+)
 LOSS = Declared(Gauge, "pairvpr_training_loss", "none", _STEP, "of the last logged training step")
 
 ALL = (PHOTOS, QUERIES, PAIRS, SHARDS, CHECKPOINTS, READ, WRITTEN, FAILURES, DONE, TOTAL, RATE, LOSS)
@@ -85,6 +94,15 @@ def count_bytes(step: str) -> None:
         before, _bytes_counted = _bytes_counted, storage.traffic()
         READ.record(_bytes_counted.read_bytes - before.read_bytes, step=step)
         WRITTEN.record(_bytes_counted.written_bytes - before.written_bytes, step=step)
+
+
+@contextmanager
+def bytes_of(step: str) -> Iterator[None]:
+    """The bytes of the block count for `step`, also where it fails: the process may do another step next."""
+    try:
+        yield
+    finally:
+        count_bytes(step)
 
 
 def count_failure(step: str, what: str, count: int = 1) -> None:

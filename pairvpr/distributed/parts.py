@@ -22,7 +22,7 @@ from pairvpr.data import sealed, storage
 from pairvpr.data.descriptor_file import read_rows
 from pairvpr.data.manifest import Manifest, check_photos_are_seen
 from pairvpr.data.photo_batches import PhotoBatch, PhotoSettings, load_batch, num_batches
-from pairvpr.distributed.metrics import count_bytes
+from pairvpr.distributed.metrics import bytes_of, count_failure
 from pairvpr.errors import IncompleteRunError
 from pairvpr.index import descriptor_shards
 
@@ -82,21 +82,23 @@ def decode(
 ) -> Rows:
     """Part numbers -> one row each: pixels as bytes, errors and remarks as JSON, and the seconds spent.
 
-    Bytes that are read count for `step`. Raises `UserError` if this node does not see the photo folder.
+    Bytes that are read, and photos that can't be, count for `step`. Raises `UserError` if this node does not see the
+    photo folder.
     """
     photos = ray.get(manifest)
     decoded: dict[str, list[Any]] = {"part": [], "pixels": [], "errors": [], "remarks": [], "seconds": []}
-    for part in rows["part"]:
-        started_s = time.perf_counter()
-        loaded = load_batch(photos, int(part), photos_per_part, settings)
-        if loaded.errors:
-            check_photos_are_seen(photos)
-        decoded["part"].append(part)
-        decoded["pixels"].append(loaded.pixels.tobytes())
-        decoded["errors"].append(json.dumps(loaded.errors))
-        decoded["remarks"].append(json.dumps(loaded.remarks))
-        decoded["seconds"].append(time.perf_counter() - started_s)
-    count_bytes(step)
+    with bytes_of(step):
+        for part in rows["part"]:
+            started_s = time.perf_counter()
+            loaded = load_batch(photos, int(part), photos_per_part, settings)
+            if loaded.errors:
+                check_photos_are_seen(photos)
+                count_failure(step, "photo", len(loaded.errors))
+            decoded["part"].append(part)
+            decoded["pixels"].append(loaded.pixels.tobytes())
+            decoded["errors"].append(json.dumps(loaded.errors))
+            decoded["remarks"].append(json.dumps(loaded.remarks))
+            decoded["seconds"].append(time.perf_counter() - started_s)
     return decoded
 
 
@@ -125,47 +127,49 @@ def commit_shard(
     shard: descriptor_shards.ShardRange,
     part_urls: Sequence[str],
     descriptor_dim: int,
-    first_id: int = 0,
+    first_id: int,
+    step: str,
 ) -> None:
-    """Gather a shard's rows from its parts, in id order, and publish it; ids count from `first_id`.
+    """Gather a shard's rows from its parts, in id order, and publish it; ids count from `first_id`, bytes for `step`.
 
     Raises `IncompleteRunError` for a damaged part, which is deleted.
     """
-    ids, rows = [np.empty(0, np.int64)], [np.empty((0, descriptor_dim), np.float32)]
-    rejected: dict[int, str] = {}
-    remarks: dict[int, str] = {}
-    seconds = 0.0
-    with ThreadPoolExecutor(PARTS_READ_AT_ONCE) as pool:
-        read = pool.map(storage.read_bytes, part_urls)
-    for url, data in zip(part_urls, read, strict=True):
-        part = _arrays(url, data)
-        inside = (part["ids"] >= shard.first_id) & (part["ids"] < shard.stop_id)
-        ids.append(part["ids"][inside])
-        rows.append(part["descriptors"][inside])
-        for found, ids_name, texts_name in (
-            (rejected, "rejected_ids", "rejected_errors"),
-            (remarks, "remarked_ids", "remarks"),
-        ):
-            texts = zip(part[ids_name].tolist(), part[texts_name].tolist(), strict=True)
-            found |= {image_id: text for image_id, text in texts if shard.first_id <= image_id < shard.stop_id}
-        if shard.first_id <= int(part["first_id"]) < shard.stop_id:
-            seconds += float(part["seconds"])
-    all_ids = np.concatenate(ids)
-    accounted = np.sort(np.concatenate([all_ids, np.fromiter(rejected, np.int64, len(rejected))]))
-    assert np.array_equal(accounted, np.arange(shard.first_id, shard.stop_id)), "a photo is missing or double"
-    if remarks:
-        of_index = {image_id + first_id: remark for image_id, remark in remarks.items()}
-        descriptor_shards.write_shard_remarks(directory, shard.shard, of_index)
-    descriptor_shards.write_shard_description(
-        directory,
-        shard.shard,
-        all_ids + first_id,
-        np.concatenate(rows),
-        first_id=shard.first_id + first_id,
-        count=shard.count,
-        rejected={image_id + first_id: error for image_id, error in rejected.items()},
-        seconds=seconds,
-    )
+    with bytes_of(step):
+        ids, rows = [np.empty(0, np.int64)], [np.empty((0, descriptor_dim), np.float32)]
+        rejected: dict[int, str] = {}
+        remarks: dict[int, str] = {}
+        seconds = 0.0
+        with ThreadPoolExecutor(PARTS_READ_AT_ONCE) as pool:
+            read = pool.map(storage.read_bytes, part_urls)
+        for url, data in zip(part_urls, read, strict=True):
+            part = _arrays(url, data)
+            inside = (part["ids"] >= shard.first_id) & (part["ids"] < shard.stop_id)
+            ids.append(part["ids"][inside])
+            rows.append(part["descriptors"][inside])
+            for found, ids_name, texts_name in (
+                (rejected, "rejected_ids", "rejected_errors"),
+                (remarks, "remarked_ids", "remarks"),
+            ):
+                texts = zip(part[ids_name].tolist(), part[texts_name].tolist(), strict=True)
+                found |= {image_id: text for image_id, text in texts if shard.first_id <= image_id < shard.stop_id}
+            if shard.first_id <= int(part["first_id"]) < shard.stop_id:
+                seconds += float(part["seconds"])
+        all_ids = np.concatenate(ids)
+        accounted = np.sort(np.concatenate([all_ids, np.fromiter(rejected, np.int64, len(rejected))]))
+        assert np.array_equal(accounted, np.arange(shard.first_id, shard.stop_id)), "a photo is missing or double"
+        if remarks:
+            of_index = {image_id + first_id: remark for image_id, remark in remarks.items()}
+            descriptor_shards.write_shard_remarks(directory, shard.shard, of_index)
+        descriptor_shards.write_shard_description(
+            directory,
+            shard.shard,
+            all_ids + first_id,
+            np.concatenate(rows),
+            first_id=shard.first_id + first_id,
+            count=shard.count,
+            rejected={image_id + first_id: error for image_id, error in rejected.items()},
+            seconds=seconds,
+        )
 
 
 def copy_shard(

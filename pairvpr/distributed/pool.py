@@ -23,7 +23,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from pairvpr.distributed.metrics import count_bytes, count_failure
+from pairvpr.distributed.metrics import bytes_of, count_failure
 from pairvpr.errors import IncompleteRunError
 from pairvpr.machine import in_a_line
 from pairvpr.terminal import say
@@ -58,10 +58,8 @@ class PoolActor:
 
     def work(self, unit: Any, step: str) -> Any:
         """The same, with its bytes counted for the step."""
-        try:
+        with bytes_of(step):
             return self.run(unit)
-        finally:
-            count_bytes(step)
 
 
 class Transport(Protocol):

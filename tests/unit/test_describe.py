@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 import torch
@@ -16,6 +18,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 
 from pairvpr.config.schema import DescribeConfig
 from pairvpr.data import stamps, storage
+from pairvpr.data.descriptor_file import DescriptorFile
 from pairvpr.data.manifest import Manifest
 from pairvpr.distributed import describe as steps
 from pairvpr.distributed.describe import Description, describe
@@ -34,13 +37,17 @@ class FakeCommit:
 
     def __init__(self) -> None:
         self.reserved: list[dict[str, Any]] = []
+        self.shards: list[int] = []
+        self.steps: list[str] = []
 
     def options(self, **reserved: Any) -> FakeCommit:
         self.reserved.append(reserved)
         return self
 
-    def remote(self, *_: object) -> None:
+    def remote(self, *arguments: Any) -> None:
         """Nothing is started."""
+        self.shards.append(arguments[1].shard)
+        self.steps.append(arguments[-1])
 
 
 def description_of(directory: Path, num_photos: int, num_shards: int) -> Description:
@@ -55,10 +62,11 @@ def test_commits_reserve_what_index_builds_do(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(steps, "_commit_shard", commit)
     monkeypatch.setattr(steps, "cpus_of_a_shard", lambda: 0.75)
     description = description_of(tmp_path, 9, 3)
-    commits = steps._Commits(description, descriptor_shards.shard_ranges(9, 3))
+    commits = steps._Commits(description, descriptor_shards.shard_ranges(9, 3), "describe database")
     for part in sorted(commits.shards_of):
         commits.part_is_done(part)
     assert [reserved["num_cpus"] for reserved in commit.reserved] == [0.75] * 3
+    assert commit.steps == ["describe database"] * 3
 
 
 def test_the_first_photo_that_can_not_be_read_is_the_one_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +167,9 @@ def test_every_thread_that_describes_has_the_threads_of_the_settings(monkeypatch
     assert seen == [wanted, wanted]
 
 
-def test_what_was_described_of_changed_photos_is_forgotten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_described_of_changed_photos_is_forgotten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Their parts and shards alone; what has not changed is kept, also the finished shard that shares a part."""
     photos, directory = tmp_path / "photos", tmp_path / "index"
     photos.mkdir()
@@ -192,6 +202,41 @@ def test_what_was_described_of_changed_photos_is_forgotten(tmp_path: Path, capsy
     assert kept() == ([parts.name(part) for part in (0, 2, 4)], [False, True, False])
     said = "describe database: 2 photos have changed since (2.jpg first); they are described again"
     assert capsys.readouterr().err.splitlines() == [said]
-    pending = steps._Commits(description, descriptor_shards.shard_ranges(9, 3)).shards_of
+    pending = steps._Commits(description, descriptor_shards.shard_ranges(9, 3), "describe database").shards_of
     assert sorted(pending) == [0, 1, 3, 4]  # the parts of both shards that are to be committed
     stamps.check_unchanged(manifest, str(directory))
+
+    commit = FakeCommit()
+    monkeypatch.setattr(steps, "_commit_shard", commit)
+    monkeypatch.setattr(steps, "cpus_of_a_shard", lambda: 1.0)
+    monkeypatch.setattr(steps, "_finished_parts", lambda _description, parts, _step: iter(parts))
+    monkeypatch.setattr(ray, "get", lambda refs: refs)
+    (photos / "4.jpg").write_text("another photo of the shard that was finished")
+    steps._describe_photos(description, descriptor_shards.shard_ranges(9, 3), "database", lambda _: None)
+    assert sorted(commit.shards) == [0, 1, 2]
+
+
+def test_failures_of_earlier_runs_are_not_counted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where photos are unreadable in shards that are there already, and rows missing of shards that are copied."""
+    counted: list[tuple[str, str, int]] = []
+    monkeypatch.setattr(steps, "count_failure", lambda *what: counted.append(what))
+    monkeypatch.setattr(ray, "get", lambda refs: refs)
+    for name in ("network", "file"):
+        for shard in descriptor_shards.shard_ranges(4, 2):
+            if name == "network" or shard.shard == 0:
+                descriptor_shards.write_shard_description(
+                    str(tmp_path / name), shard.shard, np.array([shard.first_id]), np.ones((1, 16), np.float32),
+                    first_id=shard.first_id, count=2, rejected={shard.first_id + 1: "unreadable"}, seconds=0.0,
+                )  # fmt: skip
+    describe(description_of(tmp_path / "network", 4, 2), "database", needs_a_readable_photo=True)
+    assert counted == []
+
+    class Runner:
+        def run(self, label: str, _work: object, arguments: list[Any]) -> None:
+            assert (label, len(arguments)) == ("describe database", 1)
+
+    monkeypatch.setattr(steps, "RayRunner", Runner)
+    file = DescriptorFile("rows.npy", 16, pa.chunked_array([["0.jpg", "3.jpg"]]), "stamp")
+    description = replace(description_of(tmp_path / "file", 4, 2), source=file)
+    steps._copy_rows(description, file, descriptor_shards.shard_ranges(4, 2), "database")
+    assert counted == [("describe database", "photo", 1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from ray.util.metrics import Counter
 
 from pairvpr.data import storage
-from pairvpr.distributed import metrics
+from pairvpr.distributed import index, metrics
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = ROOT / "deploy" / "kubernetes" / "monitoring" / "dashboard.json"
@@ -51,6 +52,23 @@ def expressions() -> list[str]:
 def test_docs_list_every_metric() -> None:
     lines = (ROOT / "docs" / "metrics.md").read_text().splitlines()
     assert [line for line in lines if line.startswith("| `ray_pairvpr")] == [docs_row(metric) for metric in metrics.ALL]
+
+
+def test_the_step_of_small_work_is_one_name_in_code_and_docs(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = list[str]()
+    monkeypatch.setattr(index, "_counted", lambda work, step: steps.append(step) or work)
+    monkeypatch.setattr(index.ray, "remote", lambda **_: lambda _work: None)
+    monkeypatch.setattr(index, "cpus_of_a_shard", lambda: 1.0)
+    monkeypatch.setattr(index, "_in_order", lambda _task, _arguments: iter(()))
+    assert index.RayRunner().run("", len, []) == []
+    assert steps == [metrics.SMALL_WORK]
+    assert f"Bytes also have the step `{steps[0]}`" in (ROOT / "docs" / "metrics.md").read_text()
+
+
+def test_places_that_the_module_names_are_there() -> None:
+    named = re.findall(r"`([\w./]+/[\w./]*)`", metrics.__doc__ or "")
+    assert len(named) == 2
+    assert all((ROOT / name).exists() for name in named)
 
 
 def test_dashboard_asks_for_declared_names_and_labels_only() -> None:

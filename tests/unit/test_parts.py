@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,11 +14,14 @@ import ray
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from ray.util.metrics import Counter
 
 from pairvpr.config.schema import ModelConfig
 from pairvpr.data import images
 from pairvpr.data.manifest import Manifest
 from pairvpr.data.photo_batches import PhotoBatch
+from pairvpr.distributed import parts as parts_module
+from pairvpr.distributed.metrics import count_bytes
 from pairvpr.distributed.parts import MAX_BATCHES_PER_PART, Parts, commit_shard, decode, write
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.index import descriptor_shards
@@ -60,7 +65,7 @@ def test_shards_gather_their_rows_from_parts_on_both_borders(tmp_path: Path, num
         write(parts.url(part), PhotoBatch(ids.start, pixels, errors), descriptors[ids.start : ids.stop], 1.0)
     shards = descriptor_shards.shard_ranges(num_images, num_shards)
     for shard in shards:
-        commit_shard(str(tmp_path), shard, [parts.url(part) for part in parts.of_shard(shard)], 4)
+        commit_shard(str(tmp_path), shard, [parts.url(part) for part in parts.of_shard(shard)], 4, 0, "describe")
     about = [descriptor_shards.read_shard_description(str(tmp_path), shard.shard) for shard in shards]
     rejected = {i: text for shard in about if shard is not None for i, text in shard.rejected.items()}
     assert rejected == broken
@@ -76,7 +81,7 @@ def test_a_missing_part_is_noticed(tmp_path: Path) -> None:
     parts = Parts(str(tmp_path / "parts"), 10, 5)
     write(parts.url(0), PhotoBatch(0, np.zeros((5, 2, 2, 3), np.uint8), {}), np.ones((5, 4), np.float32), 1.0)
     with pytest.raises(AssertionError, match="missing or double"):
-        commit_shard(str(tmp_path), descriptor_shards.shard_ranges(10, 1)[0], [parts.url(0)], 4)
+        commit_shard(str(tmp_path), descriptor_shards.shard_ranges(10, 1)[0], [parts.url(0)], 4, 0, "describe")
 
 
 def test_a_folder_that_this_node_does_not_see_rejects_no_photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +100,55 @@ def test_a_folder_that_this_node_does_not_see_rejects_no_photo(tmp_path: Path, m
         folder.mkdir(exist_ok=True)
     (folder / "another.jpg").touch()
     assert decoded(str(folder))[0].count("FileNotFoundError") == 2
+    failures: list[tuple[str, str, int]] = []
+    monkeypatch.setattr(parts_module, "count_failure", lambda *what: failures.append(what))
     assert decoded("memory://nowhere")[0].count("FileNotFoundError") == 2
+    assert failures == [("describe", "photo", 2)]
+
+
+def test_bytes_count_for_the_step_of_the_task_also_where_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process does a task of another step next."""
+    counted: list[tuple[str, str, float]] = []
+
+    def inc(counter: Counter, value: float, tags: dict[str, str]) -> None:
+        counted.append((counter.info["name"].removeprefix("pairvpr_"), tags["step"], value))
+
+    monkeypatch.setattr(Counter, "inc", inc)
+    monkeypatch.setattr(ray, "get", lambda manifest: manifest)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "0.jpg").write_bytes(b"no photo")
+    parts, shard = Parts(str(tmp_path / "parts"), 5, 5), descriptor_shards.shard_ranges(5, 1)[0]
+    write(parts.url(0), PhotoBatch(0, np.zeros((5, 2, 2, 3), np.uint8), {}), np.ones((5, 4), np.float32), 1.0)
+    count_bytes("before")
+
+    def of(task: Callable[[], object]) -> set[tuple[str, str]]:
+        counted.clear()
+        with suppress(UserError, IncompleteRunError):
+            task()
+        assert all(value > 0 for *_, value in counted)
+        found = {(what, step) for what, step, _ in counted}
+        counted.clear()
+        count_bytes("the next step")
+        assert not counted
+        return found
+
+    read, written = ("read_bytes", "describe"), ("written_bytes", "describe")
+    assert of(lambda: commit_shard(str(tmp_path), shard, [parts.url(0)], 4, 0, "describe")) == {read, written}
+    Path(parts.url(0)).write_bytes(b"damaged")
+    assert of(lambda: commit_shard(str(tmp_path), shard, [parts.url(0)], 4, 0, "describe")) == {read}
+
+    def decode_and_miss_the_folder() -> None:
+        manifest = cast(Any, Manifest.of(str(tmp_path / "photos"), ["0.jpg"]))
+        monkeypatch.setattr(parts_module, "check_photos_are_seen", not_seen)
+        settings = ModelConfig(image_size_px=14)
+        decode({"part": [0]}, manifest=manifest, photos_per_part=1, settings=settings, step="describe")
+
+    def not_seen(_: Manifest) -> None:
+        raise UserError("not seen")
+
+    assert of(decode_and_miss_the_folder) == {read}
 
 
 @pytest.mark.parametrize("scaled_decoding", [False, True])
@@ -129,5 +182,5 @@ def test_a_damaged_part_is_deleted_and_named(tmp_path: Path, damage: str) -> Non
     content = {"truncated": data[: len(data) // 2], "empty": b"", "foreign": b"not an archive", "flipped": data}
     file.write_bytes(content[damage])
     with pytest.raises(IncompleteRunError, match=rf"^{file} was damaged .* was deleted; run the same command again"):
-        commit_shard(str(tmp_path), descriptor_shards.shard_ranges(5, 1)[0], [parts.url(0)], 4)
+        commit_shard(str(tmp_path), descriptor_shards.shard_ranges(5, 1)[0], [parts.url(0)], 4, 0, "describe")
     assert not file.exists()
