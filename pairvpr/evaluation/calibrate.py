@@ -200,7 +200,7 @@ def _half(queries: Sequence[LocatedQuery], is_chosen: NDArray[np.bool_], url: st
     answered = [query for query in chosen if len(query.scores)]
     if len(answered) < FEWEST_QUERIES:
         raise UserError(
-            f"predictions={url}: only only {len(answered)} queries were answered in one half of the {len(queries)}; "
+            f"predictions={url}: only {len(answered)} queries were answered in one half of the {len(queries)}; "
             f"expected {FEWEST_QUERIES} or more in each"
         )
     return _Half(

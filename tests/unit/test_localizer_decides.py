@@ -22,6 +22,7 @@ from pairvpr.retrieval.decision import Decision, Votes, Weights
 from pairvpr.toy import city as toy_city
 from tests.support.small import small_evaluate_config
 
+ROOT = Path(__file__).parents[2]
 CONFIG = small_evaluate_config("unused", num_candidates=8)
 VOTES = Votes(radius_m=25.0, softness=0.7, own=0.5, weight=3.0)
 FUSED = Decision(
@@ -109,6 +110,7 @@ def test_order_and_confidence_are_those_of_the_reference(folder: Path, adaptive:
             assert all((match.confidence is None) == (rule is not DecisionRule.pair) for match in matches[1:])
         orders.append([row["final"] for row in rows])
         _same_alone(localizer, photos[0], answers[0])
+        _says_where(localizer, photos[0], rows[0])
     assert orders[0] != orders[1] != orders[2] != orders[0]
 
 
@@ -116,6 +118,17 @@ def _same_alone(localizer: Localizer, photo: Path, among: Any) -> None:
     alone = localizer.locate(photo, k=8)
     assert isinstance(among[0], Match)
     assert alone[0].confidence == pytest.approx(among[0].confidence, abs=1e-4)
+
+
+def _says_where(localizer: Localizer, photo: Path, row: dict[str, Any]) -> None:
+    """By every rule, as docs/decision.md says; where a rule decides, it is the position of predictions.parquet."""
+    position = localizer.answer(photo, k=8).position
+    assert position is not None
+    if localizer.decision is not DecisionRule.pair:
+        decided = row["estimated_east_m"], row["estimated_north_m"], row["estimated_spread_m"]
+        assert (*position.utm, position.spread_m) == pytest.approx(decided, abs=0.1)
+    page = (ROOT / "docs" / "decision.md").read_text()
+    assert "`Localizer.answer` and the service also give the estimated position, with `pair`,\ntoo" in page
 
 
 def test_what_can_not_be_decided(folder: Path) -> None:
