@@ -27,9 +27,10 @@ def say(text: str) -> None:
     """One line for the person who watches; if nobody does any more, the work goes on."""
     line = without_secrets(text)
     _tell(line)
+    drawn = _bar  # another thread may end it
     with suppress(OSError, ValueError):
-        if _bar is not None:
-            _bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if drawn is not None:
+            drawn.console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
         else:
             print(line, file=_terminal or sys.stderr, flush=True)
 
@@ -62,10 +63,10 @@ def bar(step: str, total: int, unit: str, *, already_done: int) -> Iterator[Call
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     drawn = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]}, {task.fields[rate]:,.1f}/s, left"),
+        TextColumn("{task.fields[unit]}, {task.fields[rate]:,.1f}/s, left", markup=False),
         TimeRemainingColumn(),
         console=Console(file=cast(IO[str], _MayGo(stream)), force_terminal=True),
         refresh_per_second=4,

@@ -10,10 +10,12 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from types import FunctionType, SimpleNamespace
 
 import pytest
 import ray
 
+from pairvpr import terminal
 from pairvpr.distributed import progress as module
 from pairvpr.distributed.progress import Progress
 
@@ -75,13 +77,13 @@ from pairvpr.terminal import heard_by, say
 
 progress.SECONDS_BETWEEN_LINES = 0.2
 heard = []
-with heard_by(heard.append), progress.Progress("re-rank", 400, "queries", already_done=100) as step:
+with heard_by(heard.append), progress.Progress(":eyes: re-rank", 400, "queries", already_done=100) as step:
     for number in range(4):
         step.add(50)
         time.sleep(0.3)
         if number == 1:
-            say("a line with [brackets] in between")
-print(len([line for line in heard if line.startswith("re-rank: 2")]))
+            say("a line with [brackets] and :eyes: in between")
+print(len([line for line in heard if line.startswith(":eyes: re-rank: 2")]))
 """
 
 
@@ -105,12 +107,29 @@ def in_a_terminal(term: str) -> tuple[str, str]:
 def test_a_terminal_shows_a_bar() -> None:
     written, printed = in_a_terminal("xterm-256color")
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written)
-    assert re.search(r"re-rank .* 250/400 queries, \d+\.\d/s, left 0:00:\d\d", plain)
-    assert "a line with [brackets] in between\r\n" in plain
+    assert re.search(r":eyes: re-rank .* 250/400 queries, \d+\.\d/s, left 0:00:\d\d", plain)
+    assert "a line with [brackets] and :eyes: in between\r\n" in plain
     assert "re-rank: 250/400 queries" not in plain, "the bar says that"
     assert re.search(r"re-rank: done in \d\.\d s, \d+\.\d queries/s\r\n$", plain)
     assert written.rindex("\x1b[?25h") > written.rindex("\x1b[?25l"), "the cursor is back"
     assert int(printed) >= 1, "listeners, such as the status, still hear how far the step is"
+
+
+def test_a_line_reaches_a_bar_that_another_thread_ends_meanwhile() -> None:
+    printed = list[str]()
+    drawn = SimpleNamespace(console=SimpleNamespace(print=lambda line, **_: printed.append(line)))
+
+    class Names(dict[str, object]):
+        """Those of the module; the bar is gone once somebody has looked."""
+
+        def __getitem__(self, name: str) -> object:
+            found = super().__getitem__(name)
+            if name == "_bar":
+                self[name] = None
+            return found
+
+    FunctionType(terminal.say.__code__, Names(vars(terminal), _bar=drawn))("a line")
+    assert printed == ["a line"]
 
 
 def test_work_goes_on_when_the_terminal_is_closed() -> None:
