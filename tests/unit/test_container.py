@@ -48,15 +48,19 @@ def test_hadolint_has_nothing_to_say() -> None:
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong"),
+    ("right", "wrong", "rule"),
     [
-        ("python:3.11-slim-bookworm", "python:latest"),
-        ("USER 1000", "USER root"),
-        ("WORKDIR /home/pairvpr", "WORKDIR x"),
+        ("FROM ${PYTHON_IMAGE} AS tools", "FROM python:latest AS tools", "DL3007"),
+        ("USER 1000", "USER root", "DL3002"),
+        ("WORKDIR /home/pairvpr", "WORKDIR home/pairvpr", "DL3000"),
     ],
 )
-def test_hadolint_finds_mistakes(right: str, wrong: str) -> None:
-    assert hadolint(DOCKERFILE.read_text().replace(right, wrong).replace("${PYTHON_IMAGE}", wrong)).returncode != 0
+def test_hadolint_finds_mistakes(right: str, wrong: str, rule: str) -> None:
+    text = DOCKERFILE.read_text()
+    assert right in text
+    found = hadolint(text.replace(right, wrong))
+    assert found.returncode == 1
+    assert rule in re.findall(r"^-:\d+ (DL\d{4})\b", found.stdout, re.MULTILINE), found.stdout + found.stderr
 
 
 @pytest.mark.parametrize("image", IMAGES)
