@@ -21,6 +21,7 @@ from types import FrameType
 from pairvpr.data.storage import StorageError, reason
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.machine import in_a_line
+from pairvpr.needed import PACKAGES, lack
 from pairvpr.secrets import without_secrets
 from pairvpr.terminal import give_up_broken_stdout, libraries_write_to, make_streams_usable, say
 
@@ -89,6 +90,10 @@ def outcome_of(error: BaseException) -> Outcome:
             return Outcome(1, f"stopped by {cause}: {GOES_ON}")
         if isinstance(cause, SystemExit) and cause.code in SIGNALS:  # from Ray's own handler, while Ray starts
             return Outcome(1, f"stopped by {signal.Signals(cause.code).name}: {GOES_ON}")
+        if isinstance(cause, ModuleNotFoundError):
+            line = lack(PACKAGES.keys() & {(cause.name or "").partition(".")[0]})
+            if line is not None:
+                return Outcome(2, f"error: {line}")
         if isinstance(cause, StorageError):
             return Outcome(1, f"error: {reason(cause)}; {KEPT}", has_log=True)
         if isinstance(cause, BrokenPipeError) and cause.filename is None:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
+from pairvpr.needed import NEEDED, SETTINGS, lack
+
 JOBS_PACKAGE = "ray_jobs"
 GROUPS = ("use", "measure", "train", "look")
 HELP, HELP_ALL, VERSION = ("-h", "--help"), "--help-all", "--version"
@@ -203,7 +205,7 @@ def main() -> int:
         print(f"pairvpr {__version__}")
         return 0
     if name in LOOKS:
-        return import_module(LOOKS[name][0]).main(arguments)
+        return 2 if _lacks(NEEDED[name]) else import_module(LOOKS[name][0]).main(arguments)
     if name not in JOBS:
         print(f"error: {name}: no such job; {_choices(name)}", file=sys.stderr)
         return 2
@@ -214,17 +216,28 @@ def run_job(name: str, arguments: Sequence[str] | None = None) -> int:
     """Run the job of this name with `arguments` (default: those of this process); returns its exit code."""
     job = JOBS[name]
     given = sys.argv[1:] if arguments is None else arguments
+    is_help = not given or any(word in (*HELP, HELP_ALL) for word in given)
+    if _lacks(SETTINGS if is_help else NEEDED[name]):
+        return 2
     if HELP_ALL in given:
         from pairvpr.config.compose import help_text
 
         print(help_text(job.config))
         return 0
-    if not given or any(word in HELP for word in given):
+    if is_help:
         print(short_help(job))
         return 0
     from pairvpr.boundary import exit_code_of
 
     return exit_code_of(lambda: job.work(given))
+
+
+def _lacks(modules: Sequence[str]) -> bool:
+    """Whether one of the modules is not installed, which is said in one line."""
+    line = lack(modules)
+    if line is not None:
+        print(f"error: {line}", file=sys.stderr)
+    return line is not None
 
 
 def overview() -> str:

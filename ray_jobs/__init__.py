@@ -1,40 +1,22 @@
 """The commands: `python -m ray_jobs.evaluate ...`, on a laptop or under `ray job submit`."""
 
-import socket
 import sys
-from importlib.util import find_spec
 
-NEEDED = {
-    "faiss": "faiss-cpu or faiss-gpu",
-    "fsspec": "fsspec",
-    "huggingface_hub": "huggingface_hub",
-    "hydra": "hydra-core",
-    "numpy": "numpy",
-    "PIL": "pillow",
-    "psutil": "psutil",
-    "pyarrow": "pyarrow",
-    "pytorch_metric_learning": "pytorch-metric-learning",
-    "ray": "ray",
-    "rich": "rich",
-    "s3fs": "s3fs",
-    "safetensors": "safetensors",
-    "scipy": "scipy",
-    "tensorboardX": "tensorboardx",
-    "torch": "torch",
-    "yaml": "pyyaml",
-}
-"""Modules that jobs import, and the packages they are in; extras aside."""
+from pairvpr.needed import NEEDED, lack
 
 
 def _check_packages() -> None:
-    """End with one line where a cluster's Python lacks packages: `--working-dir` brings the code alone."""
-    missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
-    if missing:
-        print(
-            f"error: {sys.executable} of {socket.gethostname()} lacks {', '.join(missing)}; expected `uv run --extra "
-            "cpu python -m ray_jobs.JOB ...`, or the packages of requirements/ on every node (docs/cluster.md)",
-            file=sys.stderr,
-        )
+    """End with one line where packages are missing that the job of `python -m ray_jobs.JOB` imports.
+
+    Python imports this package first, and sets `sys.argv[0]` only then.
+    """
+    if sys.argv[:1] != ["-m"]:
+        return
+    words = [word.removeprefix("-m") for word in sys.orig_argv]
+    jobs = [word.removeprefix("ray_jobs.") for word in words if word.startswith("ray_jobs.")]
+    line = lack(NEEDED.get(jobs[0], ())) if jobs else None
+    if line is not None:
+        print(f"error: {line}", file=sys.stderr)
         raise SystemExit(2)
 
 

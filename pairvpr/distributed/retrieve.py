@@ -21,12 +21,12 @@ from pairvpr.distributed.progress import Progress
 from pairvpr.distributed.runtime import ALONE, cpus_of_a_shard, job_cpus, own_device
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.index import choose, descriptor_shards
-from pairvpr.index.filters import Filters, Places, search_filtered
+from pairvpr.index.filters import Filters, Places
 from pairvpr.index.generations import IndexManifest
 from pairvpr.index.merge import Found, merge_top_k
 from pairvpr.index.reader import OpenIndex, check_faiss_has_gpus, groups_of_shards, short_list_length
 from pairvpr.index.reduction import read_reduction
-from pairvpr.index.search import NO_ID, Effort, rescore, search
+from pairvpr.index.search import NO_ID, Effort, rescore, search, search_filtered
 from pairvpr.terminal import say
 
 CANDIDATES_SCHEMA = pa.schema(

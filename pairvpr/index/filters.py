@@ -1,4 +1,4 @@
-"""Where and when: which photos a query may find. Q queries, n photos or rows, k results."""
+"""Where and when: which photos a query may find. Q queries, n photos or rows."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-
-from pairvpr.index.merge import Found
-from pairvpr.index.search import NO_ID, Effort, Shard, search
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,35 +73,3 @@ def allowed(line: NDArray[np.float64], places: Places, ids: NDArray[np.int64]) -
         apart_deg = np.abs((places.heading_deg[ids] - line[7] + 180) % 360 - 180)
         is_allowed &= apart_deg <= line[8]
     return is_allowed
-
-
-def search_filtered(
-    shard: Shard,
-    queries: NDArray[np.float32],
-    k: int,
-    filters: Filters,
-    places: Places,
-    *,
-    num_threads: int,
-    effort: Effort = Effort(),  # noqa: B008  (frozen)
-    at_least: int | None = None,
-    visits: Found | None = None,
-) -> Found:
-    """As `search`, among the photos that each query's filter allows: (Q, k), padded with id -1 at infinite distance."""
-    distances = np.full((len(queries), k), np.inf, np.float32)
-    ids = np.full((len(queries), k), NO_ID, np.int64)
-    for line, chosen in filters.groups():
-        is_allowed = allowed(line, places, shard.ids)
-        found = search(
-            shard,
-            queries[chosen],
-            k,
-            num_threads=num_threads,
-            effort=effort,
-            is_allowed=is_allowed,
-            at_least=at_least,
-            visits=None if visits is None else (visits[0][chosen], visits[1][chosen]),
-        )
-        columns = found[0].shape[1]
-        distances[chosen, :columns], ids[chosen, :columns] = found
-    return distances, ids

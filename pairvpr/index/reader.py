@@ -17,10 +17,10 @@ from pairvpr.data import storage
 from pairvpr.data.local_cache import LocalCache
 from pairvpr.errors import UserError
 from pairvpr.index import build, choose, descriptor_shards
-from pairvpr.index.filters import Filters, Places, search_filtered
+from pairvpr.index.filters import Filters, Places
 from pairvpr.index.generations import IndexManifest, ShardEntry, StoredFile
 from pairvpr.index.merge import Found, merge_top_k
-from pairvpr.index.search import Effort, Shard, rescore, search
+from pairvpr.index.search import Effort, Shard, rescore, search, search_filtered
 
 LEAST_RESCORED_PER_RESULT = 2
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pairvpr.errors import UserError
+from pairvpr.index.filters import Filters, Places, allowed
 from pairvpr.index.merge import Found, merge_top_k
 
 faiss: Any = faiss_module  # its types lack what its Python wrappers add
@@ -96,6 +97,38 @@ def search(
             wanted = _Wanted(num_wanted, min(at_least or k, num_wanted), selector)
             here = None if visits is None else (visits[0][block], visits[1][block])
             distances[block], ids[block] = _search_block(shard, some, wanted, effort.num_probes, here)
+    return distances, ids
+
+
+def search_filtered(
+    shard: Shard,
+    queries: NDArray[np.float32],
+    k: int,
+    filters: Filters,
+    places: Places,
+    *,
+    num_threads: int,
+    effort: Effort = Effort(),
+    at_least: int | None = None,
+    visits: Found | None = None,
+) -> Found:
+    """As `search`, among the photos that each query's filter allows: (Q, k), padded with id -1 at infinite distance."""
+    distances = np.full((len(queries), k), np.inf, np.float32)
+    ids = np.full((len(queries), k), NO_ID, np.int64)
+    for line, chosen in filters.groups():
+        is_allowed = allowed(line, places, shard.ids)
+        found = search(
+            shard,
+            queries[chosen],
+            k,
+            num_threads=num_threads,
+            effort=effort,
+            is_allowed=is_allowed,
+            at_least=at_least,
+            visits=None if visits is None else (visits[0][chosen], visits[1][chosen]),
+        )
+        columns = found[0].shape[1]
+        distances[chosen, :columns], ids[chosen, :columns] = found
     return distances, ids
 
 

@@ -35,6 +35,8 @@ def test_a_job_that_ends_well_says_nothing_and_leaves_no_log(tmp_path: Path) -> 
         ("{}['key']", 1, ["bug in the program, please report it: KeyError: 'key'", "full text"]),
         ("open('/none/ü', 'wb')", 1, ["error: /none/ü: No such file or directory", "full text"]),
         ("open('/' + 'x' * 300, 'wb')", 1, ["File name too long; expected shorter names"]),
+        ("sys.modules['s3fs'] = None; import s3fs.core", 2, ['lacks s3fs; expected pip install "pairvpr[cpu]"\n']),
+        ("import no_such_module", 1, ["bug in the program, please report it: ModuleNotFoundError: No module named"]),
         ("bytearray(1 << 60)", 1, ["error: this machine has no memory left; expected more of it"]),
         ("raise KeyboardInterrupt", 130, ["interrupted: finished work is kept: run the same command again"]),
         (

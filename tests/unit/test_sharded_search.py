@@ -20,7 +20,7 @@ from pairvpr.config.schema import BuildConfig, IndexKind
 from pairvpr.errors import UserError
 from pairvpr.index import build, choose
 from pairvpr.index import search as search_module
-from pairvpr.index.filters import Filters, Places, allowed, search_filtered
+from pairvpr.index.filters import Filters, Places, allowed
 from pairvpr.index.generations import IndexManifest
 from pairvpr.index.make import LocalRunner, next_generation
 from pairvpr.index.merge import Found, merge_top_k
@@ -32,7 +32,17 @@ from pairvpr.index.reader import (
     removed_ids,
     search_index,
 )
-from pairvpr.index.search import FLOAT32_STEP, GPU_ROUNDS_MORE, NO_ID, SPARE_ROWS, Effort, Shard, flat_index, search
+from pairvpr.index.search import (
+    FLOAT32_STEP,
+    GPU_ROUNDS_MORE,
+    NO_ID,
+    SPARE_ROWS,
+    Effort,
+    Shard,
+    flat_index,
+    search,
+    search_filtered,
+)
 from pairvpr.index.update import without
 from tests.support.index import opened, write_index
 
