@@ -13,6 +13,7 @@ import dataclasses
 import email.utils
 import io
 import json
+import math
 import os
 import random
 import selectors
@@ -23,9 +24,10 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
-from itertools import chain
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Unpack
 from urllib.parse import SplitResult, urlencode, urlsplit
@@ -36,10 +38,20 @@ T = TypeVar("T")
 
 AGAIN = {408, 429, 502, 503, 504}
 """Statuses of a service, or of a proxy before it, that another attempt may mend."""
+AGAIN_IN_A_BATCH = {"busy", "too_late", "unavailable"}
+"""The service's codes of such a status, which one photo of a batch may get."""
 FIRST_WAIT_S, MOST_WAIT_S = 0.1, 5.0
 """The random wait before attempt n + 1 is below `FIRST_WAIT_S` times 2 to the n, and below `MOST_WAIT_S`."""
+A_DAY_S = 86_400.0
+"""The longest single wait: operating systems refuse much longer ones."""
 UNREACHABLE, NO_SERVICE = "unreachable", "no_service"
 """Codes where there is no service that could give one."""
+EXPECTED = {
+    "index": "a name",
+    "near": "(latitude, longitude) in degrees",
+    "box": "the south-west and the north-east corner, each (latitude, longitude) in degrees",
+}
+"""What a condition must be; of all others a finite number."""
 
 
 class ServiceError(UserError):
@@ -176,70 +188,98 @@ class Client:
     """A service at `url`, such as http://127.0.0.1:8000. Threads may share a client.
 
     `token` is what `serve.token_file` contains. A call returns or raises after at most `deadline_s` seconds, attempts
-    and waits together. Raises `UserError` for an address that can't be one.
+    and waits together; `math.inf` never gives up. Raises `UserError` for an address that can't be one.
     """
 
     def __init__(self, url: str, *, token: str | None = None, deadline_s: float = 30.0) -> None:
         address = _address(url)
-        if not deadline_s > 0:
-            raise UserError(f"deadline_s={deadline_s}: expected a number above 0")
-        if token is not None and not (token.isascii() and token.isprintable() and token):
+        if not (_is_number(deadline_s) and deadline_s > 0):
+            raise UserError(f"deadline_s={deadline_s!r}: expected a number above 0")
+        if token is not None and not (isinstance(token, str) and token.isascii() and token.isprintable() and token):
             raise UserError("expected a token of printable ASCII, as serve.token_file contains")
         self._url = f"{address.scheme}://{address.netloc}{address.path.rstrip('/')}"
         self._root = address.path.rstrip("/")
         connection = HTTPConnection if address.scheme == "http" else HTTPSConnection
         self._connection = partial(connection, address.hostname, address.port)
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        self._deadline_s = deadline_s
+        self._deadline_s = float(deadline_s)
         self._idle: deque[HTTPConnection] = deque()
 
     def locate(self, photo: str | os.PathLike[str] | bytes, **conditions: Unpack[Conditions]) -> Answer:
         """Where a photo (path, or the bytes of an image file) was taken. What is left out is as the service has it.
 
         Raises `ServiceError` if the service refuses, `NoAnswerError` if no answer came in time, `UserError` for a file
-        that can't be read.
+        that can't be read and for conditions that can't be sent.
         """
         target = f"/v1/locate{_query(conditions)}"
-        return _answer(self._asked("POST", target, _bytes_of(photo), "application/octet-stream"))
+        body, until = _bytes_of(photo), self._until()
+        return _answer(self._asked("POST", target, until, body, "application/octet-stream"))
 
     def locate_batch(
         self, photos: Sequence[str | os.PathLike[str] | bytes], **conditions: Unpack[Conditions]
     ) -> list[Answer | ServiceError]:
         """`locate` of several photos in one request, under the same conditions.
 
-        A photo that the service refuses has the error in its place. Raises as `locate`.
+        A photo that the service refuses has the error in its place. One that it had no time for is sent again, without
+        the others, until the deadline. Raises as `locate` where the whole request is refused or not answered.
         """
+        target, contents = f"/v1/locate/batch{_query(conditions)}", [_bytes_of(photo) for photo in photos]
+        until, attempt = self._until(), 0
+        found = self._batch(target, contents, until)
+        while again := [number for number, its in enumerate(found) if _may_be_mended(its)]:
+            attempt += 1
+            if not _has_waited(attempt, 0.0, until):
+                break
+            try:
+                answers = self._batch(target, [contents[number] for number in again], until)
+            except ServiceError as error:
+                answers = [error] * len(again)
+            for number, its in zip(again, answers, strict=True):
+                found[number] = its
+        return found
+
+    def _batch(self, target: str, photos: Sequence[bytes], until: float) -> list[Answer | ServiceError]:
+        """What one request for all the photos says of each."""
         boundary = uuid.uuid4().hex
         head = f'--{boundary}\r\nContent-Disposition: form-data; name="photo"; filename="%d"\r\n\r\n'
-        parts = [(head % number).encode() + _bytes_of(photo) + b"\r\n" for number, photo in enumerate(photos)]
+        parts = [(head % number).encode() + photo + b"\r\n" for number, photo in enumerate(photos)]
         body = b"".join([*parts, f"--{boundary}--\r\n".encode()])
-        target, kind = f"/v1/locate/batch{_query(conditions)}", f"multipart/form-data; boundary={boundary}"
-        answers = _field(self._asked("POST", target, body, kind), "answers")
+        kind = f"multipart/form-data; boundary={boundary}"
+        answers = _field(self._asked("POST", target, until, body, kind), "answers")
+        if len(answers) != len(photos):
+            raise ServiceError(f"{len(answers)} answers; expected one for each of {len(photos)} photos", NO_SERVICE)
         return [_error(its["error"], None) if "error" in its else _answer(its) for its in answers]
 
     def indices(self) -> list[IndexInfo]:
         """The indices of the service."""
-        return [_made(IndexInfo, its) for its in _field(self._asked("GET", "/v1/index"), "indices")]
+        return [_made(IndexInfo, its) for its in _field(self._asked("GET", "/v1/index", self._until()), "indices")]
 
     def photo(self, candidate: Candidate) -> bytes:
         """The thumbnail of a candidate, an image file."""
-        return self._ask("GET", candidate.photo)
+        return self._ask("GET", candidate.photo, self._until())
 
-    def _asked(self, method: str, target: str, body: bytes | None = None, content_type: str | None = None) -> Any:
+    def _until(self) -> float:
+        """When a call that begins now must end."""
+        return time.monotonic() + self._deadline_s
+
+    def _asked(
+        self, method: str, target: str, until: float, body: bytes | None = None, content_type: str | None = None
+    ) -> Any:
         """What the JSON of a good answer says."""
-        answered = self._ask(method, target, body, content_type)
+        answered = self._ask(method, target, until, body, content_type)
         try:
             return json.loads(answered)
         except ValueError as error:
             raise ServiceError(f"{self._url}: answered no JSON; expected a service of pairvpr", NO_SERVICE) from error
 
-    def _ask(self, method: str, target: str, body: bytes | None = None, content_type: str | None = None) -> bytes:
+    def _ask(
+        self, method: str, target: str, until: float, body: bytes | None = None, content_type: str | None = None
+    ) -> bytes:
         """The body of a good answer; asks again, after a wait, what another attempt may mend."""
-        until, attempt = time.monotonic() + self._deadline_s, 0
+        attempt = 0
         headers = self._headers | ({} if content_type is None else {"Content-Type": content_type})
         while True:
-            wait_s = random.uniform(0, min(MOST_WAIT_S, FIRST_WAIT_S * 2 ** min(attempt, 16)))
-            attempt += 1
+            attempt, retry_after_s = attempt + 1, 0.0
             try:
                 response = self._once(method, target, body, headers, until)
             except (OSError, HTTPException) as error:
@@ -250,15 +290,14 @@ class Client:
                 refusal = response.refusal(self._url)
                 if response.status not in AGAIN:
                     raise refusal
-                wait_s += response.retry_after_s
-            if time.monotonic() + wait_s >= until:
+                retry_after_s = response.retry_after_s
+            if not _has_waited(attempt, retry_after_s, until):
                 raise NoAnswerError(
                     f"{self._url}: no answer within {self._deadline_s:g} s, {attempt} attempts; the last: {refusal}",
                     refusal.code,
                     refusal.status,
                     refusal.request_id,
                 ) from refusal
-            time.sleep(wait_s)
 
     def _once(
         self, method: str, target: str, body: bytes | None, headers: Mapping[str, str], until: float
@@ -281,7 +320,7 @@ class Client:
         return answered
 
     def _open_connection(self, until: float) -> HTTPConnection:
-        left_s = max(1e-3, until - time.monotonic())
+        left_s = _left_s(until)
         while self._idle:
             with suppress(IndexError):  # another thread took it
                 connection = self._idle.pop()
@@ -308,7 +347,7 @@ class _Response:
             return float(text)
         try:
             return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-        except ValueError:
+        except (ValueError, OverflowError):
             return 0.0
 
     def refusal(self, url: str) -> ServiceError:
@@ -336,7 +375,7 @@ class _Until(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any, /) -> int | None:
-        self._sock.settimeout(max(1e-3, self._until - time.monotonic()))
+        self._sock.settimeout(_left_s(self._until))
         return self._raw.readinto(buffer)  # pyright: ignore[reportAttributeAccessIssue]
 
     def close(self) -> None:
@@ -345,11 +384,27 @@ class _Until(io.RawIOBase):
 
 
 def _address(url: str) -> SplitResult:
-    with suppress(ValueError):
+    with suppress(ValueError, TypeError, AttributeError):
         its = urlsplit(url)
-        if its.scheme in ("http", "https") and its.hostname and its.port != 0 and not (its.query or its.username):
+        host, is_plain = its.hostname or "", url.isprintable() and " " not in url and its.path.isascii()
+        host.encode("idna")  # a name that no host can have is a ValueError
+        if its.scheme in ("http", "https") and host and is_plain and its.port != 0 and not (its.query or its.username):
             return its
-    raise UserError(f"{url}: expected the address of a service, such as http://127.0.0.1:8000")
+    raise UserError(f"{url!r}: expected the address of a service, such as http://127.0.0.1:8000")
+
+
+def _left_s(until: float) -> float:
+    """How long a socket may wait."""
+    return min(max(1e-3, until - time.monotonic()), A_DAY_S)
+
+
+def _has_waited(attempt: int, retry_after_s: float, until: float) -> bool:
+    """Wait after attempt number `attempt` (from 1); False, at once, if the next one would come after `until`."""
+    wait_s = random.uniform(0, min(MOST_WAIT_S, FIRST_WAIT_S * 2 ** min(attempt - 1, 16))) + retry_after_s
+    if time.monotonic() + wait_s >= until:
+        return False
+    time.sleep(min(wait_s, A_DAY_S))
+    return True
 
 
 def _has_ended(sock: socket.socket) -> bool:
@@ -364,22 +419,50 @@ def _query(conditions: Mapping[str, Any]) -> str:
     unknown = set(conditions) - Conditions.__optional_keys__
     if unknown:
         raise UserError(f"{min(unknown)}: expected one of {', '.join(sorted(Conditions.__optional_keys__))}")
-    texts = {}
-    for name, value in conditions.items():
-        if name == "box":
-            value = tuple(chain.from_iterable(value))
-        if value is not None:
-            texts[name] = ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+    texts = {name: _text(name, value) for name, value in conditions.items() if value is not None}
     return f"?{urlencode(texts, safe=',')}" if texts else ""
 
 
+def _text(name: str, value: Any) -> bytes:
+    """A condition as the service reads it."""
+    try:
+        if name == "index":
+            return str.encode(value)
+        if name == "near":
+            latitude, longitude = value
+            numbers = [latitude, longitude]
+        elif name == "box":
+            (south, west), (north, east) = value
+            numbers = [south, west, north, east]
+        else:
+            numbers = [value]
+        return ",".join(map(_without_exponent, numbers)).encode()
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{name}={value!r}: expected {EXPECTED.get(name, 'a finite number')}") from error
+
+
+def _without_exponent(number: Any) -> str:
+    """A finite number in plain digits, at most twenty of them after the point; four fit into the service's limit."""
+    if not _is_number(number) or not math.isfinite(number):
+        raise ValueError
+    return str(int(number)) if isinstance(number, Integral) else f"{Decimal(repr(round(float(number), 20))):f}"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _may_be_mended(its: Answer | ServiceError) -> bool:
+    return isinstance(its, ServiceError) and its.code in AGAIN_IN_A_BATCH
+
+
 def _bytes_of(photo: str | os.PathLike[str] | bytes) -> bytes:
-    if isinstance(photo, bytes):
-        return photo
+    if isinstance(photo, bytes | bytearray | memoryview):
+        return bytes(photo)
     try:
         return Path(photo).read_bytes()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{os.fspath(photo)}: {getattr(error, 'strerror', None) or error}; expected a photo") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{photo}: {getattr(error, 'strerror', None) or error}; expected a photo") from error
 
 
 def _error(content: Mapping[str, Any], status: int | None) -> ServiceError:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-NUMBER = r"-?\d+(?:\.\d+)?"
+NUMBER = r"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?"
 NEAR = rf"^{NUMBER},{NUMBER}$"
 BOX = rf"^{NUMBER},{NUMBER},{NUMBER},{NUMBER}$"
 MOST_TEXT = 200

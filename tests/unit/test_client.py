@@ -5,15 +5,18 @@ from __future__ import annotations
 import email
 import email.policy
 import pickle
+import re
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import numpy as np
 import pytest
 
 from pairvpr import client as module
@@ -88,6 +91,51 @@ def test_conditions_are_those_of_the_contract(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_numbers_have_no_exponent_and_none_is_left_out() -> None:
+    with scripted([GOOD]) as server:
+        client = Client(server.url)
+        numbers: dict[str, Any] = {
+            "near": np.array([5e-05, -1e-7]), "radius_m": 1e20, "box": ((-0.0, 2e-05), (np.float32(0.5), 5e-324)),
+            "heading_deg": np.int64(90), "within_deg": Fraction(1, 4), "min_confidence": 1e-9, "k": np.int32(3),
+        }  # fmt: skip
+        client.locate(b"photo", **numbers)
+        none: dict[str, Any] = dict.fromkeys(module.Conditions.__optional_keys__)
+        client.locate(b"photo", **none)
+    first, second = (urlsplit(head.split()[1]).query for head in server.heads)
+    assert parse_qs(first) == {
+        "near": ["0.00005,-0.0000001"], "radius_m": ["100000000000000000000"], "box": ["-0.0,0.00002,0.5,0.0"],
+        "heading_deg": ["90"], "within_deg": ["0.25"], "min_confidence": ["0.000000001"], "k": ["3"],
+    }  # fmt: skip
+    assert second == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("near", 5, "(latitude, longitude) in degrees"),
+        ("near", "1,2", "(latitude, longitude) in degrees"),
+        ("near", (1, float("nan")), "(latitude, longitude) in degrees"),
+        ("near", (1, 2, 3), "(latitude, longitude) in degrees"),
+        ("box", (1, 2, 3, 4), "the south-west and the north-east corner"),
+        ("box", ((1, 2), (3, "4\n")), "the south-west and the north-east corner"),
+        ("box", ((1, 2), None), "the south-west and the north-east corner"),
+        ("radius_m", float("inf"), "a finite number"),
+        ("radius_m", 10**400, "a finite number"),
+        ("heading_deg", "90", "a finite number"),
+        ("k", True, "a finite number"),
+        ("index", 7, "a name"),
+        ("index", "\ud800", "a name"),
+    ],
+)
+def test_conditions_that_cannot_be_sent(name: str, value: Any, expected: str) -> None:
+    condition: dict[str, Any] = {name: value}
+    client = Client("http://127.0.0.1:1")
+    for ask in (lambda: client.locate(b"photo", **condition), lambda: client.locate_batch([b"photo"], **condition)):
+        with pytest.raises(UserError, match=f"^{name}=.*: expected {re.escape(expected)}") as caught:
+            ask()
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("bad", [hang_up, cut_short, reply(502, b"<html>"), error(504, "timeout"), error(503, "busy")])
 def test_what_another_attempt_mends(bad: Any) -> None:
     with scripted([bad, bad, GOOD]) as server:
@@ -121,6 +169,21 @@ def test_the_deadline_ends_everything(bad: Any) -> None:
         with pytest.raises(NoAnswerError, match=r"no answer within 0\.4 s"):
             Client(server.url, deadline_s=0.4).locate(b"photo")
         assert 0.3 < time.monotonic() - started < 1.5
+
+
+@pytest.mark.parametrize("deadline_s", [float("inf"), 1e12])
+def test_a_deadline_may_be_far_or_never(deadline_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    sleeps: list[float] = []
+    monkeypatch.setattr(module.time, "sleep", sleeps.append)
+    with scripted([error(503, "busy"), error(503, "busy", Retry_After="1" + "0" * 11), GOOD]) as server:
+        assert Client(server.url, deadline_s=deadline_s).locate(b"photo").request_id == "r1"
+    assert sleeps[1] == module.A_DAY_S
+
+
+def test_a_date_that_no_clock_has_is_no_wait() -> None:
+    odd = "Mon, 01 Jan 99999999999999999999 00:00:00 GMT"
+    with scripted([error(503, "busy", Retry_After=odd), GOOD]) as server:
+        assert Client(server.url).locate(b"photo").request_id == "r1"
 
 
 def test_nobody_there() -> None:
@@ -215,12 +278,58 @@ def test_a_batch_has_an_error_in_the_place_of_a_photo() -> None:
     assert [part.get_payload(decode=True) for part in parts] == [b"one\r\n", b"\x00--two"]
 
 
+def _batch(*each: Any) -> Any:
+    """What a batch is answered; a text is the code of an error."""
+    said = [{"error": {"code": its, "message": its}} if isinstance(its, str) else its for its in each]
+    return reply(200, {"request_id": "r", "answers": said})
+
+
+def _named(number: int) -> dict[str, Any]:
+    return ANSWER | {"request_id": f"r{number}"}
+
+
+def test_photos_of_a_batch_without_their_time_are_sent_again_alone() -> None:
+    script = [
+        _batch(_named(0), "busy", "broken_image", "too_late", "unavailable"),
+        error(503, "busy"),
+        _batch(_named(1), "busy", _named(4)),
+        _batch(_named(3)),
+    ]
+    with scripted(script) as server:
+        found = Client(server.url).locate_batch([b"%d-th" % number for number in range(5)], k=2)
+    assert [its.request_id if isinstance(its, module.Answer) else its.code for its in found] == [
+        "r0", "r1", "broken_image", "r3", "r4",
+    ]  # fmt: skip
+    sent = [re.findall(rb"(\d)-th", body) for body in server.bodies]
+    assert sent == [[b"0", b"1", b"2", b"3", b"4"], [b"1", b"3", b"4"], [b"1", b"3", b"4"], [b"3"]]
+    assert {head.split()[1] for head in server.heads} == {"/v1/locate/batch?k=2"}
+
+
+@pytest.mark.parametrize(
+    ("then", "code"), [(_batch("busy"), "busy"), (error(401, "unauthorized"), "unauthorized"), (silent, "unreachable")]
+)
+def test_what_a_batch_has_is_kept_at_the_deadline(then: Any, code: str) -> None:
+    with scripted([_batch(_named(0), "busy"), then]) as server:
+        started = time.monotonic()
+        first, second = Client(server.url, deadline_s=0.6).locate_batch([b"0", b"1"])
+        assert time.monotonic() - started < 2
+    assert isinstance(first, module.Answer)
+    assert isinstance(second, ServiceError)
+    assert second.code == code
+
+
+def test_a_batch_with_another_number_of_answers() -> None:
+    with scripted([_batch(_named(0))]) as server, pytest.raises(ServiceError, match="1 answers; expected one for each"):
+        Client(server.url).locate_batch([b"0", b"1"])
+
+
 @pytest.mark.parametrize(
     "url",
     ["", "127.0.0.1:8000", "ftp://host", "http://", "http://host:port", "http://host:0", "http://user:pw@host",
-     "http://host/?a=1", "http://[::1", "file:///etc/hosts"],
+     "http://host/?a=1", "http://[::1", "file:///etc/hosts", "http://a..b", "http://ho st", "http://h\x00st",
+     "http://host/a b", "http://host/\u00fc", f"http://{'a' * 64}", None, 5, b"http://host"],
 )  # fmt: skip
-def test_addresses_that_are_none(url: str) -> None:
+def test_addresses_that_are_none(url: Any) -> None:
     with pytest.raises(UserError, match="expected the address of a service"):
         Client(url)
 
@@ -228,11 +337,21 @@ def test_addresses_that_are_none(url: str) -> None:
 def test_mistakes_before_anything_is_sent(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected a token"):
         Client("http://127.0.0.1:1", token="two\r\nlines")
-    with pytest.raises(UserError, match="deadline_s=nan"):
-        Client("http://127.0.0.1:1", deadline_s=float("nan"))
+    for wrong in (float("nan"), 0, -1, "5", None, True):
+        deadline_s: Any = wrong
+        with pytest.raises(UserError, match=f"deadline_s={wrong!r}: expected a number above 0"):
+            Client("http://127.0.0.1:1", deadline_s=deadline_s)
+    number: Any = 5
+    with pytest.raises(UserError, match="expected a token"):
+        Client("http://127.0.0.1:1", token=number)
     client: Any = Client("http://127.0.0.1:1")
     with pytest.raises(UserError, match=r"nothing\.jpg: No such file or directory; expected a photo"):
         client.locate(tmp_path / "nothing.jpg")
+    for wrong in (5, None, [b"photo"]):
+        with pytest.raises(UserError, match="expected a photo"):
+            client.locate(wrong)
+    with pytest.raises(UserError, match="expected a photo"):
+        client.locate_batch(b"photo")
     with pytest.raises(UserError, match="radius: expected one of box, heading_deg, index"):
         client.locate(b"photo", radius=3)
 

@@ -6,14 +6,21 @@ import json
 import re
 import shutil
 import subprocess
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from pairvpr import Localizer
-from pairvpr.client import Answer, Client, NoAnswerError, ServiceError
+from pairvpr.client import Answer, Client, Conditions, NoAnswerError, ServiceError
 from pairvpr.config.serve_schema import ServeSettings
+from pairvpr.errors import UserError
 from pairvpr.where import Where
 from tests.support.served import Served, served
 from tests.unit.test_client_examples import locate_mjs
@@ -85,6 +92,71 @@ def test_refusals_are_those_of_the_service(client: Client, at: Served, queries: 
     with pytest.raises(ServiceError, match="index=oslo: expected one of city") as caught:
         client.locate(queries[0], index="oslo")
     assert (caught.value.status, len(caught.value.request_id or "")) == (404, 16)
+
+
+NUMBERS = st.one_of(st.floats(), st.integers(), st.floats(-180, 180), st.just(5e-05))
+ANYTHING = st.recursive(
+    st.one_of(NUMBERS, st.none(), st.booleans(), st.text(), st.binary(), st.fractions()),
+    lambda inner: st.lists(inner, max_size=4) | st.tuples(inner, inner),
+    max_leaves=6,
+)
+PAIRS = st.tuples(NUMBERS, NUMBERS)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    conditions=st.fixed_dictionaries(
+        {},
+        optional=dict.fromkeys(Conditions.__optional_keys__, ANYTHING)
+        | {"near": ANYTHING | PAIRS, "box": ANYTHING | st.tuples(PAIRS, PAIRS)},
+    ),
+    batch=st.booleans(),
+)
+def test_whatever_is_asked_is_refused_in_a_line(client: Client, conditions: dict[str, Any], batch: bool) -> None:
+    try:
+        found = client.locate_batch([b"no photo"], **conditions) if batch else client.locate(b"no photo", **conditions)
+    except UserError as error:
+        found = error
+    (refusal,) = found if isinstance(found, list) else (found,)
+    assert isinstance(refusal, UserError)
+    assert "\n" not in str(refusal)
+    if isinstance(refusal, ServiceError):
+        assert not isinstance(refusal, NoAnswerError), refusal
+        assert refusal.code in ("not_an_image", "bad_parameter", "not_found"), refusal
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.floats(-90, 90), st.floats(-180, 180), st.floats(1e-3, 1e8), st.floats(-360, 360), st.floats(1e-3, 360))
+@example(5e-05, 9.0, 1e8, 1e-300, 1e-3)
+@example(-5e-324, 9.0, 1e8, 5e-324, 360)
+def test_every_place_on_earth_can_be_asked(
+    client: Client, latitude: float, longitude: float, radius_m: float, heading_deg: float, within_deg: float
+) -> None:
+    """The photo is none, so that only conditions which the service accepts get as far as it."""
+    near = (latitude, longitude)
+    more: Any = {"heading_deg": heading_deg, "within_deg": within_deg}
+    with pytest.raises(ServiceError, match=r"too far from UTM zone|no heading of its photos|not an image"):
+        client.locate(b"no photo", near=near, radius_m=radius_m, box=(near, near), **more)
+
+
+@pytest.mark.parametrize(
+    ("near", "expected"),
+    [
+        ("5e-05,9", "not an image"),
+        ("-5E-5,9.0e+0", "not an image"),
+        ("1e999,9", "finite numbers"),
+        *((wrong, "pattern") for wrong in ("1e,9", "e5,9", "1e5e5,9", "nan,9")),
+    ],
+)
+def test_the_service_takes_exponents(at: Served, near: str, expected: str) -> None:
+    request = urllib.request.Request(
+        f"{at.url}/v1/locate?{urlencode({'near': near, 'radius_m': '1e3'})}", b"no photo",
+        {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/octet-stream"},
+    )  # fmt: skip
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request)
+    said = json.load(caught.value)["error"]["message"]
+    assert expected in said
 
 
 def test_a_service_that_is_gone(localizer: Localizer, queries: list[Path]) -> None:
