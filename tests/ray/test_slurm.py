@@ -26,7 +26,11 @@ exec "$@"
 SCONTROL = """#!/bin/sh
 case "$1" in
 show) echo node1 ;;
-requeue) echo "$2" >> "$REQUEUED"; kill -TERM 0 ;; # SLURM ends the job's processes
+requeue)
+    [ -z "$REFUSES" ] || { echo "slurm_requeue error: Requested operation is presently disabled" >&2; exit 1; }
+    echo "$2" >> "$REQUEUED"
+    trap "" TERM
+    kill -TERM 0 ;; # SLURM ends the job's processes
 esac
 """
 HOSTNAME = """#!/bin/sh
@@ -80,15 +84,37 @@ def test_mistakes_are_one_line(node: dict[str, str], words: list[str], path: str
     assert ended.stderr.count("\n") == 1
 
 
+def _run_with_ray(node: dict[str, str], tmp_path: Path, *lines: str) -> subprocess.CompletedProcess[str]:
+    """The script, whose command `ray` is these lines of shell. Their parent is the script."""
+    stub = tmp_path / "bin" / "ray"
+    stub.write_text("\n".join(["#!/bin/sh", *lines]))
+    stub.chmod(0o755)
+    ended = subprocess.run(["bash", SCRIPT, "plan"], env=node, capture_output=True, text=True, check=False, timeout=60)
+    shutil.rmtree(f"/tmp/pv{node['SLURM_JOB_ID']}", ignore_errors=True)
+    return ended
+
+
 def test_a_ray_that_does_not_start_is_no_success(node: dict[str, str], tmp_path: Path) -> None:
     """symmetric-run itself ends with 0 then."""
-    broken = tmp_path / "bin" / "ray"
-    broken.write_text("#!/bin/sh\necho Failed to start Ray >&2\n")
-    broken.chmod(0o755)
-    ended = subprocess.run(["bash", SCRIPT, "plan"], env=node, capture_output=True, text=True, check=False)
+    ended = _run_with_ray(node, tmp_path, "echo Failed to start Ray >&2")
     assert ended.returncode == 1
     assert "incomplete: no node ran the job" in ended.stderr
-    shutil.rmtree(f"/tmp/pv{node['SLURM_JOB_ID']}", ignore_errors=True)
+
+
+def test_steps_get_the_cpus_of_the_job(node: dict[str, str], tmp_path: Path) -> None:
+    ended = _run_with_ray(node, tmp_path, 'echo "CPUs of a step: $SRUN_CPUS_PER_TASK"')
+    assert "CPUs of a step: 3\n" in ended.stdout
+
+
+@pytest.mark.parametrize(("leaves", "code"), [('echo 0 > "$TMPDIR/exit-code"', 0), ("", 1)])
+def test_a_job_that_slurm_does_not_queue_again_says_so(
+    node: dict[str, str], tmp_path: Path, leaves: str, code: int
+) -> None:
+    """It uses the time that is left, and succeeds only if it is done then."""
+    ended = _run_with_ray(node | {"REFUSES": "yes"}, tmp_path, "kill -USR1 $PPID", "sleep 1", leaves)
+    assert "incomplete: SLURM does not queue this job again" in ended.stderr
+    assert "submit the same line again to continue\n" in ended.stderr
+    assert ended.returncode == code
 
 
 @pytest.mark.soak
