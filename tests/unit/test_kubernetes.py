@@ -176,14 +176,31 @@ def test_spot_nodes_are_tolerated_and_announce_their_end() -> None:
     on_demand = {toleration["key"] for toleration in by_name["gpu-on-demand"]["tolerations"]}
     assert on_demand == {"nvidia.com/gpu"}
     assert on_demand < spot
-    known = {option for parameter in drain_node.params for option in parameter.opts}
-    for pods in by_name.values():
-        command = pods["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
-        drain, seconds = command.split(";")
-        options = dict(word.split("=") for word in shlex.split(drain)[2:])
-        assert set(options) <= known
-        assert int(options["--deadline-remaining-seconds"]) == int(seconds.split()[1])
-        assert int(seconds.split()[1]) < pods["terminationGracePeriodSeconds"]
+
+
+@pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name.startswith("gpu")])
+@pytest.mark.parametrize("exit_code", [0, 1])
+def test_a_pod_that_ends_drains_its_node_and_waits(overlay: str, exit_code: int, tmp_path: Path) -> None:
+    """Its command runs as bash runs it, with stubs for `ray` and `sleep`; Ray's own parser reads what `ray` got."""
+    for name, code in (("ray", exit_code), ("sleep", 0)):
+        (tmp_path / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/{name}.words\nexit {code}\n')
+        (tmp_path / name).chmod(0o755)
+    (document,) = built(overlay)
+    _, *workers = kuberay.groups(document)
+    for pods in (group["template"]["spec"] for group in workers):
+        command = pods["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+        assert command[:2] == ["bash", "-c"]
+        shellcheck = [str(Path(sys.executable).with_name("shellcheck")), "--shell=bash", "-"]
+        found = subprocess.run(shellcheck, input=command[2], capture_output=True, text=True, check=False)
+        assert found.returncode == 0, found.stdout
+        subprocess.run(command, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, check=True)
+        job, *words = (tmp_path / "ray.words").read_text().splitlines()
+        assert job == drain_node.name
+        with drain_node.make_context("ray drain-node", words) as context:
+            assert context.params["reason"] == "DRAIN_NODE_REASON_PREEMPTION"
+            seconds = context.params["deadline_remaining_seconds"]
+        assert (tmp_path / "sleep.words").read_text() == f"{seconds}\n"
+        assert seconds < pods["terminationGracePeriodSeconds"]
 
 
 @pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name.endswith("service")])
