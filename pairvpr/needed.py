@@ -65,6 +65,8 @@ NEEDED = {
     "completion": SETTINGS,
 }
 """The modules that a command imports whatever its settings are."""
+WITH_PACKAGES = "uv run --no-project --with-requirements requirements/cluster.lock python -m"
+"""Runs a module on a cluster whose Python lacks the packages."""
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by `ray job submit` in the environment of what it starts."""
 
@@ -78,6 +80,6 @@ def lack(modules: Iterable[str]) -> str | None:
     where, everywhere = sys.executable, ""
     if _SUBMITTED in os.environ:
         where = f"{where} of {socket.gethostname()}"
-        everywhere = ", on every node of the cluster (docs/cluster.md)"
+        everywhere = f" on every node of the cluster, or `{WITH_PACKAGES} ray_jobs.JOB ...` (docs/cluster.md)"
     names = ", ".join(PACKAGES[module] for module in missing)
     return f'{where} lacks {names}; expected pip install "pairvpr[{extras}]"{everywhere}'
