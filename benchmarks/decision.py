@@ -7,7 +7,8 @@ re-ranks 100 candidates of every query of some toy cities, none of them seen in 
 city's queries is what decisions are fitted to, for each number of candidates anew; nothing of the other cities is.
 `--keep` keeps each city's scores, so that the report can be made again without them being computed again.
 
-The same is done on the real corridor photos of ../shared/data, where there are any. Their positions are not known.
+`--corridor DIR` does the same on real photos of a corridor, whose positions are not known: a folder with database/,
+queries/ and ground_truth.csv.
 """
 
 from __future__ import annotations
@@ -46,7 +47,6 @@ from pairvpr.retrieval import pipeline
 from pairvpr.retrieval.decision import Decided, decide
 
 WHAT = "decision"
-CORRIDOR = Path(__file__).resolve().parents[2] / "shared" / "data" / "rtabmap_corridor"
 NS = (1, 5, 10)
 ROUND_SIZE = 8
 MAX_LOSS = 0.1
@@ -124,10 +124,10 @@ def city(seed: int, places: int, num_candidates: int, folder: Path) -> Test:
     return run(f"city{seed}", [*line, *sizes], folder)
 
 
-def corridor(num_candidates: int, folder: Path) -> Test:
+def corridor(photos: Path, num_candidates: int, folder: Path) -> Test:
     """The real photos."""
-    line = ["benchmark=folders", f"benchmark.database={CORRIDOR}/database", f"benchmark.queries={CORRIDOR}/queries"]
-    line += [f"benchmark.positives={CORRIDOR}/ground_truth.csv", f"rerank.num_candidates={num_candidates}"]
+    line = ["benchmark=folders", f"benchmark.database={photos}/database", f"benchmark.queries={photos}/queries"]
+    line += [f"benchmark.positives={photos}/ground_truth.csv", f"rerank.num_candidates={num_candidates}"]
     return run("corridor", [*line, f"index.num_retrieved={num_candidates}"], folder)
 
 
@@ -365,6 +365,7 @@ def main() -> None:
     parser.add_argument("--places", type=int, default=350, help="places of each city (350)")
     parser.add_argument("--candidates", type=int, nargs="+", default=[10, 20, 50, 100], help="K (10 20 50 100)")
     parser.add_argument("--keep", type=Path, help="folder for the cities' photos and scores, which are used again")
+    parser.add_argument("--corridor", type=Path, help="folder with database/, queries/ and ground_truth.csv")
     shared.add_report_option(parser, WHAT)
     options = parser.parse_args()
     load_at_start = os.getloadavg()[0]
@@ -372,7 +373,7 @@ def main() -> None:
         folder = options.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         cities = [city(seed, options.places, max(options.candidates), folder) for seed in options.seeds]
-        real = corridor(max(options.candidates), folder) if CORRIDOR.exists() else None
+        real = corridor(options.corridor, max(options.candidates), folder) if options.corridor else None
     shared.publish(WHAT, report(cities[0], cities[1:], real, options.candidates, load_at_start), options.report)
 
 
