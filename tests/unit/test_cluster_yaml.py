@@ -215,9 +215,10 @@ def locked() -> dict[str, Version]:
 
 
 def direct_requirements() -> list[Requirement]:
-    """What the project with its `gpu` extra, and the cluster, ask for by name."""
+    """What the project with its extras `gpu` and `serve`, and the cluster, ask for by name."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    lines = project["dependencies"] + project["optional-dependencies"]["gpu"]
+    extras = project["optional-dependencies"]
+    lines = project["dependencies"] + extras["gpu"] + extras["serve"]
     cluster_input = (REPOSITORY / "requirements/cluster.in").read_text()
     lines += [line for raw in cluster_input.splitlines() if (line := raw.split("#")[0].strip())]
     return [Requirement(line) for line in lines]
@@ -235,13 +236,14 @@ def unmet(requirements: list[Requirement], locked: dict[str, Version]) -> list[s
 
 def test_lock_meets_every_direct_requirement(locked: dict[str, Version]) -> None:
     requirements = direct_requirements()
-    assert {"torch", "ray", "boto3"} <= {requirement.name for requirement in requirements}
+    assert {"torch", "ray", "boto3", "prometheus-client"} <= {requirement.name for requirement in requirements}
     assert not unmet(requirements, locked)
 
 
 def test_lock_meets_the_extras_of_ray(locked: dict[str, Version]) -> None:
     assert locked["ray"] == Version(metadata.version("ray")), "tests and cluster run different versions of Ray"
-    extras = next(r.extras for r in direct_requirements() if r.name == "ray")
+    extras = {extra for each in direct_requirements() if each.name == "ray" for extra in each.extras}
+    assert {"data", "default", "serve", "train"} <= extras
     requirements = [
         requirement
         for requirement in map(Requirement, metadata.requires("ray") or [])
