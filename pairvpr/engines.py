@@ -67,6 +67,15 @@ class Scored:
     broken: Mapping[int, PhotoError]
 
 
+@dataclass(frozen=True)
+class Explained:
+    """Two photos seen together, and where the pair decoder looks in each: square grids of patches, float32, sum 1."""
+
+    pair_score: float
+    over_photo: NDArray[np.float32]
+    over_other: NDArray[np.float32]
+
+
 class Network(Protocol):
     """Describes photos and scores pairs. All calls raise `TooLateError` after the deadline."""
 
@@ -95,12 +104,12 @@ class Network(Protocol):
         """Pair scores of photos with candidates of a generation; `embedded` is that of a single photo, if known."""
         ...
 
-    def pair_score(self, photo: Asked, other: Asked) -> float:
+    def pair_score(self, photo: Asked, other: Asked, deadline: Deadline) -> float:
         """The score of two photos, both directions."""
         ...
 
-    def attention(self, photo: Asked, other: Asked) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Where it looks in two photos."""
+    def explained(self, photo: Asked, other: Asked, deadline: Deadline) -> Explained:
+        """The score of two photos, and where it looks in them."""
         ...
 
 
@@ -249,21 +258,32 @@ class LocalNetwork:
             lost=unreadable.reasons,
         )
 
-    def pair_score(self, photo: Asked, other: Asked) -> float:
+    def pair_score(self, photo: Asked, other: Asked, deadline: Deadline) -> float:
         """See `Network.pair_score`."""
-        pixels = [each.pixels(self.config) for each in (photo, other)]
         with torch_threads_kept():
-            first, second = (self._pair_describer.embedded(each) for each in pixels)
-            (scored,) = self._reranker(_given(first), _given(second)).rerank(WorkUnit(0, {0: [0]}))
-        return float(scored.pair_scores[0])
+            return self._score_of(*self._embedded_pair(photo, other, deadline))
 
     @torch.inference_mode()
-    def attention(self, photo: Asked, other: Asked) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """See `Network.attention`."""
-        pixels = [each.pixels(self.config) for each in (photo, other)]
+    def explained(self, photo: Asked, other: Asked, deadline: Deadline) -> Explained:
+        """See `Network.explained`."""
         with torch_threads_kept():
-            first, second = (self._pair_describer.embedded(each)[None] for each in pixels)
-            return attention_grids(self._pair_describer.model, first, second)
+            first, second = self._embedded_pair(photo, other, deadline)
+            grids = attention_grids(self._pair_describer.model, first[None], second[None])
+            deadline.check()
+            return Explained(self._score_of(first, second), *grids)
+
+    def _embedded_pair(self, photo: Asked, other: Asked, deadline: Deadline) -> tuple[Tensor, Tensor]:
+        """The dense features of two photos; both are decoded before the network sees one."""
+        embedded = []
+        for pixels in [each.pixels(self.config) for each in (photo, other)]:
+            deadline.check()
+            embedded.append(self._pair_describer.embedded(pixels))
+        deadline.check()
+        return embedded[0], embedded[1]
+
+    def _score_of(self, first: Tensor, second: Tensor) -> float:
+        (scored,) = self._reranker(_given(first), _given(second)).rerank(WorkUnit(0, {0: [0]}))
+        return float(scored.pair_scores[0])
 
     def _reranker(
         self,

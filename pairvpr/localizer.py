@@ -38,7 +38,7 @@ from pairvpr.config.schema import (
 from pairvpr.data import storage
 from pairvpr.data.local_cache import LocalCache, cache_directory
 from pairvpr.deadline import Deadline
-from pairvpr.engines import Described, LocalNetwork, LocalShards, Network, Shards, torch_threads_kept
+from pairvpr.engines import Described, Explained, LocalNetwork, LocalShards, Network, Shards, torch_threads_kept
 from pairvpr.errors import PhotoError, UserError
 from pairvpr.evaluation.confidence import Rules, calibrated, check_positions_of_votes, unlike_the_network
 from pairvpr.index.filters import Filters, Places
@@ -375,7 +375,7 @@ class Localizer:
 
         Raises `PhotoError` for an unreadable photo.
         """
-        return self._network.pair_score(Asked(photo), Asked(other))
+        return self._network.pair_score(Asked(photo), Asked(other), Deadline())
 
     def attention(self, photo: Photo, other: Photo) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Where the pair decoder looks in two photos: a square grid of patches of each, float32, each sums to 1.
@@ -383,7 +383,15 @@ class Localizer:
         Weights of the class token's attention, mean over blocks, heads and both directions of the pair. The grid covers
         the whole photo. Raises `PhotoError` for an unreadable photo.
         """
-        return self._network.attention(Asked(photo), Asked(other))
+        explained = self.explained(photo, other)
+        return explained.over_photo, explained.over_other
+
+    def explained(self, photo: Photo, other: Photo, *, deadline: Deadline | None = None) -> Explained:
+        """`score` and `attention` together, for which each photo is encoded once.
+
+        Raises `PhotoError` for an unreadable photo, and `TooLateError` after the deadline, between two forward passes.
+        """
+        return self._network.explained(Asked(photo), Asked(other), deadline or Deadline())
 
     def _opened(self, generation: Generation, before: Shards | None = None) -> _Now:
         check_positions_of_votes(self._rules.decision, generation.photos.utm_m)

@@ -19,7 +19,7 @@ from pairvpr.config.compose import load
 from pairvpr.config.serve_schema import ServeConfig
 from pairvpr.distributed.runtime import ray_session
 from pairvpr.distributed.serve import APP, application, drain
-from pairvpr.errors import UserError
+from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.models.weights import announce, find_weights
 from pairvpr.serving.opening import Opening
 from pairvpr.terminal import say
@@ -35,10 +35,11 @@ def main(arguments: Sequence[str]) -> None:
     announce(opening.config.model, find_weights(opening.config.model))
     with ray_session(config.cluster):
         settings = config.serve
+        check_is_alone()
         request_s = settings.timeout_s + settings.body_timeout_s + LAST_WORDS_S
         serve.start(http_options=HTTPOptions(host=settings.host, port=settings.port, request_timeout_s=request_s))
         try:
-            serve.run(application(opening), name=APP, route_prefix="/")
+            started(application(opening))
             names = ", ".join(opening.indices)
             say(f"serving {names} at http://{settings.host}:{settings.port} (docs: /docs); Ctrl-C or SIGTERM ends it")
             threading.Event().wait()
@@ -47,6 +48,26 @@ def main(arguments: Sequence[str]) -> None:
             drain(settings.drain_s + LAST_WORDS_S)
         finally:
             serve.shutdown()
+
+
+def check_is_alone() -> None:
+    """Raise `UserError` where Ray Serve runs already: its address would stay, and ending this job would end it."""
+    running = serve.status()
+    if running.proxies or running.applications:
+        names = ", ".join(running.applications) or "no application"
+        raise UserError(
+            f"Ray Serve already runs on this cluster, with {names}; expected a cluster without it (`serve shutdown` "
+            "ends it, also what a killed `pairvpr serve` left), or `serve run ray_jobs.serve:app` beside what runs"
+        )
+
+
+def started(service: serve.Application) -> None:
+    """Wait until every replica has opened its part. Raises `IncompleteRunError` if one can't."""
+    try:
+        serve.run(service, name=APP, route_prefix="/")
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise IncompleteRunError(f"the service did not start: {reason}") from error
 
 
 def app(arguments: Mapping[str, str]) -> serve.Application:

@@ -151,6 +151,7 @@ class ServeConfig:
         for name, is_wrong, expected in (
             ("rerank.num_actors", self.rerank.num_actors is not None, "null, and serve.num_replicas"),
             ("index.num_actors", self.index.num_actors is not None, "null, and serve.num_shard_parts"),
+            ("index.num_gpus_per_actor", self.index.num_gpus_per_actor != 0, "0, because a service searches on CPUs"),
             ("rerank.num_candidates", self.rerank.num_candidates == 0, "1 or more"),
             ("rerank.candidates", self.rerank.candidates is not None, "null, because candidates are searched for"),
             ("rerank.dense_features", self.rerank.dense_features is DenseFeatures.store, "cache or recompute"),

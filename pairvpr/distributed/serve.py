@@ -33,7 +33,7 @@ from pairvpr.config.schema import IndexKind, ModelConfig, SearchConfig
 from pairvpr.data.local_cache import LocalCache, cache_directory
 from pairvpr.deadline import Deadline, TooLateError
 from pairvpr.distributed.runtime import ALONE, most_gpus_of_a_node, own_device
-from pairvpr.engines import Described, LocalShards, Scored, effort_of
+from pairvpr.engines import Described, Explained, LocalShards, Scored, effort_of
 from pairvpr.index import choose
 from pairvpr.index.filters import Filters, Places
 from pairvpr.index.merge import Found, merge_top_k
@@ -55,7 +55,7 @@ TRIES, BETWEEN_TRIES_S = 5, 0.2
 LOOKED_EVERY_S = 0.25
 """How often a waiting door looks whether its client is still there."""
 HEALTH: dict[str, Any] = {"health_check_period_s": 2.0, "health_check_timeout_s": 10.0}
-PREPARED_S = 600.0
+PREPARED_S, READY_S = 600.0, 5.0
 MOST_TOGETHER = 32
 """Photos that share a describing pass with serve.batch_wait_s."""
 
@@ -66,9 +66,8 @@ class LostReplicaError(OSError):
 
 def drain(seconds: float) -> None:
     """Let every door answer what it has accepted, and nothing more; at most so long."""
-    answers = serve.get_app_handle(APP).broadcast("drain")
-    with suppress(TimeoutError, RayError, RayServeException):
-        answers.results(timeout_s=seconds)
+    with suppress(TimeoutError, RayError, RayServeException, RuntimeError):  # no doors: nothing to wait for
+        serve.get_app_handle(APP).broadcast("drain").results(timeout_s=seconds)
 
 
 def application(opening: Opening) -> serve.Application:
@@ -189,10 +188,13 @@ class Door:
         settings = replace(settings, num_at_once=math.ceil(at_once))
         elsewhere = RemoteNetwork(network, config.model)
 
+        def is_there() -> bool:
+            return all(_is_there(handle) for handle in (network, *parts))
+
         def open_shards(_: ServedIndex) -> OpenShards:
             return lambda generation, _: RemoteShards(parts, network, generation, config.index)
 
-        return Service(opening.localizers(elsewhere, open_shards), settings, Metrics(), elsewhere.is_there)
+        return Service(opening.localizers(elsewhere, open_shards), settings, Metrics(), is_there)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls it once. Its proxy sends the ids of requests."""
@@ -258,6 +260,9 @@ class NetworkReplica:
         if self._is_shared:
             self._described_together.set_batch_wait_timeout_s(opening.config.serve.batch_wait_s)  # type: ignore[attr-defined]
 
+    async def is_there(self) -> None:
+        """Answers once the replica is open."""
+
     async def prepare(self, directory: str, number: int) -> None:
         """Open a generation."""
         await asyncio.to_thread(self._held.get, directory, number)
@@ -272,6 +277,8 @@ class NetworkReplica:
     async def _described_together(self, photos: list[Asked]) -> list[Described]:
         """Photos of different requests in one pass, whose rounding depends on their number."""
         described = await asyncio.to_thread(self._network.describe, photos, Deadline())
+        if len(photos) == 1:
+            return [described]
         row_of = {place: row for row, place in enumerate(described.places.tolist())}
         return [_one_of(described, place, row_of.get(place)) for place in range(len(photos))]
 
@@ -291,13 +298,13 @@ class NetworkReplica:
 
         return await _in_thread(work, left_s)
 
-    async def pair_score(self, photo: Asked, other: Asked) -> float:
+    async def pair_score(self, photo: Asked, other: Asked, left_s: float) -> float:
         """See `pairvpr.engines.Network`."""
-        return await asyncio.to_thread(self._network.pair_score, photo, other)
+        return await _in_thread(partial(self._network.pair_score, photo, other), left_s)
 
-    async def attention(self, photo: Asked, other: Asked) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    async def explained(self, photo: Asked, other: Asked, left_s: float) -> Explained:
         """See `pairvpr.engines.Network`."""
-        return await asyncio.to_thread(self._network.attention, photo, other)
+        return await _in_thread(partial(self._network.explained, photo, other), left_s)
 
 
 def _one_of(described: Described, place: int, row: int | None) -> Described:
@@ -320,6 +327,9 @@ class ShardsReplica:
             return generation, LocalShards(generation, search, files, math.inf, shared, part, num_parts)
 
         self._held = _Held[tuple[Generation, LocalShards]](opening, opened)
+
+    async def is_there(self) -> None:
+        """Answers once the replica is open."""
 
     async def prepare(self, directory: str, number: int) -> None:
         """Open a generation."""
@@ -347,7 +357,10 @@ class ShardsReplica:
         self, directory: str, number: int, descriptors: NDArray[np.float32], ids: NDArray[np.int64], left_s: float
     ) -> NDArray[np.float32]:
         """See `LocalShards.rescored_part`."""
-        work = partial(self._held.get(directory, number)[1].rescored_part, descriptors, ids)
+
+        def work(deadline: Deadline) -> NDArray[np.float32]:
+            return self._held.get(directory, number)[1].rescored_part(descriptors, ids, deadline)
+
         return await _in_thread(work, left_s)
 
 
@@ -367,15 +380,6 @@ class RemoteNetwork:
         """See `pairvpr.engines.Network`; a service has no network of the user's."""
         return True
 
-    def is_there(self) -> bool:
-        """Whether a replica answers."""
-        empty: list[Asked] = []
-        try:
-            self.describe(empty, Deadline(5.0))
-        except (LostReplicaError, TooLateError):
-            return False
-        return True
-
     def describe(self, photos: Sequence[Asked], deadline: Deadline) -> Described:
         """See `pairvpr.engines.Network`."""
         return _called(self._handle.describe, deadline, list(photos), deadline.left_s)
@@ -392,13 +396,13 @@ class RemoteNetwork:
         arguments = (generation.directory, generation.number, list(photos), embedded, list(units), deadline.left_s)
         return _called(self._handle.score, deadline, *arguments)
 
-    def pair_score(self, photo: Asked, other: Asked) -> float:
+    def pair_score(self, photo: Asked, other: Asked, deadline: Deadline) -> float:
         """See `pairvpr.engines.Network`."""
-        return _called(self._handle.pair_score, Deadline(), photo, other)
+        return _called(self._handle.pair_score, deadline, photo, other, deadline.left_s)
 
-    def attention(self, photo: Asked, other: Asked) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def explained(self, photo: Asked, other: Asked, deadline: Deadline) -> Explained:
         """See `pairvpr.engines.Network`."""
-        return _called(self._handle.attention, Deadline(), photo, other)
+        return _called(self._handle.explained, deadline, photo, other, deadline.left_s)
 
 
 class RemoteShards:
@@ -440,6 +444,14 @@ class RemoteShards:
         ]
 
 
+def _is_there(handle: DeploymentHandle) -> bool:
+    """Whether a replica of the deployment answers, and every one that is running."""
+    try:
+        return bool(handle.broadcast("is_there").results(timeout_s=READY_S))
+    except (TimeoutError, RayError, RayServeException, RuntimeError):
+        return False
+
+
 def _prepare(handle: DeploymentHandle, generation: Generation) -> None:
     """Every replica opens a generation; waits for the first replica. Raises what opening it raises."""
     deadline = Deadline(PREPARED_S)
@@ -477,7 +489,7 @@ def _waited(response: Any, deadline: Deadline) -> Any:
     while True:
         try:
             return response.result(timeout_s=min(LOOKED_EVERY_S, deadline.left_s))
-        except TooLateError:
+        except RayTaskError:  # the call's own error, which may be a TimeoutError, too
             raise
         except TimeoutError as error:
             if deadline.left_s == 0.0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Query, Request
@@ -22,7 +22,7 @@ from pairvpr.deadline import Deadline
 from pairvpr.serving import schema
 from pairvpr.serving.answers import answer_of, index_of
 from pairvpr.serving.body import PHOTO, read_body
-from pairvpr.serving.door import ARRIVED_S, REQUEST_ID, Door, error_body, error_headers
+from pairvpr.serving.door import ARRIVED_S, LOG, REQUEST_ID, Door, error_body, error_headers, place_of
 from pairvpr.serving.errors import RequestError
 from pairvpr.serving.page import page
 from pairvpr.serving.pictures import thumbnail, why
@@ -32,7 +32,7 @@ from pairvpr.terminal import say
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": schema.Error, "description": what}
     for status, what in (
-        (400, "The request can't be parsed, or has a token in its address."),
+        (400, "The request can't be parsed or breaks off, or has a token in its address."),
         (401, "The token is wrong or missing."),
         (404, "No such index or photo."),
         (408, "The body came too slowly."),
@@ -116,7 +116,7 @@ def _locate_routes(app: FastAPI, service: Service) -> None:
     async def answered(
         request: Request, photo: bytes, asked: schema.LocateParameters, deadline: Deadline
     ) -> schema.Answer:
-        wanted = await service.wanted(asked)
+        wanted = await service.wanted(asked, deadline)
         found = await service.locate(photo, wanted, deadline)
         total_s = time.monotonic() - request.scope[ARRIVED_S]
         service.metrics.seconds.labels("total").observe(total_s)
@@ -139,9 +139,9 @@ def _locate_routes(app: FastAPI, service: Service) -> None:
         body = await read_body(request, service.settings)
         asked = _with_fields(parameters, body.fields)
         service.metrics.photos.observe(len(body.photos))
-        await service.wanted(asked)
         answers: list[schema.Answer | schema.Error] = []
         async with _until_gone(request, service) as deadline:
+            await service.wanted(asked, deadline)
             for photo in body.photos:
                 try:
                     answers.append(await answered(request, photo, asked, deadline))
@@ -182,7 +182,7 @@ def _index_routes(app: FastAPI, service: Service, token: str | None) -> None:
     @app.post("/v1/refresh", responses=ERRORS)
     async def refresh() -> schema.Refreshed:
         """Switch to the newest generation of each index, without failing a request."""
-        if token is None and service.settings.host not in OWN_MACHINE:
+        if token is None and (service.settings.allow_anonymous or service.settings.host not in OWN_MACHINE):
             raise RequestError(401, "unauthorized", "a refresh wants the token, and this service has none")
         changed = await service.refresh()
         return schema.Refreshed(generations=service.generations, changed=changed)
@@ -230,9 +230,13 @@ def _lifespan(service: Service) -> Any:
 async def _refresh_often(service: Service) -> None:
     while service.settings.refresh_s is not None:
         await asyncio.sleep(service.settings.refresh_s)
-        with suppress(RequestError):
+        try:
             for name in await service.refresh():
                 say(f"index {name}: generation {service.generations[name]} is served now")
+        except RequestError:
+            pass  # said by the service; the next try may find the index whole
+        except Exception as error:  # a bug, which must not end the looking
+            LOG.error("refresh: bug in the program: %s", place_of(error))
 
 
 @asynccontextmanager

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from fastapi import Request
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 
 from pairvpr.config.serve_schema import LimitsConfig
 from pairvpr.data import images
@@ -39,6 +40,8 @@ async def read_body(request: Request, limits: LimitsConfig) -> Body:
     try:
         async with asyncio.timeout(limits.body_timeout_s):
             data = await _bytes_of(request, limits.max_body_bytes)
+    except ClientDisconnect as error:
+        raise RequestError(400, "hung_up", "the client hung up before the end of the body") from error
     except TimeoutError as error:
         why = f"the body took more than {limits.body_timeout_s:g} s (serve.body_timeout_s)"
         raise RequestError(408, "slow_body", why) from error

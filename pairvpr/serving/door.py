@@ -21,8 +21,7 @@ from pairvpr.serving.service import Service
 LOG = logging.getLogger("pairvpr.serving")
 REQUEST_ID, ARRIVED_S = "pairvpr.request_id", "pairvpr.arrived_s"
 FREE = ("/healthz", "/", "/favicon.ico")
-FREE_FOLDERS = ("/page/",)
-"""The page holds nothing of the index; it asks for the token and sends it."""
+"""What anybody may ask. The page holds nothing of the index; it asks for the token and sends it."""
 SECRETS_IN_QUERY = ("token", "access_token", "api_key", "apikey", "authorization", "bearer")
 DRAINING_S = 5
 """When to come again to a service that stops: another one may be there by then."""
@@ -61,7 +60,7 @@ class Door:
         except RequestError as error:
             await _refuse(scope, sent, error)
         except Exception as error:  # a bug: its place in the code is logged, and nothing of it is answered
-            LOG.error("request %s: bug in the program: %s", scope[REQUEST_ID], _where(error))
+            LOG.error("request %s: bug in the program: %s", scope[REQUEST_ID], place_of(error))
             if status == 0:
                 await _refuse(scope, sent, RequestError(500, "internal", "bug in the program; the log has its place"))
         finally:
@@ -82,7 +81,7 @@ class Door:
             why = "a token in the address ends up in logs; expected the header Authorization: Bearer TOKEN"
             raise RequestError(400, "token_in_query", why)
         path = scope["path"]
-        if self._digest is None or path in FREE or path.startswith(FREE_FOLDERS):
+        if self._digest is None or path in FREE:
             return
         given = [value for name, value in scope["headers"] if name == b"authorization"]
         scheme, _, token = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
@@ -119,7 +118,7 @@ def _request_id(scope: Scope) -> str:
     return uuid.uuid4().hex[:16]
 
 
-def _where(error: BaseException) -> str:
+def place_of(error: BaseException) -> str:
     """The kind of an error and where in this project it was raised, without any text that may hold paths."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "pairvpr" in frame.filename]
     place = f"{frames[-1].filename.rpartition('pairvpr/')[2]}:{frames[-1].lineno}" if frames else "a library"

@@ -42,22 +42,22 @@ async def why(service: Service, name: str | None, photo_id: int, query: bytes, d
 
     def work() -> Why:
         check_photo(query, service.max_megapixels)
-        return _why(localizer, localizer.opened, photo_id, query)
+        return _why(localizer, localizer.opened, photo_id, query, deadline)
 
     return await service.computed(service.answering, work, deadline)
 
 
-def _why(localizer: Localizer, opened: Generation, photo_id: int, query: bytes) -> Why:
+def _why(localizer: Localizer, opened: Generation, photo_id: int, query: bytes, deadline: Deadline) -> Why:
     try:
         shown = images.decode_upright(query, max_megapixels=localizer.network.max_megapixels)
     except BrokenImageError as error:
         raise broken(str(error)) from error
     photo = _upright(opened, photo_id)
-    over_query, over_photo = localizer.attention(shown, photo)
+    explained = localizer.explained(shown, photo, deadline=deadline)
     return Why(
-        query=heat_uri(over_query, shown.size),
-        photo=heat_uri(over_photo, photo.size),
-        pair_score=localizer.score(shown, photo),
+        query=heat_uri(explained.over_photo, shown.size),
+        photo=heat_uri(explained.over_other, photo.size),
+        pair_score=explained.pair_score,
     )
 
 

@@ -74,9 +74,13 @@ class Service:
         )
         self._say_generations()
 
-    async def wanted(self, asked: LocateParameters) -> Wanted:
-        """What the parameters ask. Raises `RequestError` (404, 422) for what no index here can answer."""
-        return await asyncio.to_thread(self._wanted, asked)  # conditions look at every position of an index
+    async def wanted(self, asked: LocateParameters, deadline: Deadline) -> Wanted:
+        """What the parameters ask. Raises `RequestError` (404, 422, 504) for what no index here can answer in time."""
+        looking = asyncio.to_thread(self._wanted, asked)  # conditions look at every position of an index
+        try:
+            return await asyncio.wait_for(looking, deadline.left_s)
+        except TimeoutError as error:
+            raise too_late() from error
 
     def _wanted(self, asked: LocateParameters) -> Wanted:
         name, names = self._names(asked.index)
@@ -156,17 +160,22 @@ class Service:
             raise unavailable() from error
 
     async def refresh(self) -> list[str]:
-        """Open the newest generations beside the old ones and switch to them; returns the names of changed indices."""
+        """Open the newest generations beside the old ones and switch to them; returns the names of changed indices.
+
+        Raises `RequestError` (503) if an index could not be switched, after all others were.
+        """
         async with self._refreshing:
-            changed = []
+            changed, failed = [], False
             for name, localizer in self.localizers.items():
                 try:
                     if await asyncio.to_thread(localizer.refresh):
                         changed.append(name)
                 except (UserError, OSError, storage.StorageError) as error:
                     LOG.warning("refresh of index %s failed: %s; the old generation stays", name, type(error).__name__)
-                    raise unavailable() from error
+                    failed = True
             self._say_generations()
+            if failed:
+                raise unavailable()
             return changed
 
     @property

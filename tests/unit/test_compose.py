@@ -637,6 +637,7 @@ def test_models_have_the_shapes_of_the_method(name: str) -> None:
         (["index.path=a", "rerank.num_candidates=0"], "expected 1 or more"),
         (["index.path=a", "rerank.dense_features=store"], "expected cache or recompute"),
         (["index.path=a", "rerank.num_actors=2"], "serve.num_replicas"),
+        (["index.path=a", "index.num_gpus_per_actor=1"], "a service searches on CPUs"),
     ],
 )
 def test_serve_refuses(line: list[str], words: str) -> None:

@@ -25,6 +25,7 @@ from pairvpr import DescribeConfig, Localizer, PhotoError, RerankConfig, SearchC
 from pairvpr.config.schema import BuildConfig, IndexKind
 from pairvpr.data import utm
 from pairvpr.data.utm import UtmZone
+from pairvpr.deadline import Deadline, TooLateError
 from pairvpr.index.generations import commit, read_manifest
 from pairvpr.index.make import LocalRunner, next_generation
 from pairvpr.index.update import without
@@ -209,6 +210,24 @@ def test_attention_is_that_of_both_directions(localizer: Localizer, queries: lis
         localizer.attention(queries[0], "no-such.jpg")
 
 
+def test_explained_is_score_and_attention_with_one_encoding_of_each_photo(
+    localizer: Localizer, queries: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score, grids = localizer.score(queries[0], queries[1]), localizer.attention(queries[0], queries[1])
+    describer = localizer._network._pair_describer  # pyright: ignore[reportAttributeAccessIssue]
+    encode, encoded = describer.embedded, []
+    monkeypatch.setattr(describer, "embedded", lambda pixels: encoded.append(pixels) or encode(pixels))
+    explained = localizer.explained(queries[0], queries[1])
+    assert len(encoded) == 2
+    assert explained.pair_score == score
+    np.testing.assert_array_equal([explained.over_photo, explained.over_other], grids)
+    over = Deadline()
+    over.cancel()
+    with pytest.raises(TooLateError):
+        localizer.explained(queries[0], queries[1], deadline=over)
+    assert len(encoded) == 2
+
+
 def test_conditions(folder: Path, localizer: Localizer, queries: list[Path]) -> None:
     """Each condition, checked against the positions in the photos' names; in degrees as in metres."""
     everything = localizer.locate(queries[0], k=6)
@@ -343,6 +362,7 @@ def test_arguments_of_any_type_are_refused_in_a_line(
         "describe": lambda: localizer.describe(value),
         "score": lambda: localizer.score(photo, value),
         "attention": lambda: localizer.attention(value, photo),
+        "explained": lambda: localizer.explained(photo, value),
         "retrieve": lambda: localizer.retrieve(value),
         "refresh": lambda: localizer.refresh(value),
     }

@@ -24,6 +24,7 @@ from pairvpr import Localizer, RerankConfig
 from pairvpr.config.serve_schema import ServeSettings
 from pairvpr.deadline import Deadline
 from pairvpr.where import Where
+from tests.support.runs import wait_until
 from tests.support.served import Served, served
 from tests.unit.test_localizer import OPTIONS, folder, localizer, queries
 
@@ -248,6 +249,27 @@ def test_tokens(localizer: Localizer, caplog: pytest.LogCaptureFixture) -> None:
         assert requests.post(f"{at.url}/v1/refresh").status_code == 401
         assert requests.get(f"{at.url}/healthz").status_code == 200
     assert TOKEN not in "".join(record.getMessage() for record in caplog.records if record.name.startswith("pairvpr"))
+
+
+def test_looking_at_the_conditions_counts_as_time(
+    localizer: Localizer, queries: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_end = threading.Event()
+    monkeypatch.setattr(localizer, "check", lambda **_: may_end.wait(30))
+    with served({"one": localizer}, ServeSettings(timeout_s=0.5)) as at:
+        started_s = time.monotonic()
+        answer = requests.post(f"{at.url}/v1/locate", data=queries[0].read_bytes())
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "too_late")
+        assert time.monotonic() - started_s < 10
+        may_end.set()
+
+
+def test_a_client_that_hangs_up_is_no_bug(at: Served, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with socket.create_connection(("127.0.0.1", at.port)) as client:
+        client.sendall(b"POST /v1/locate HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nhalf of it")
+    wait_until(lambda: "POST /v1/locate 400" in caplog.text, "the end of the request", 30)
+    assert "bug" not in caplog.text
 
 
 def test_too_late_stops_the_work(folder: Path, queries: list[Path]) -> None:

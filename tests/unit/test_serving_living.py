@@ -25,12 +25,15 @@ import requests
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
+from ray.exceptions import RayTaskError
 
 from pairvpr import Localizer
 from pairvpr.config.serve_schema import ServeSettings
-from pairvpr.distributed.serve import GENERATIONS_HELD, _Held
+from pairvpr.deadline import Deadline
+from pairvpr.distributed.serve import GENERATIONS_HELD, _called, _Held
 from pairvpr.index.generations import IndexManifest, commit, read_manifest
 from pairvpr.index.update import without
+from tests.support.runs import wait_until
 from tests.support.served import Served, served
 from tests.unit.test_localizer import OPTIONS, folder, localizer, queries
 
@@ -127,6 +130,77 @@ def test_a_refresh_that_fails_leaves_the_old_generation(folder: Path, queries: l
         assert requests.post(f"{at.url}/v1/locate", data=queries[0].read_bytes()).status_code == 200
         manifest.write_bytes(kept)
         assert requests.post(f"{at.url}/v1/refresh").json()["changed"] == []
+
+
+def two_of(folder: Path, tmp_path: Path) -> tuple[Path, Path, dict[str, Localizer]]:
+    """Two directories with the same index, and the open indices `a` and `b`."""
+    first, second = (Path(shutil.copytree(folder / "index", tmp_path / name)) for name in "ab")
+    a, b = (Localizer.open(directory, **OPTIONS) for directory in (first, second))
+    b._network = a._network
+    return first, second, {"a": a, "b": b}
+
+
+def test_an_index_that_fails_keeps_no_other_from_switching(folder: Path, tmp_path: Path) -> None:
+    broken, whole, localizers = two_of(folder, tmp_path)
+    with served(localizers) as at:
+        (broken / "manifest.json").write_bytes(b"{")
+        commit(str(whole), replace(read(str(whole)), generation=2))
+        assert requests.post(f"{at.url}/v1/refresh").status_code == 503
+        assert at.service.generations == {"a": 1, "b": 2}
+
+
+def test_a_bug_does_not_end_the_looking_for_generations(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = str(shutil.copytree(folder / "index", tmp_path / "index"))
+    localizer = Localizer.open(directory, **OPTIONS)
+    refresh, tries = localizer.refresh, []
+
+    def fails_once(generation: int | None = None) -> bool:
+        tries.append(generation)
+        if len(tries) == 1:
+            raise KeyError("a bug")
+        return refresh(generation)
+
+    monkeypatch.setattr(localizer, "refresh", fails_once)
+    with served({"one": localizer}, ServeSettings(refresh_s=0.05)):
+        wait_until(lambda: len(tries) > 1, "a second look", 30)
+        commit(directory, replace(read(directory), generation=2))
+        wait_until(lambda: localizer.generation == 2, "the swap", 30)
+    assert "refresh: bug in the program: KeyError in " in caplog.text
+    assert "a bug" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("limits", "token", "status"),
+    [
+        (ServeSettings(), None, 200),
+        (ServeSettings(allow_anonymous=True), None, 401),
+        (ServeSettings(host="0.0.0.0", allow_anonymous=True), None, 401),
+        (ServeSettings(host="0.0.0.0", allow_anonymous=True), "a-token-of-16-chars", 200),
+    ],
+)
+def test_strangers_cannot_swap(localizer: Localizer, limits: ServeSettings, token: str | None, status: int) -> None:
+    """Under `serve run`, Ray Serve chooses the address, whatever serve.host says."""
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    with served({"one": localizer}, limits, token) as at:
+        assert requests.post(f"{at.url}/v1/refresh", headers=headers).status_code == status
+
+
+def test_an_error_of_a_replica_is_not_taken_for_a_slow_answer() -> None:
+    """A timeout of a store inside a replica is an error of the call, and nobody waits for it until the deadline."""
+    error = RayTaskError("search", "traceback", TimeoutError("the store")).as_instanceof_cause()
+    assert isinstance(error, TimeoutError)
+    calls = []
+
+    def result(timeout_s: float) -> None:
+        calls.append(timeout_s)
+        raise error
+
+    method = SimpleNamespace(remote=lambda: SimpleNamespace(result=result, cancel=lambda: None))
+    with pytest.raises(TimeoutError, match="the store"):
+        _called(method, Deadline(60.0))
+    assert len(calls) == 1
 
 
 def held_bytes() -> int:
