@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -22,12 +23,14 @@ from pairvpr.config.compose import load
 from pairvpr.config.schema import BuildConfig, BuildIndexConfig, IndexKind, QueryConfig
 from pairvpr.config.serve_schema import ServeConfig
 from pairvpr.distributed.serve import APP, application, drain
+from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.index.generations import commit, read_manifest
 from pairvpr.index.make import LocalRunner, next_generation
 from pairvpr.index.update import without
 from pairvpr.serving.opening import Opening
 from ray_jobs.build_index import build_index
 from ray_jobs.query import query
+from ray_jobs.serve import check_is_alone, started
 from tests.support.runs import SMALL_NETWORK, wait_until
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -134,6 +137,9 @@ def test_swaps_and_draining_lose_no_request(flat_index: str, city: Path) -> None
                 return
 
     with serving(flat_index, *SPLIT) as url:
+        assert requests.get(f"{url}/readyz", timeout=60).text == "ready"
+        with pytest.raises(UserError, match="Ray Serve already runs on this cluster, with pairvpr"):
+            check_is_alone()
         whole = read_manifest(flat_index)
         assert whole is not None
         gone = asked(url, photo)["answer"]["photo_id"]
@@ -158,3 +164,17 @@ def test_swaps_and_draining_lose_no_request(flat_index: str, city: Path) -> None
     assert {1, 2} <= {generation - whole.generation for generation in answers}
     assert all(len(its) == 1 for its in answers.values()), answers
     assert seen[200] >= len(answers)
+
+
+@pytest.mark.soak
+def test_a_service_that_cannot_start_says_so(flat_index: str, tmp_path: Path) -> None:
+    """Between the check and the start of a replica the index goes."""
+    index = shutil.copytree(flat_index, tmp_path / "index")
+    opening = Opening.of(load(ServeConfig, [f"index.path={index}", *ONE_BY_ONE]))
+    shutil.rmtree(index)
+    serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+    try:
+        with pytest.raises(IncompleteRunError, match=r"^the service did not start: [^\n]+$"):
+            started(application(opening))
+    finally:
+        serve.delete(APP)
