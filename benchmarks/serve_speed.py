@@ -4,7 +4,8 @@
 
 Run it by hand on an idle machine, from the root of the checkout; it takes half an hour on two cores. The service is
 `pairvpr serve` in one piece, asked by clients in a process of their own. Beside it the same number of threads calls a
-`Localizer` in a bare loop. The two alternate over the rounds. The features of the candidates are cached in both.
+`Localizer` in a bare loop, and the service's app runs in a bare uvicorn, which tells its cost from Ray Serve's.
+The three alternate over the rounds. The features of the candidates are cached in all.
 """
 
 from __future__ import annotations
@@ -24,14 +25,19 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import uvicorn
 
 from benchmarks import shared
 from pairvpr import DescribeConfig, Localizer, RerankConfig, SearchConfig
+from pairvpr.config.serve_schema import ServeSettings
+from pairvpr.serving.app import create_app
+from pairvpr.serving.metrics import Metrics
+from pairvpr.serving.service import Service
 from pairvpr.toy import city as toy_city
 
 WHAT = "serve_speed"
 AT_ONCE, MAX_WAITING = 2, 16
-PORT = 8765
+PORT, APP_PORT = 8765, 8766
 NUM_PLACES, ROUNDS = 60, 4
 REFUSED = 503
 Asked = Callable[[int], tuple[int, float]]
@@ -46,12 +52,16 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=2000, help="for each number of clients")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--memory-requests", type=int, default=20_000, help="0 = leave memory and overload out")
+    parser.add_argument("--app-of", metavar="FOLDER", help=argparse.SUPPRESS)  # this program's other process
     shared.add_report_option(parser, WHAT)
     options = parser.parse_args()
+    if options.app_of:
+        serve_app(opened(Path(options.app_of), options))
+        return
     load_at_start = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         localizer, photos = prepare(Path(folder), options)
-        with serving(Path(folder), options) as pid:
+        with serving(Path(folder), options) as pid, app_alone(Path(folder), options):
             tables = measure(localizer, photos, pid, options)
     about = shared.circumstances(WHAT, load_at_start)
     setting = (
@@ -75,11 +85,37 @@ def prepare(folder: Path, options: argparse.Namespace) -> tuple[Localizer, list[
     one = DescribeConfig(num_threads_per_actor=1)
     index, model = folder / "index", options.model
     Localizer.build(folder / "photos", index, model=model, positions="names", device="cpu", describe=one)
-    sections = {
-        "search": SearchConfig(num_threads_per_actor=1),
-        "rerank": RerankConfig(num_candidates=options.candidates, num_threads_per_actor=1),
-    }
-    return Localizer.open(folder / "index", device="cpu", describe=one, **sections), queries
+    return opened(folder, options), queries
+
+
+def opened(folder: Path, options: argparse.Namespace) -> Localizer:
+    """The index, open in this process."""
+    return Localizer.open(
+        folder / "index",
+        device="cpu",
+        describe=DescribeConfig(num_threads_per_actor=1),
+        search=SearchConfig(num_threads_per_actor=1),
+        rerank=RerankConfig(num_candidates=options.candidates, num_threads_per_actor=1),
+    )
+
+
+def serve_app(localizer: Localizer) -> None:
+    """Answer requests with the service's app, without Ray, until this process is ended."""
+    service = Service({"default": localizer}, ServeSettings(num_at_once=AT_ONCE, max_waiting=MAX_WAITING), Metrics())
+    uvicorn.run(create_app(service), port=APP_PORT, log_config=None, access_log=False)
+
+
+@contextmanager
+def app_alone(folder: Path, options: argparse.Namespace) -> Iterator[None]:
+    """`serve_app` in a process of its own."""
+    line = ["-m", "benchmarks.serve_speed", "--app-of", str(folder), "--candidates", str(options.candidates)]
+    process = subprocess.Popen([sys.executable, *line])
+    try:
+        wait_ready(APP_PORT, process)
+        yield
+    finally:
+        process.terminate()
+        process.wait(60)
 
 
 @contextmanager
@@ -90,19 +126,24 @@ def serving(folder: Path, options: argparse.Namespace) -> Iterator[int]:
     line += [f"serve.port={PORT}", f"serve.num_at_once={AT_ONCE}", f"serve.max_waiting={MAX_WAITING}"]
     process = subprocess.Popen([sys.executable, "-m", "ray_jobs.serve", *line])
     try:
-        while not is_ready():
-            if process.poll() is not None:
-                raise SystemExit("the service ended")
-            time.sleep(0.5)
+        wait_ready(PORT, process)
         yield process.pid
     finally:
         process.terminate()
         process.wait(120)
 
 
-def is_ready() -> bool:
+def wait_ready(port: int, process: subprocess.Popen[bytes]) -> None:
+    """Until the service answers."""
+    while not is_ready(port):
+        if process.poll() is not None:
+            raise SystemExit("the service ended")
+        time.sleep(0.5)
+
+
+def is_ready(port: int) -> bool:
     """Whether the service answers."""
-    connection = HTTPConnection("127.0.0.1", PORT, timeout=5)
+    connection = HTTPConnection("127.0.0.1", port, timeout=5)
     try:
         connection.request("GET", "/readyz")
         return connection.getresponse().status == 200
@@ -125,7 +166,7 @@ def measure(localizer: Localizer, photos: Sequence[bytes], pid: int, options: ar
 
 
 def rates(localizer: Localizer, photos: Sequence[bytes], clients: int, number: int) -> list[tuple[str, ...]]:
-    """The rows of one number of clients: the service, and the loop on as many threads as the service has."""
+    """The rows of one number of clients: the service, its app alone, and the loop on as many threads as they have."""
 
     def bare(n: int) -> tuple[int, float]:
         started_s = time.perf_counter()
@@ -133,13 +174,17 @@ def rates(localizer: Localizer, photos: Sequence[bytes], clients: int, number: i
         return 200, time.perf_counter() - started_s
 
     threads = min(clients, AT_ONCE)
-    found: dict[str, list[tuple[float, list[float]]]] = {"service": [], f"loop on {threads} thread(s)": []}
-    retrying = asking(photos, again=True)
+    ways = {
+        "service": (asking(photos, again=True), clients),
+        "its app in uvicorn": (asking(photos, again=True, port=APP_PORT), clients),
+        f"loop on {threads} thread(s)": (bare, threads),
+    }
+    found: dict[str, list[tuple[float, list[float]]]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
-        for (_, its), (way, at_once) in zip(found.items(), ((retrying, clients), (bare, threads)), strict=True):
-            its.append(run(way, at_once, number // ROUNDS))
+        for name, (way, at_once) in ways.items():
+            found[name].append(run(way, at_once, number // ROUNDS))
     rate = {name: np.median([each[0] for each in its]) for name, its in found.items()}
-    _, loop = rate.values()
+    *_, loop = rate.values()
     return [
         (
             str(clients),
@@ -162,13 +207,13 @@ def run(way: Asked, clients: int, number: int) -> tuple[float, list[float]]:
     return number / took_s, [seconds for _, seconds in answers]
 
 
-def asking(photos: Sequence[bytes], *, again: bool) -> Asked:
+def asking(photos: Sequence[bytes], *, again: bool, port: int = PORT) -> Asked:
     """A client of the service, with a connection in each thread; `again` asks until it is not refused."""
     own = threading.local()
 
     def ask(n: int) -> tuple[int, float]:
         if not hasattr(own, "connection"):
-            own.connection = HTTPConnection("127.0.0.1", PORT, timeout=60)
+            own.connection = HTTPConnection("127.0.0.1", port, timeout=60)
         while True:
             started_s = time.perf_counter()
             own.connection.request("POST", "/v1/locate", photos[n % len(photos)], {"Content-Type": "image/jpeg"})

@@ -6,6 +6,7 @@ and so do `serve deploy` and KubeRay's RayService with `import_path: ray_jobs.se
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str]) -> None:
     config = load(ServeConfig, arguments)
     opening = Opening.of(config)
     announce(opening.config.model, find_weights(opening.config.model))
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 is for batches, and somebody waits for these answers
     with ray_session(config.cluster):
         settings = config.serve
         check_is_alone()

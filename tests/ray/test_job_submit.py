@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -14,7 +15,6 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -48,18 +48,17 @@ def _takes_jobs(address: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def metrics_url() -> str:
-    """Where Prometheus scrapes the cluster."""
-    return f"http://127.0.0.1:{_free_port()}/metrics"
+def targets(ray_home: Path) -> Path:
+    """The file in which Ray tells Prometheus where to scrape the cluster."""
+    return ray_home / "jobs" / "session_latest" / "prom_metrics_service_discovery.json"
 
 
 @pytest.fixture(scope="module")
-def dashboard(ray_home: Path, metrics_url: str) -> Iterator[str]:
+def dashboard(ray_home: Path, targets: Path) -> Iterator[str]:
     """The address that jobs are submitted to."""
     port = _free_port()
     ports = [f"--port={_free_port()}", f"--dashboard-port={port}", f"--dashboard-agent-listen-port={_free_port()}"]
-    ports.append(f"--metrics-export-port={urlsplit(metrics_url).port}")
-    options = [*ports, "--num-cpus=3", f"--temp-dir={ray_home}"]
+    options = [*ports, "--num-cpus=3", f"--temp-dir={ray_home}/jobs"]
     head = subprocess.Popen(
         [RAY, "start", "--head", "--block", "--object-store-memory=200000000", *options],
         stdout=subprocess.DEVNULL,
@@ -69,7 +68,7 @@ def dashboard(ray_home: Path, metrics_url: str) -> Iterator[str]:
     )
     address = f"http://127.0.0.1:{port}"
     wait_until(lambda: _takes_jobs(address), "the cluster's start")
-    wait_until(lambda: _answers(metrics_url), "the start of its metrics")
+    wait_until(lambda: any(name == USED[0] for name, _, _ in _samples(targets)), "the start of its metrics")
     yield address
     processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
     head.send_signal(signal.SIGTERM)
@@ -80,12 +79,14 @@ def dashboard(ray_home: Path, metrics_url: str) -> Iterator[str]:
     wait_gone(processes[1:])
 
 
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5):
-            return True
-    except OSError:
-        return False
+def _samples(targets: Path) -> Iterator[tuple[str, dict[str, str], float]]:
+    """Name, labels and value of all that Prometheus would find now."""
+    with suppress(OSError, ValueError):
+        for address in {address for group in json.loads(targets.read_text()) for address in group["targets"]}:
+            with suppress(OSError), urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as answer:
+                for family in text_string_to_metric_families(answer.read().decode()):
+                    for sample in family.samples:
+                        yield sample.name, sample.labels, sample.value
 
 
 def _submit(dashboard: str, job: str, line: list[str]) -> subprocess.CompletedProcess[str]:
@@ -103,19 +104,17 @@ def _submit(dashboard: str, job: str, line: list[str]) -> subprocess.CompletedPr
 
 
 @contextmanager
-def _scraped(url: str) -> Iterator[dict[tuple[str, frozenset[tuple[str, str]]], float]]:
+def _scraped(targets: Path) -> Iterator[dict[tuple[str, frozenset[tuple[str, str]]], float]]:
     """The largest value of each series of ours, and of Ray's resources, while the block runs; by name and labels."""
     series: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
     is_over = threading.Event()
 
     def scrape() -> None:
         while not is_over.wait(0.5):
-            with suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
-                for family in text_string_to_metric_families(answer.read().decode()):
-                    for sample in family.samples:
-                        if "pairvpr" in sample.name or sample.name == USED[0]:
-                            key = sample.name, frozenset(sample.labels.items())
-                            series[key] = max(sample.value, series.get(key, 0.0))
+            for name, labels, value in _samples(targets):
+                if "pairvpr" in name or name == USED[0]:
+                    key = name, frozenset(labels.items())
+                    series[key] = max(value, series.get(key, 0.0))
 
     scraper = threading.Thread(target=scrape)
     scraper.start()
@@ -160,9 +159,9 @@ def _check_metrics(series: dict[tuple[str, frozenset[tuple[str, str]]], float], 
     assert asked <= {metric.exported for metric in (metrics.CHECKPOINTS, metrics.LOSS)}, "of other jobs"
 
 
-def test_evaluate(city: Path, expected: bytes, tmp_path: Path, dashboard: str, metrics_url: str) -> None:
+def test_evaluate(city: Path, expected: bytes, tmp_path: Path, dashboard: str, targets: Path) -> None:
     line = arguments(city, tmp_path / "out", "index.num_shards=2", "rerank.num_actors=2")
-    with _scraped(metrics_url) as series:
+    with _scraped(targets) as series:
         submitted = _submit(dashboard, "evaluate", line)
     assert submitted.returncode == 0, submitted.stdout[-4000:] + submitted.stderr[-4000:]
     _check_metrics(series, city)
@@ -172,10 +171,10 @@ def test_evaluate(city: Path, expected: bytes, tmp_path: Path, dashboard: str, m
 
 @pytest.mark.soak
 def test_a_job_keeps_to_its_share_of_the_cluster(
-    city: Path, expected: bytes, tmp_path: Path, dashboard: str, metrics_url: str
+    city: Path, expected: bytes, tmp_path: Path, dashboard: str, targets: Path
 ) -> None:
     line = arguments(city, tmp_path / "out", "index.num_shards=1", "cluster.num_cpus=1")
-    with _scraped(metrics_url) as series:
+    with _scraped(targets) as series:
         submitted = _submit(dashboard, "evaluate", line)
     assert submitted.returncode == 0, submitted.stdout[-4000:] + submitted.stderr[-4000:]
     assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected
