@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 
 from pairvpr import needed
 from pairvpr.cli import JOBS, LOOKS
+from pairvpr.needed import WITH_PACKAGES
 
 ROOT = Path(__file__).parents[2]
 OURS = ("pairvpr", "ray_jobs")
@@ -111,7 +112,8 @@ def test_one_line_says_what_to_install() -> None:
     says(without("hydra", "plan", "--help"), 'lacks hydra-core; expected pip install "pairvpr[cpu]"')
     on_a_cluster = without("ray", "query", "output=OUT", RAY_JOB_CONFIG_JSON_ENV_VAR="{}")
     assert on_a_cluster.stderr.endswith(
-        'lacks ray; expected pip install "pairvpr[cpu]", on every node of the cluster (docs/cluster.md)\n'
+        'lacks ray; expected pip install "pairvpr[cpu]" on every node of the cluster, or '
+        f"`{WITH_PACKAGES} ray_jobs.JOB ...` (docs/cluster.md)\n"
     )
 
 
