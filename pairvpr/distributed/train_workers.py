@@ -43,7 +43,7 @@ from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.machine import in_a_line
 from pairvpr.models.pair_vpr import PairVPR
 from pairvpr.models.weights import Weights
-from pairvpr.terminal import say
+from pairvpr.terminal import bar, say
 from pairvpr.training.checkpoint import steps_done
 from pairvpr.training.context import Measured, TrainContext
 from pairvpr.training.loop import Stage, run
@@ -105,6 +105,10 @@ def _stage_number(config: JobConfig) -> int:
     return 1 if isinstance(config, TrainStageOneConfig) else 2
 
 
+def _step(config: JobConfig) -> str:
+    return f"train stage {_stage_number(config)}"
+
+
 def fit(job: Job) -> None:
     """Train to the end from the last checkpoint, restarting after failures.
 
@@ -117,7 +121,11 @@ def fit(job: Job) -> None:
     lines: Any = make_lines.remote()
     settings = {"job": ray.put(job), "lines": lines}
     done, failures, in_vain = steps_done(job.output), 0, 0
-    with tempfile.TemporaryDirectory(prefix="pairvpr-") as folder, _printed(lines, scaling):
+    with (
+        tempfile.TemporaryDirectory(prefix="pairvpr-") as folder,
+        bar(_step(job.config), job.num_steps, "steps", already_done=done) as draw,
+        _printed(lines, scaling, draw),
+    ):
         while True:
             failure = _start(settings, scaling, str(Path(folder, str(failures))))
             before, done = done, steps_done(job.output)
@@ -252,24 +260,29 @@ def _gpus_of(node: Mapping[str, Any]) -> float:
 
 
 class _Lines:
-    """Collects the workers' progress lines. If it dies, only lines in transit are lost."""
+    """Collects the workers' progress. If it dies, only what is in transit is lost."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.done: int | None = None
 
     def add(self, line: str) -> None:
         """A line of progress."""
         self.lines.append(line)
 
-    def take(self) -> list[str]:
-        """The lines since the last call."""
+    def reached(self, step: int) -> None:
+        """So many training steps are done."""
+        self.done = step
+
+    def take(self) -> tuple[list[str], int | None]:
+        """The lines since the last call, and how many training steps are done, if that is known."""
         lines, self.lines = self.lines, []
-        return lines
+        return lines, self.done
 
 
 @contextmanager
-def _printed(actor: Any, scaling: ScalingConfig) -> Iterator[None]:
-    """Print the lines of a `_Lines` while the block runs; says once if no worker starts."""
+def _printed(actor: Any, scaling: ScalingConfig, draw: Callable[[int], object]) -> Iterator[None]:
+    """Print the lines of a `_Lines`, and draw its steps, while the block runs; says once if no worker starts."""
     ended = threading.Event()
     started_s = time.monotonic()
 
@@ -277,9 +290,11 @@ def _printed(actor: Any, scaling: ScalingConfig) -> Iterator[None]:
         silent = True
         while True:
             last = ended.wait(POLL_S)
-            lines = []
+            lines, done = list[str](), None
             with suppress(RayError):  # it is being restarted
-                lines = ray.get(actor.take.remote(), timeout=SECONDS_TO_TAKE_LINES)
+                lines, done = ray.get(actor.take.remote(), timeout=SECONDS_TO_TAKE_LINES)
+            if done is not None:
+                draw(done)
             for line in lines:
                 say(line)
             if silent and not lines and time.monotonic() - started_s > SECONDS_BEFORE_COMPLAINT:
@@ -344,15 +359,16 @@ def _run(job: Job, lines: Any) -> None:
         settings=job.settings(),
         validate=None if benchmark is None else recalls,
         say=lambda line: lines.add.remote(line),
-        measured=partial(_record, f"train stage {_stage_number(job.config)}"),
+        measured=partial(_record, _step(job.config), lines),
         loses_a_machine=_Preemptions(),
         group=_own_group() if world_size > 1 else None,
     )
     run(job.make_stage(job.config, job.sets, job.start, context), train, context)
 
 
-def _record(step: str, measured: Measured) -> None:
-    """What a row of the log says, as metrics."""
+def _record(step: str, lines: Any, measured: Measured) -> None:
+    """What a row of the log says, as metrics and in the terminal's bar."""
+    lines.reached.remote(measured.step)
     metrics.PHOTOS.record(measured.num_photos, step=step)
     metrics.LOSS.record(measured.loss, step=step)
     metrics.show_progress(step, "steps", done=measured.step, total=measured.num_steps, rate_per_s=measured.steps_per_s)

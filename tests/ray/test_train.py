@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from pairvpr import status
 from pairvpr.training.metrics_log import read_metrics
 from tests.support.runs import actors, descendants, run_job, start_job, wait_gone, wait_until
+from tests.support.terminal import in_a_terminal, without_codes
 from tests.support.training import JOBS, arguments, draw_training_set, losses, train_on_ranks
 
 NUM_STEPS = 10
@@ -62,6 +65,14 @@ def test_actors_and_driver_killed(root: Path, tmp_path: Path, stage: int, victim
     assert third.returncode == 0, third.stderr
     assert "finished earlier" in third.stderr
     wait_gone(children)
+
+
+@pytest.mark.soak
+def test_a_terminal_shows_the_steps(root: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ray_jobs.train_stage_one", *_line(1, root, tmp_path / "out")]
+    written = without_codes(in_a_terminal(command)[0])
+    assert re.search(rf"train stage 1 .* {NUM_STEPS}/{NUM_STEPS} steps, \d+\.\d/s, left", written)
+    assert f"step {NUM_STEPS} of {NUM_STEPS}, loss " in written, "a bar does not say the loss"
 
 
 @pytest.mark.soak

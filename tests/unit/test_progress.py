@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
 from types import FunctionType, SimpleNamespace
 
 import pytest
@@ -18,6 +17,7 @@ import ray
 from pairvpr import terminal
 from pairvpr.distributed import progress as module
 from pairvpr.distributed.progress import Progress
+from tests.support.terminal import in_a_terminal, without_codes
 
 
 def test_a_line_says_how_long_the_rest_takes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -87,26 +87,9 @@ print(len([line for line in heard if line.startswith(":eyes: re-rank: 2")]))
 """
 
 
-def in_a_terminal(term: str) -> tuple[str, str]:
-    """What `STEP` writes on a terminal of this kind, and on standard output."""
-    ours, theirs = pty.openpty()
-    environment = os.environ | {"TERM": term, "COLUMNS": "100", "LINES": "40"}
-    child = subprocess.Popen([sys.executable, "-c", STEP], stderr=theirs, stdout=subprocess.PIPE, env=environment)
-    os.close(theirs)
-    written = b""
-    with suppress(OSError):  # how Linux says that nobody writes there any more
-        while piece := os.read(ours, 1 << 16):
-            written += piece
-    assert child.stdout is not None
-    printed = child.stdout.read().decode()
-    assert child.wait(60) == 0
-    os.close(ours)
-    return written.decode(), printed
-
-
 def test_a_terminal_shows_a_bar() -> None:
-    written, printed = in_a_terminal("xterm-256color")
-    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written)
+    written, printed = in_a_terminal([sys.executable, "-c", STEP])
+    plain = without_codes(written)
     assert re.search(r":eyes: re-rank .* 250/400 queries, \d+\.\d/s, left 0:00:\d\d", plain)
     assert "a line with [brackets] and :eyes: in between\r\n" in plain
     assert "re-rank: 250/400 queries" not in plain, "the bar says that"
@@ -143,6 +126,6 @@ def test_work_goes_on_when_the_terminal_is_closed() -> None:
 
 
 def test_a_terminal_that_can_not_draw_gets_lines() -> None:
-    written, _ = in_a_terminal("dumb")
+    written, _ = in_a_terminal([sys.executable, "-c", STEP], "dumb")
     assert "\x1b" not in written
     assert "re-rank: 250/400 queries, " in written
