@@ -95,7 +95,7 @@ def _use_every_verb(folder: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [0.1, 0.3])
+@pytest.mark.parametrize("share", [pytest.param(0.1, marks=pytest.mark.soak), 0.3])
 def test_every_verb_is_right_whatever_fails(connect: Connect, tmp_path: Path, share: float) -> None:
     with connect(share, 7) as proxy, ThreadPoolExecutor(NUM_CLIENTS) as clients:
         folders = [f"s3://flaky/{share}/{number}" for number in range(NUM_CLIENTS * ROUNDS_OF_A_CLIENT)]

@@ -62,7 +62,10 @@ def _peak_bytes() -> int:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is in KiB on Linux alone")
-@pytest.mark.parametrize("dense_features", list(DenseFeatures))
+@pytest.mark.parametrize(
+    "dense_features",
+    [DenseFeatures.cache, *(pytest.param(its, marks=pytest.mark.soak) for its in DenseFeatures if its != "cache")],
+)
 def test_memory_does_not_grow_with_the_candidates(tmp_path: Path, dense_features: DenseFeatures) -> None:
     """The first unit has twice as many candidates as the cache holds, all units together sixteen times as many."""
     done = subprocess.run(
