@@ -26,7 +26,7 @@ from pairvpr.data.manifest import Manifest
 from pairvpr.data.photo_batches import PhotoBatch
 from pairvpr.distributed import parts as part_files
 from pairvpr.distributed.index import RayRunner
-from pairvpr.distributed.metrics import bytes_of, count_failure
+from pairvpr.distributed.metrics import bytes_of, count_failure, counted
 from pairvpr.distributed.parts import Parts, Rows
 from pairvpr.distributed.progress import Progress
 from pairvpr.distributed.runtime import (
@@ -52,7 +52,6 @@ SECONDS_BEFORE_COMPLAINT = 10.0
 CALLS_PER_ACTOR = 2
 """Parts per actor at once: one is in the network while another is received or written."""
 
-_commit_shard: Any = ray.remote(part_files.commit_shard)
 
 NetworkSource = ModelSource | UserNetworkSource
 
@@ -235,7 +234,8 @@ class _Commits:
     """
 
     def __init__(self, description: Description, shards: Sequence[descriptor_shards.ShardRange], step: str) -> None:
-        self.description, self.step = description, step
+        self.description = description
+        self._commit_shard: Any = ray.remote(counted(part_files.commit_shard, step))
         self.refs: list[ray.ObjectRef[None]] = []
         self.shards_of: dict[int, list[descriptor_shards.ShardRange]] = {}
         self._parts_left: dict[int, int] = {}
@@ -258,10 +258,11 @@ class _Commits:
 
     def _commit(self, shard: descriptor_shards.ShardRange) -> None:
         description, parts = self.description, self.description.parts
-        commit = _commit_shard.options(num_cpus=cpus_of_a_shard(), max_retries=MAX_TRIES, retry_exceptions=[OSError])
+        options = {"num_cpus": cpus_of_a_shard(), "max_retries": MAX_TRIES, "retry_exceptions": [OSError]}
+        commit = self._commit_shard.options(**options)
         urls = [parts.url(part) for part in parts.of_shard(shard)]
         width = description.network.width
-        self.refs.append(commit.remote(description.directory, shard, urls, width, description.first_id, self.step))
+        self.refs.append(commit.remote(description.directory, shard, urls, width, description.first_id))
 
 
 def _finished_parts(description: Description, pending: Sequence[int], step: str) -> Iterator[int]:
@@ -354,24 +355,27 @@ class _Network:
         self.in_the_network = threading.Lock()
 
     def __call__(self, rows: Rows) -> Rows:
+        columns = (rows[name] for name in ("part", "pixels", "errors", "remarks", "seconds"))
         with bytes_of(self.step):
-            columns = (rows[name] for name in ("part", "pixels", "errors", "remarks", "seconds"))
-            for part, pixels, errors, remarks, seconds in zip(*columns, strict=True):
-                shape = (-1, self.size_px, self.size_px, 3)
-                photos = PhotoBatch(
-                    self.parts.ids(part).start,
-                    np.frombuffer(pixels, np.uint8).reshape(shape).copy(),
-                    _by_position(errors),
-                    _by_position(remarks),
-                )
-                with self.in_the_network:
-                    started_s = time.perf_counter()
-                    descriptors = np.concatenate(
-                        [
-                            self.describer.descriptors(photos.pixels[first : first + self.batch_size])
-                            for first in range(0, len(photos.pixels), self.batch_size)
-                        ]
-                    )
-                    seconds += time.perf_counter() - started_s
-                part_files.write(self.parts.url(part), photos, descriptors, seconds)
+            for part in zip(*columns, strict=True):
+                self._describe(*part)
         return {"part": rows["part"]}
+
+    def _describe(self, part: int, pixels: bytes, errors: str, remarks: str, seconds: float) -> None:
+        """Describe and write a part, whose photos took `seconds` so far."""
+        photos = PhotoBatch(
+            self.parts.ids(part).start,
+            np.frombuffer(pixels, np.uint8).reshape(-1, self.size_px, self.size_px, 3).copy(),
+            _by_position(errors),
+            _by_position(remarks),
+        )
+        with self.in_the_network:
+            started_s = time.perf_counter()
+            descriptors = np.concatenate(
+                [
+                    self.describer.descriptors(photos.pixels[first : first + self.batch_size])
+                    for first in range(0, len(photos.pixels), self.batch_size)
+                ]
+            )
+            seconds += time.perf_counter() - started_s
+        part_files.write(self.parts.url(part), photos, descriptors, seconds)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import wraps
 from itertools import islice
 from typing import Any
 
@@ -13,7 +12,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from pairvpr.data import storage
-from pairvpr.distributed.metrics import SMALL_WORK, bytes_of
+from pairvpr.distributed.metrics import SMALL_WORK, counted
 from pairvpr.distributed.progress import Progress
 from pairvpr.distributed.runtime import cpus_of_a_shard, share_cpus
 from pairvpr.errors import IncompleteRunError, UserError
@@ -32,7 +31,7 @@ class RayRunner:
     def run(self, label: str, work: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """See `Runner`. A user's error in a task (`UserError` etc.) is raised here unchanged."""
         options = {"num_cpus": cpus_of_a_shard(), "max_retries": MAX_TRIES, "retry_exceptions": [OSError]}
-        task: Any = ray.remote(**options)(_counted(work, label or SMALL_WORK))
+        task: Any = ray.remote(**options)(counted(work, label or SMALL_WORK))
         answers = _in_order(task, _large_ones_shared(arguments))
         if not label:
             return list(answers)
@@ -57,17 +56,6 @@ def _in_order(task: Any, arguments: Sequence[Sequence[Any]]) -> Iterator[Any]:
     while refs:
         yield _get(refs.popleft())
         refs.extend(task.remote(*one) for one in islice(waiting, 1))
-
-
-def _counted(work: Callable[..., Any], step: str) -> Callable[..., Any]:
-    """`work`, with its bytes counted for the step."""
-
-    @wraps(work)
-    def counted(*arguments: Any) -> Any:
-        with bytes_of(step):
-            return work(*arguments)
-
-    return counted
 
 
 def _large_ones_shared(arguments: Sequence[tuple[Any, ...]]) -> list[list[Any]]:

@@ -7,15 +7,18 @@ with a scrape of a real run. A local Ray exports nothing (`runtime.ray_session`)
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, TypeVar
 
 import ray
 from ray.util.metrics import Counter, Gauge
 
 from pairvpr.data import storage
 
+T = TypeVar("T")
 PREFIX = "ray_"
 """Ray puts this before every name, and Prometheus's `_total` after a counter's."""
 JOB = "job_id"
@@ -103,6 +106,17 @@ def bytes_of(step: str) -> Iterator[None]:
         yield
     finally:
         count_bytes(step)
+
+
+def counted(work: Callable[..., T], step: str) -> Callable[..., T]:
+    """`work`, with its bytes counted for the step."""
+
+    @wraps(work)
+    def counting(*arguments: Any) -> T:
+        with bytes_of(step):
+            return work(*arguments)
+
+    return counting
 
 
 def count_failure(step: str, what: str, count: int = 1) -> None:

@@ -128,48 +128,46 @@ def commit_shard(
     part_urls: Sequence[str],
     descriptor_dim: int,
     first_id: int,
-    step: str,
 ) -> None:
-    """Gather a shard's rows from its parts, in id order, and publish it; ids count from `first_id`, bytes for `step`.
+    """Gather a shard's rows from its parts, in id order, and publish it; ids count from `first_id`.
 
     Raises `IncompleteRunError` for a damaged part, which is deleted.
     """
-    with bytes_of(step):
-        ids, rows = [np.empty(0, np.int64)], [np.empty((0, descriptor_dim), np.float32)]
-        rejected: dict[int, str] = {}
-        remarks: dict[int, str] = {}
-        seconds = 0.0
-        with ThreadPoolExecutor(PARTS_READ_AT_ONCE) as pool:
-            read = pool.map(storage.read_bytes, part_urls)
-        for url, data in zip(part_urls, read, strict=True):
-            part = _arrays(url, data)
-            inside = (part["ids"] >= shard.first_id) & (part["ids"] < shard.stop_id)
-            ids.append(part["ids"][inside])
-            rows.append(part["descriptors"][inside])
-            for found, ids_name, texts_name in (
-                (rejected, "rejected_ids", "rejected_errors"),
-                (remarks, "remarked_ids", "remarks"),
-            ):
-                texts = zip(part[ids_name].tolist(), part[texts_name].tolist(), strict=True)
-                found |= {image_id: text for image_id, text in texts if shard.first_id <= image_id < shard.stop_id}
-            if shard.first_id <= int(part["first_id"]) < shard.stop_id:
-                seconds += float(part["seconds"])
-        all_ids = np.concatenate(ids)
-        accounted = np.sort(np.concatenate([all_ids, np.fromiter(rejected, np.int64, len(rejected))]))
-        assert np.array_equal(accounted, np.arange(shard.first_id, shard.stop_id)), "a photo is missing or double"
-        if remarks:
-            of_index = {image_id + first_id: remark for image_id, remark in remarks.items()}
-            descriptor_shards.write_shard_remarks(directory, shard.shard, of_index)
-        descriptor_shards.write_shard_description(
-            directory,
-            shard.shard,
-            all_ids + first_id,
-            np.concatenate(rows),
-            first_id=shard.first_id + first_id,
-            count=shard.count,
-            rejected={image_id + first_id: error for image_id, error in rejected.items()},
-            seconds=seconds,
-        )
+    ids, rows = [np.empty(0, np.int64)], [np.empty((0, descriptor_dim), np.float32)]
+    rejected: dict[int, str] = {}
+    remarks: dict[int, str] = {}
+    seconds = 0.0
+    with ThreadPoolExecutor(PARTS_READ_AT_ONCE) as pool:
+        read = pool.map(storage.read_bytes, part_urls)
+    for url, data in zip(part_urls, read, strict=True):
+        part = _arrays(url, data)
+        inside = (part["ids"] >= shard.first_id) & (part["ids"] < shard.stop_id)
+        ids.append(part["ids"][inside])
+        rows.append(part["descriptors"][inside])
+        for found, ids_name, texts_name in (
+            (rejected, "rejected_ids", "rejected_errors"),
+            (remarks, "remarked_ids", "remarks"),
+        ):
+            texts = zip(part[ids_name].tolist(), part[texts_name].tolist(), strict=True)
+            found |= {image_id: text for image_id, text in texts if shard.first_id <= image_id < shard.stop_id}
+        if shard.first_id <= int(part["first_id"]) < shard.stop_id:
+            seconds += float(part["seconds"])
+    all_ids = np.concatenate(ids)
+    accounted = np.sort(np.concatenate([all_ids, np.fromiter(rejected, np.int64, len(rejected))]))
+    assert np.array_equal(accounted, np.arange(shard.first_id, shard.stop_id)), "a photo is missing or double"
+    if remarks:
+        of_index = {image_id + first_id: remark for image_id, remark in remarks.items()}
+        descriptor_shards.write_shard_remarks(directory, shard.shard, of_index)
+    descriptor_shards.write_shard_description(
+        directory,
+        shard.shard,
+        all_ids + first_id,
+        np.concatenate(rows),
+        first_id=shard.first_id + first_id,
+        count=shard.count,
+        rejected={image_id + first_id: error for image_id, error in rejected.items()},
+        seconds=seconds,
+    )
 
 
 def copy_shard(

@@ -37,6 +37,7 @@ SECONDS_TO_CONNECT = 5.0
 MIN_OPEN_FILES = 256
 MIN_FREE_BYTES = 64 << 20
 SHARED_MEMORY = "/dev/shm"
+NO_METRICS = {"RAY_enable_metrics_collection": "0", "AUTOSCALER_METRIC_PORT": "-1", "DASHBOARD_METRIC_PORT": "-1"}
 _share_cpus = math.inf
 """CPUs that this process's job keeps to, of a cluster that it shares with others."""
 
@@ -74,23 +75,19 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
 
 def _start(num_cpus: int | None) -> None:
     """A Ray of its own. Raises `UserError` or `IncompleteRunError` where this machine does not let it start."""
-    # Ray listens on all network interfaces. It requires the token that it generates for this user, unless
-    # RAY_AUTH_MODE says otherwise. Metrics need no token, so no port serves them; Ray logs that -1 can't be opened.
-    os.environ.setdefault("RAY_enable_metrics_collection", "0")
-    os.environ.setdefault("AUTOSCALER_METRIC_PORT", "-1")
-    os.environ.setdefault("DASHBOARD_METRIC_PORT", "-1")
     folder, variable = _ray_folder()
     _check_limits(folder, variable)
     stop = signal.getsignal(signal.SIGTERM)
     shared_memory_bytes = shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else None
     try:
-        ray.init(
-            num_cpus=num_cpus,
-            namespace=ALONE,
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
+        with _no_metrics():
+            ray.init(
+                num_cpus=num_cpus,
+                namespace=ALONE,
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+            )
     except Exception as error:
         raise IncompleteRunError(
             f"Ray can't start on this machine: {in_a_line(error)}; expected free ports, processes and memory, and a "
@@ -99,6 +96,22 @@ def _start(num_cpus: int | None) -> None:
     _say_if_too_small(shared_memory_bytes, folder)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stop)  # Ray has installed its own, which ends the process silently
+
+
+@contextmanager
+def _no_metrics() -> Iterator[None]:
+    """Processes that Ray starts within the block serve no metrics, unless the environment says otherwise.
+
+    Ray listens on all network interfaces. It requires the token that it generates for this user, unless RAY_AUTH_MODE
+    says otherwise. Metrics need no token, so no port serves them; Ray logs that -1 can't be opened.
+    """
+    ours = {name: value for name, value in NO_METRICS.items() if name not in os.environ}
+    os.environ |= ours
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)  # else a cluster that this process starts later would serve none either
 
 
 def _say_if_too_small(shared_memory_bytes: int | None, folder: str) -> None:

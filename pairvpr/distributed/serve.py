@@ -276,11 +276,7 @@ class NetworkReplica:
     @serve.batch(max_batch_size=MOST_TOGETHER)
     async def _described_together(self, photos: list[Asked]) -> list[Described]:
         """Photos of different requests in one pass, whose rounding depends on their number."""
-        described = await asyncio.to_thread(self._network.describe, photos, Deadline())
-        if len(photos) == 1:
-            return [described]
-        row_of = {place: row for row, place in enumerate(described.places.tolist())}
-        return [_one_of(described, place, row_of.get(place)) for place in range(len(photos))]
+        return _apart(await asyncio.to_thread(self._network.describe, photos, Deadline()), len(photos))
 
     async def score(
         self,
@@ -305,6 +301,14 @@ class NetworkReplica:
     async def explained(self, photo: Asked, other: Asked, left_s: float) -> Explained:
         """See `pairvpr.engines.Network`."""
         return await _in_thread(partial(self._network.explained, photo, other), left_s)
+
+
+def _apart(described: Described, number: int) -> list[Described]:
+    """What describing a number of photos together gave, for each of them. A photo alone keeps its dense features."""
+    if number == 1:
+        return [described]
+    row_of = {place: row for row, place in enumerate(described.places.tolist())}
+    return [_one_of(described, place, row_of.get(place)) for place in range(number)]
 
 
 def _one_of(described: Described, place: int, row: int | None) -> Described:

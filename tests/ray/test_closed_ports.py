@@ -16,7 +16,7 @@ import pytest
 pytestmark = pytest.mark.cluster
 
 JOB = """
-import json, sys
+import json, os, sys
 import psutil, ray
 from pairvpr.config.schema import ClusterConfig
 from pairvpr.distributed.runtime import ray_session
@@ -25,7 +25,9 @@ from pairvpr.distributed.runtime import ray_session
 def work():
     return 1
 
+set_before = {name for name in os.environ if "metric" in name.lower()}
 with ray_session(ClusterConfig(num_cpus=1)):
+    assert {name for name in os.environ if "metric" in name.lower()} == set_before, "other clusters keep their metrics"
     assert ray.get(work.remote()) == 1
     me = psutil.Process()
     found = [

@@ -30,8 +30,6 @@ from tests.support.runs import ROOT, arguments, wait_gone, wait_until
 
 USED = "ray_resources", {"Name": "CPU", "State": "USED"}
 RAY = str(Path(sys.executable).with_name("ray"))
-OF_LOCAL_SESSIONS = ("RAY_enable_metrics_collection", "AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT")
-"""Variables by which an earlier test's own Ray instance, in this process, exports no metrics."""
 
 
 def _free_port() -> int:
@@ -66,8 +64,7 @@ def dashboard(ray_home: Path, targets: Path) -> Iterator[str]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
-        env={name: value for name, value in os.environ.items() if name not in OF_LOCAL_SESSIONS}
-        | {"RAY_metrics_report_interval_ms": "1000"},
+        env=os.environ | {"RAY_metrics_report_interval_ms": "1000"},
     )
     address = f"http://127.0.0.1:{port}"
     wait_until(lambda: _takes_jobs(address), "the cluster's start")

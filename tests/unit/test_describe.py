@@ -38,7 +38,6 @@ class FakeCommit:
     def __init__(self) -> None:
         self.reserved: list[dict[str, Any]] = []
         self.shards: list[int] = []
-        self.steps: list[str] = []
 
     def options(self, **reserved: Any) -> FakeCommit:
         self.reserved.append(reserved)
@@ -47,7 +46,6 @@ class FakeCommit:
     def remote(self, *arguments: Any) -> None:
         """Nothing is started."""
         self.shards.append(arguments[1].shard)
-        self.steps.append(arguments[-1])
 
 
 def description_of(directory: Path, num_photos: int, num_shards: int) -> Description:
@@ -58,15 +56,16 @@ def description_of(directory: Path, num_photos: int, num_shards: int) -> Descrip
 
 def test_commits_reserve_what_index_builds_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a resumed run, whose parts may all be there, would have every shard in memory at once."""
-    commit = FakeCommit()
-    monkeypatch.setattr(steps, "_commit_shard", commit)
+    commit, counted_steps = FakeCommit(), list[str]()
+    monkeypatch.setattr(ray, "remote", lambda _: commit)
+    monkeypatch.setattr(steps, "counted", lambda _work, step: counted_steps.append(step))
     monkeypatch.setattr(steps, "cpus_of_a_shard", lambda: 0.75)
-    description = description_of(tmp_path, 9, 3)
-    commits = steps._Commits(description, descriptor_shards.shard_ranges(9, 3), "describe database")
+    commits = steps._Commits(description_of(tmp_path, 9, 3), descriptor_shards.shard_ranges(9, 3), "describe database")
     for part in sorted(commits.shards_of):
         commits.part_is_done(part)
+    assert commit.shards == [0, 1, 2]
     assert [reserved["num_cpus"] for reserved in commit.reserved] == [0.75] * 3
-    assert commit.steps == ["describe database"] * 3
+    assert counted_steps == ["describe database"]
 
 
 def test_the_first_photo_that_can_not_be_read_is_the_one_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +206,7 @@ def test_what_was_described_of_changed_photos_is_forgotten(
     stamps.check_unchanged(manifest, str(directory))
 
     commit = FakeCommit()
-    monkeypatch.setattr(steps, "_commit_shard", commit)
+    monkeypatch.setattr(ray, "remote", lambda _: commit)
     monkeypatch.setattr(steps, "cpus_of_a_shard", lambda: 1.0)
     monkeypatch.setattr(steps, "_finished_parts", lambda _description, parts, _step: iter(parts))
     monkeypatch.setattr(ray, "get", lambda refs: refs)

@@ -56,7 +56,7 @@ def test_docs_list_every_metric() -> None:
 
 def test_the_step_of_small_work_is_one_name_in_code_and_docs(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = list[str]()
-    monkeypatch.setattr(index, "_counted", lambda work, step: steps.append(step) or work)
+    monkeypatch.setattr(index, "counted", lambda work, step: steps.append(step) or work)
     monkeypatch.setattr(index.ray, "remote", lambda **_: lambda _work: None)
     monkeypatch.setattr(index, "cpus_of_a_shard", lambda: 1.0)
     monkeypatch.setattr(index, "_in_order", lambda _task, _arguments: iter(()))

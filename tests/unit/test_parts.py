@@ -22,6 +22,7 @@ from pairvpr.data.manifest import Manifest
 from pairvpr.data.photo_batches import PhotoBatch
 from pairvpr.distributed import parts as parts_module
 from pairvpr.distributed.metrics import count_bytes
+from pairvpr.distributed.metrics import counted as counted_for
 from pairvpr.distributed.parts import MAX_BATCHES_PER_PART, Parts, commit_shard, decode, write
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.index import descriptor_shards
@@ -65,7 +66,7 @@ def test_shards_gather_their_rows_from_parts_on_both_borders(tmp_path: Path, num
         write(parts.url(part), PhotoBatch(ids.start, pixels, errors), descriptors[ids.start : ids.stop], 1.0)
     shards = descriptor_shards.shard_ranges(num_images, num_shards)
     for shard in shards:
-        commit_shard(str(tmp_path), shard, [parts.url(part) for part in parts.of_shard(shard)], 4, 0, "describe")
+        commit_shard(str(tmp_path), shard, [parts.url(part) for part in parts.of_shard(shard)], 4, 0)
     about = [descriptor_shards.read_shard_description(str(tmp_path), shard.shard) for shard in shards]
     rejected = {i: text for shard in about if shard is not None for i, text in shard.rejected.items()}
     assert rejected == broken
@@ -81,7 +82,7 @@ def test_a_missing_part_is_noticed(tmp_path: Path) -> None:
     parts = Parts(str(tmp_path / "parts"), 10, 5)
     write(parts.url(0), PhotoBatch(0, np.zeros((5, 2, 2, 3), np.uint8), {}), np.ones((5, 4), np.float32), 1.0)
     with pytest.raises(AssertionError, match="missing or double"):
-        commit_shard(str(tmp_path), descriptor_shards.shard_ranges(10, 1)[0], [parts.url(0)], 4, 0, "describe")
+        commit_shard(str(tmp_path), descriptor_shards.shard_ranges(10, 1)[0], [parts.url(0)], 4, 0)
 
 
 def test_a_folder_that_this_node_does_not_see_rejects_no_photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,10 +135,11 @@ def test_bytes_count_for_the_step_of_the_task_also_where_it_fails(
         assert not counted
         return found
 
+    commit = counted_for(commit_shard, "describe")
     read, written = ("read_bytes", "describe"), ("written_bytes", "describe")
-    assert of(lambda: commit_shard(str(tmp_path), shard, [parts.url(0)], 4, 0, "describe")) == {read, written}
+    assert of(lambda: commit(str(tmp_path), shard, [parts.url(0)], 4, 0)) == {read, written}
     Path(parts.url(0)).write_bytes(b"damaged")
-    assert of(lambda: commit_shard(str(tmp_path), shard, [parts.url(0)], 4, 0, "describe")) == {read}
+    assert of(lambda: commit(str(tmp_path), shard, [parts.url(0)], 4, 0)) == {read}
 
     def decode_and_miss_the_folder() -> None:
         manifest = cast(Any, Manifest.of(str(tmp_path / "photos"), ["0.jpg"]))
@@ -182,5 +184,5 @@ def test_a_damaged_part_is_deleted_and_named(tmp_path: Path, damage: str) -> Non
     content = {"truncated": data[: len(data) // 2], "empty": b"", "foreign": b"not an archive", "flipped": data}
     file.write_bytes(content[damage])
     with pytest.raises(IncompleteRunError, match=rf"^{file} was damaged .* was deleted; run the same command again"):
-        commit_shard(str(tmp_path), descriptor_shards.shard_ranges(5, 1)[0], [parts.url(0)], 4, 0, "describe")
+        commit_shard(str(tmp_path), descriptor_shards.shard_ranges(5, 1)[0], [parts.url(0)], 4, 0)
     assert not file.exists()

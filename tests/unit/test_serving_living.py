@@ -23,14 +23,16 @@ import psutil
 import pytest
 import requests
 import schemathesis
+import torch
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from ray.exceptions import RayTaskError
 
-from pairvpr import Localizer
+from pairvpr import Localizer, PhotoError
 from pairvpr.config.serve_schema import ServeSettings
 from pairvpr.deadline import Deadline
-from pairvpr.distributed.serve import GENERATIONS_HELD, _called, _Held
+from pairvpr.distributed.serve import GENERATIONS_HELD, _apart, _called, _Held
+from pairvpr.engines import Described
 from pairvpr.index.generations import IndexManifest, commit, read_manifest
 from pairvpr.index.update import without
 from tests.support.runs import wait_until
@@ -201,6 +203,18 @@ def test_an_error_of_a_replica_is_not_taken_for_a_slow_answer() -> None:
     with pytest.raises(TimeoutError, match="the store"):
         _called(method, Deadline(60.0))
     assert len(calls) == 1
+
+
+def test_photos_that_were_described_together_come_apart() -> None:
+    """Each as if it had been alone; one that was alone keeps what scoring can use."""
+    broken = PhotoError("1.jpg", "half there")
+    rows = np.array([[1, 0], [0, 1]], np.float32)
+    first, second, third = _apart(Described(np.array([0, 2]), rows, {1: broken}), 3)
+    for found, row in ((first, 0), (third, 1)):
+        assert (found.places.tolist(), found.descriptors.tolist(), found.broken) == ([0], [rows[row].tolist()], {})
+    assert (second.places.tolist(), len(second.descriptors), second.broken) == ([], 0, {0: broken})
+    alone = Described(np.array([0]), rows[:1], {}, torch.zeros(1))
+    assert _apart(alone, 1) == [alone]
 
 
 def held_bytes() -> int:
