@@ -11,7 +11,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?= demo
 TINY ?= tiny
-FAST := tests/unit tests/numerics tests/ray/test_equals_single_machine.py::test_shards_and_actors
+FAST := tests/unit tests/numerics tests/ray/test_equals_single_machine.py::test_index_then_query
 
 help:
 	@grep '^# ' Makefile | cut -c3-

@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=2000, help="for each number of clients")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--memory-requests", type=int, default=20_000, help="0 = leave memory and overload out")
+    parser.add_argument("--settings", metavar="KEY=VALUE", nargs="*", default=[], help="more settings of the service")
     parser.add_argument("--app-of", metavar="FOLDER", help=argparse.SUPPRESS)  # this program's other process
     shared.add_report_option(parser, WHAT)
     options = parser.parse_args()
@@ -124,6 +125,7 @@ def serving(folder: Path, options: argparse.Namespace) -> Iterator[int]:
     line = [f"index.path={folder}/index", f"model={options.model}", f"rerank.num_candidates={options.candidates}"]
     line += [f"{step}.num_threads_per_actor=1" for step in ("describe", "index", "rerank")]
     line += [f"serve.port={PORT}", f"serve.num_at_once={AT_ONCE}", f"serve.max_waiting={MAX_WAITING}"]
+    line += options.settings
     process = subprocess.Popen([sys.executable, "-m", "ray_jobs.serve", *line])
     try:
         wait_ready(PORT, process)

@@ -7,19 +7,21 @@ and so do `serve deploy` and KubeRay's RayService with `import_path: ray_jobs.se
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import threading
 from collections.abc import Mapping, Sequence
 
+import ray
 from ray import serve
 from ray.serve.config import HTTPOptions
 
 from pairvpr.boundary import StoppedError
 from pairvpr.cli import run_job
 from pairvpr.config.compose import load
-from pairvpr.config.serve_schema import ServeConfig
-from pairvpr.distributed.runtime import ray_session
-from pairvpr.distributed.serve import APP, application, drain
+from pairvpr.config.serve_schema import ServeConfig, ServeSettings
+from pairvpr.distributed.runtime import ALONE, ray_session
+from pairvpr.distributed.serve import APP, application, drain, haproxy_variables
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.models.weights import announce, find_weights
 from pairvpr.serving.opening import Opening
@@ -35,9 +37,11 @@ def main(arguments: Sequence[str]) -> None:
     opening = Opening.of(config)
     announce(opening.config.model, find_weights(opening.config.model))
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 is for batches, and somebody waits for these answers
-    with ray_session(config.cluster):
-        settings = config.serve
+    settings = config.serve
+    with haproxy_variables(is_wanted=settings.haproxy) as variables, ray_session(config.cluster, variables):
         check_is_alone()
+        if ray.get_runtime_context().namespace == ALONE:
+            check_ports(settings, variables)
         request_s = settings.timeout_s + settings.body_timeout_s + LAST_WORDS_S
         serve.start(http_options=HTTPOptions(host=settings.host, port=settings.port, request_timeout_s=request_s))
         try:
@@ -61,6 +65,21 @@ def check_is_alone() -> None:
             f"Ray Serve already runs on this cluster, with {names}; expected a cluster without it (`serve shutdown` "
             "ends it, also what a killed `pairvpr serve` left), or `serve run ray_jobs.serve:app` beside what runs"
         )
+
+
+def check_ports(settings: ServeSettings, variables: Mapping[str, str]) -> None:
+    """Raise `UserError` for an address or port of the service that this machine does not give."""
+    listened = {"serve.port": (settings.host, settings.port)}
+    listened |= {name: ("0.0.0.0", int(value)) for name, value in variables.items() if name.endswith("_PORT")}
+    for name, (host, port) in listened.items():
+        try:
+            family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family) as listening:
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listening.bind(address)
+        except OSError as error:
+            why = f"{name}={port}, on {host}: {error.strerror}"
+            raise UserError(f"{why}; expected an address of this machine and a free port") from error
 
 
 def started(service: serve.Application) -> None:

@@ -77,6 +77,8 @@ class ServeSettings(LimitsConfig):
     """File with the token that requests must carry (`Authorization: Bearer TOKEN`); null = none is asked for."""
     allow_anonymous: bool = False
     """Listen on another address than this machine's own without a token."""
+    haproxy: bool = False
+    """Scheduling: HAProxy takes the requests, several times cheaper than Ray Serve's own proxy; see docs/serving.md."""
     split: bool = False
     """Scheduling: door, network and shards are deployments of their own; false = all in one, faster on one machine."""
     num_replicas: int = 1

@@ -10,7 +10,7 @@ import shutil
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -43,11 +43,12 @@ _share_cpus = math.inf
 
 
 @contextmanager
-def ray_session(config: ClusterConfig) -> Iterator[None]:
+def ray_session(config: ClusterConfig, variables: Mapping[str, str] | None = None) -> Iterator[None]:
     """Connect to the cluster named by `config` or RAY_ADDRESS, or start a local Ray instance.
 
-    On a cluster the job keeps to `config.num_cpus`, as far as it decides how much runs at once. A local instance ends
-    with the block, and with this process, however it dies.
+    `variables` are set in the environment of all actors and tasks. On a cluster the job keeps to `config.num_cpus`, as
+    far as it decides how much runs at once. A local instance ends with the block, and with this process, however it
+    dies.
     """
     if ray.is_initialized():
         yield
@@ -55,15 +56,16 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    environment = {"env_vars": dict(variables or {})}
     not_rays = set(psutil.Process().children(recursive=True))
     global _share_cpus
     try:
         address = config.address or os.environ.get("RAY_ADDRESS")
         if address:
-            _connect(address, "cluster.address" if config.address else "RAY_ADDRESS")
+            _connect(address, "cluster.address" if config.address else "RAY_ADDRESS", environment)
             _share_cpus = config.num_cpus or math.inf
         else:
-            _start(config.num_cpus)
+            _start(config.num_cpus, environment)
         yield
     finally:
         _share_cpus = math.inf
@@ -73,7 +75,7 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
         _end(list(children))
 
 
-def _start(num_cpus: int | None) -> None:
+def _start(num_cpus: int | None, environment: dict[str, Any]) -> None:
     """A Ray of its own. Raises `UserError` or `IncompleteRunError` where this machine does not let it start."""
     folder, variable = _ray_folder()
     _check_limits(folder, variable)
@@ -87,6 +89,7 @@ def _start(num_cpus: int | None) -> None:
                 include_dashboard=False,
                 logging_level=logging.ERROR,
                 log_to_driver=False,
+                runtime_env=environment,
             )
     except Exception as error:
         raise IncompleteRunError(
@@ -159,13 +162,15 @@ def _check_limits(folder: str, variable: str) -> None:
         ) from error
 
 
-def _connect(address: str, key: str) -> None:
+def _connect(address: str, key: str, environment: dict[str, Any]) -> None:
     """Raises `UserError`, naming the setting `key`, if no cluster answers."""
     if address.startswith(("http://", "https://")):
         raise UserError(f"{key}={address}: this is the dashboard's address, for `ray job submit`; expected HOST:6379")
     _check_reachable(address, key)
     try:
-        connected: Any = ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+        connected: Any = ray.init(
+            address=address, logging_level=logging.ERROR, log_to_driver=False, runtime_env=environment
+        )
     except (ConnectionError, ValueError) as error:
         raise UserError(
             f"{key}={address}: {storage.reason(error)}; expected HOST:PORT of a running cluster, or auto"

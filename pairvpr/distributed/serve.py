@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
+import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from threading import Lock
@@ -56,12 +58,55 @@ LOOKED_EVERY_S = 0.25
 """How often a waiting door looks whether its client is still there."""
 HEALTH: dict[str, Any] = {"health_check_period_s": 2.0, "health_check_timeout_s": 10.0}
 PREPARED_S, READY_S = 600.0, 5.0
+HAPROXY_FILES: Mapping[str, str] = {
+    "CONFIG_FILE_LOC": "haproxy.cfg",
+    "SOCKET_PATH": "admin.sock",
+    "METRICS_SOCKET_PATH": "metrics.sock",
+    "SERVER_STATE_BASE": "",
+    "SERVER_STATE_FILE": "server-state",
+}
+HAPROXY: Mapping[str, str] = {
+    "RAY_SERVE_HAPROXY_STATS_PORT": "8404",
+    "RAY_SERVE_HAPROXY_METRICS_PORT": "9101",
+    # A request whose replica dies goes to another one, if it fits into a buffer. Answering it twice does no harm.
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+    "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(1 << 20),
+    # The dead one has the fewest requests, so that it would be chosen again until it counts as down.
+    "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",
+    "RAY_SERVE_HAPROXY_RETRIES": "10",
+    # Also the limit for a request's header.
+    "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",
+    # A replica that ends gets no new requests after this; Ray's 30 s are for load balancers that ask it seldom.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+}
 MOST_TOGETHER = 32
 """Photos that share a describing pass with serve.batch_wait_s."""
 
 
 class LostReplicaError(OSError):
     """The replicas of a deployment died, or did not take the call, again and again."""
+
+
+@contextmanager
+def haproxy_variables(*, is_wanted: bool) -> Iterator[dict[str, str]]:
+    """Environment variables by which Ray Serve puts HAProxy in front; none where it is not wanted.
+
+    What the environment says already stays. HAProxy's files, among them a socket that obeys everybody, lie in a folder
+    of this user's, which ends with the block. It is in /tmp, because HAProxy takes no socket path above 97 characters,
+    and Ray adds 57 for the node.
+    """
+    if not is_wanted:
+        yield {}
+        return
+    with tempfile.TemporaryDirectory(prefix="haproxy-", dir="/tmp") as folder:
+        yield {
+            name: os.environ.get(name, value)
+            for name, value in {
+                "RAY_SERVE_ENABLE_HA_PROXY": "1",
+                **{f"RAY_SERVE_HAPROXY_{name}": os.path.join(folder, file) for name, file in HAPROXY_FILES.items()},
+                **HAPROXY,
+            }.items()
+        }
 
 
 def drain(seconds: float) -> None:

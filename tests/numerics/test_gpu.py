@@ -16,6 +16,8 @@ from tests.support.device_work import RECIPES, UNITS, Recipe, network, reranked,
 from tests.support.shared import needs_shared, parity_arrays, parity_model_config, weights_of
 from tests.support.simulated_gpu import CUDA, simulated_gpu
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = {Precision.fp32: 1e-3, Precision.bf16: 0.1, Precision.fp16: 0.02}
 """Of pair scores."""
 PARITY_TOLERANCE = 1e-3

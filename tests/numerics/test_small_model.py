@@ -48,6 +48,7 @@ def recalls_at_1(config: EvaluateConfig) -> tuple[float, float]:
     return found, reranked
 
 
+@pytest.mark.slow
 def test_is_small(config: EvaluateConfig) -> None:
     weights = load_weights(config.model)
     assert not weights.untrained

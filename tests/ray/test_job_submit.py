@@ -210,6 +210,7 @@ def test_a_job_that_nobody_waits_for_is_watched_killed_and_started_again(
     assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected
 
 
+@pytest.mark.soak
 def test_train(tmp_path: Path, dashboard: str) -> None:
     training.draw_training_set(tmp_path)
     here, there = (training.arguments(2, tmp_path, tmp_path / name, "train.max_steps=2") for name in ("here", "there"))

@@ -110,6 +110,7 @@ def test_equals_the_job(index: str, city: Path, tmp_path: Path) -> None:
     assert_same(localizer.locate(photos, k=10, near=Utm(*middle.tolist()), radius_m=30), near)
 
 
+@pytest.mark.soak
 def test_one_photo_equals_a_folder_of_one(index: str, city: Path, tmp_path: Path) -> None:
     """By path, bytes, image or array; near its own prior position, as the job takes it from the photo's name."""
     photo = sorted((city / "queries").iterdir())[5]

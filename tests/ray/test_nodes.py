@@ -55,7 +55,12 @@ def nodes() -> Iterator[tuple[Cluster, list[Any]]]:
 
 
 @pytest.mark.parametrize(
-    "moment", [pytest.param("never", marks=pytest.mark.soak), "index/parts/*.npz", "reranked/*.parquet"]
+    "moment",
+    [
+        pytest.param("never", marks=pytest.mark.soak),
+        pytest.param("index/parts/*.npz", marks=pytest.mark.soak),
+        "reranked/*.parquet",
+    ],
 )
 def test_node_removed(
     city: Path, expected_one_by_one: bytes, tmp_path: Path, nodes: tuple[Cluster, list[Any]], moment: str

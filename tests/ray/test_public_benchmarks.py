@@ -36,7 +36,9 @@ def test_sfxl_runs_over_one_index(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "are different tests, so their numbers can't be compared: queries_paths_sha256: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("is_published", [False, True], ids=["no truth", "truth"])
+@pytest.mark.parametrize(
+    "is_published", [pytest.param(False, id="no truth", marks=pytest.mark.soak), pytest.param(True, id="truth")]
+)
 def test_a_challenge_gets_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], is_published: bool) -> None:
     write_msls(f"{tmp_path}/msls", num_places=1, test_has_positions=is_published)
     line = ["benchmark=msls_test", f"datasets_root={tmp_path}", f"output={tmp_path}/out", *SMALL_NETWORK, *ONE_THREAD]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from ray import serve
 
 from pairvpr.config.compose import load
 from pairvpr.config.schema import BuildConfig, BuildIndexConfig, IndexKind, QueryConfig
-from pairvpr.config.serve_schema import ServeConfig
+from pairvpr.config.serve_schema import ServeConfig, ServeSettings
 from pairvpr.distributed.serve import APP, application, drain
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.index.generations import commit, read_manifest
@@ -30,7 +31,7 @@ from pairvpr.index.update import without
 from pairvpr.serving.opening import Opening
 from ray_jobs.build_index import build_index
 from ray_jobs.query import query
-from ray_jobs.serve import check_is_alone, started
+from ray_jobs.serve import check_is_alone, check_ports, started
 from tests.support.runs import SMALL_NETWORK, wait_until
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -164,6 +165,23 @@ def test_swaps_and_draining_lose_no_request(flat_index: str, city: Path) -> None
     assert {1, 2} <= {generation - whole.generation for generation in answers}
     assert all(len(its) == 1 for its in answers.values()), answers
     assert seen[200] >= len(answers)
+
+
+def test_an_address_that_this_machine_does_not_give_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        free = ServeSettings(port=port)
+        with pytest.raises(UserError, match=rf"^serve\.port={port}, on 127\.0\.0\.1: Address already in use; expected"):
+            check_ports(free, {})
+    check_ports(free, {})
+    check_ports(replace(free, host="::1"), {})
+    check_ports(replace(free, host="localhost"), {})
+    with pytest.raises(UserError, match=r"on 192\.0\.2\.77: Cannot assign requested address; expected"):
+        check_ports(replace(free, host="192.0.2.77", allow_anonymous=True), {})
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf"^RAY_X_PORT={port}, on 0\.0\.0\.0: Address already in use"):
+            check_ports(free, {"RAY_X_PORT": str(port), "RAY_OTHER": "1"})
 
 
 @pytest.mark.soak

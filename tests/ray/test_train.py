@@ -31,7 +31,13 @@ def _line(stage: int, root: Path, output: Path, *more: str) -> list[str]:
     )
 
 
-@pytest.mark.parametrize(("stage", "victims"), [(1, ("RayTrainWorker", "_Lines")), (2, ("TrainController",))])
+@pytest.mark.parametrize(
+    ("stage", "victims"),
+    [
+        (1, ("RayTrainWorker", "_Lines")),
+        pytest.param(2, ("TrainController",), marks=pytest.mark.soak),
+    ],
+)
 def test_actors_and_driver_killed(root: Path, tmp_path: Path, stage: int, victims: tuple[str, ...]) -> None:
     train_on_ranks(stage, _line(stage, root, tmp_path / "undisturbed"), 2, tmp_path)
     expected = read_metrics(str(tmp_path / "undisturbed"))

@@ -33,6 +33,7 @@ def naive_attention(
     return np.einsum("bhlm,bmhe->blhe", exponentials / exponentials.sum(axis=-1, keepdims=True), value)
 
 
+@pytest.mark.slow
 @given(
     st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(1, 9), st.integers(1, 3), st.sampled_from([1, 4, 8])),
     st.integers(0, 2**32 - 1),
@@ -59,6 +60,7 @@ def empty_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("empty_memory_is_nan")
 @pytest.mark.parametrize("engine", [attention, _by_products])
 @given(

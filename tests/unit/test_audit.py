@@ -23,6 +23,8 @@ from pairvpr.retrieval import pipeline
 from pairvpr.retrieval.pipeline import Answer
 from tests.support.small import SMALL_CITY, shaken_model, small_evaluate_config, small_model_config
 
+pytestmark = pytest.mark.slow
+
 FACTS = RunFacts(
     index={"kind": "flat"},
     weights_sha256="ab" * 32,

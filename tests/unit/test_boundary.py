@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.exceptions import RayTaskError
 
 from pairvpr.boundary import outcome_of
 from pairvpr.data import storage
@@ -64,6 +65,15 @@ def test_one_line(line: str, exit_code: int, words: list[str]) -> None:
     the_line(error, *words)
 
 
+def test_an_error_of_a_ray_task_is_its_own_line_not_its_traceback() -> None:
+    cause = RuntimeError("Failed to bind to address '127.0.0.1:8700'.\nand more")
+    error = RayTaskError("ready", "\x1b[36mray::ProxyActor.ready()\x1b[39m\n many lines", cause).as_instanceof_cause()
+    line = str(outcome_of(error))
+    assert line.startswith(
+        "incomplete: Ray failed: RuntimeError: Failed to bind to address '127.0.0.1:8700'.; finished"
+    )
+
+
 def test_too_many_open_files() -> None:
     code, _, error = ended("files = [open('/dev/null') for _ in range(99)]", shell='ulimit -n 40; "$@"')
     assert code == 1
@@ -76,6 +86,7 @@ def test_a_closed_pipe() -> None:
     the_line(error, "error: standard output was closed before everything was printed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shell", ['"$@" 2>&-', '"$@" >&- 2>&-', '{ "$@" 2>&1 >&3 | true; exit ${PIPESTATUS[0]}; } 3>&1']
 )
@@ -101,6 +112,7 @@ def test_no_place_for_the_log() -> None:
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_no_space(tmp_path: Path) -> None:
     """However a library fails that writes there, what is full is named, and not the temporary file."""
     shell = mounted(f"mount -t tmpfs -o size=64k tmpfs {tmp_path}")

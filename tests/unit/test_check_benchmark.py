@@ -20,6 +20,8 @@ from pairvpr.errors import UserError
 from pairvpr.toy.benchmarks import write_benchmarks, write_msls, write_named
 from tests.support.small import PUBLIC
 
+pytestmark = pytest.mark.slow
+
 
 def check(root: Path, name: str, *more: str) -> list[str]:
     """Problems of a miniature: under another name than the whole one, so that its counts are no problem."""
@@ -35,7 +37,6 @@ def rewrite(file: Path, change: Callable[[list[list[str]]], object]) -> None:
     file.write_text("\n".join([",".join(row) for row in rows[1:]] + [""]))
 
 
-@pytest.mark.slow
 def test_whole_downloads_have_no_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_benchmarks(str(tmp_path), num_places=2)
     for name in ("msls_val", "msls_test", "nordland_2760", "nordland_27592", "pitts30k_val", "sfxl_v2", "tokyo247"):

@@ -38,6 +38,7 @@ print(sorted({name.split(".")[0] for name in sys.modules} & {"torch", "ray", "hy
         assert sum(line[:1] == [name] for line in lines) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", cli.JOBS.values(), ids=list(cli.JOBS))
 def test_short_help_shows_real_keys(
     job: cli.Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture

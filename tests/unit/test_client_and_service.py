@@ -103,6 +103,7 @@ ANYTHING = st.recursive(
 PAIRS = st.tuples(NUMBERS, NUMBERS)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     conditions=st.fixed_dictionaries(

@@ -30,6 +30,7 @@ def locate_mjs(url: str, photo: Path, token: str = "secret") -> subprocess.Compl
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
 
 
+@pytest.mark.slow
 def test_javascript_asks_until_it_is_answered(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_bytes(b"photo")
     with scripted([error(503, "busy", Retry_After="1"), hang_up, reply(502, b"<html>"), GOOD]) as server:

@@ -21,6 +21,8 @@ from pairvpr.retrieval.rerank import Reranker, WorkUnit
 from pairvpr.training.global_batch import StageOneStep
 from tests.support.small import shaken_model, small_model_config
 
+pytestmark = pytest.mark.slow
+
 PHOTOS = np.random.default_rng(0).integers(0, 256, (6, 28, 28, 3), dtype=np.uint8)
 PIXELS = torch.randint(256, (3, 28, 28, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 

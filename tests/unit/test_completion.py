@@ -13,6 +13,8 @@ from pairvpr import cli, completion
 from pairvpr.config.compose import choices_by_key, documented_keys
 from pairvpr.config.schema import DecisionRule, IndexKind
 
+pytestmark = pytest.mark.slow
+
 COMPLETE_IN_BASH = """
 COMP_LINE="$1" COMP_POINT=${#1}
 compopt() { echo nospace >&2; }

@@ -126,6 +126,7 @@ def test_the_last_of_two_equal_keys_wins() -> None:
     assert evaluation("rerank.batch_size=3", "rerank.batch_size=4").rerank.batch_size == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("argument", "parts"),
     [
@@ -285,6 +286,7 @@ def test_a_text_setting_gets_the_characters_that_were_typed(num_texts: int) -> N
     assert sum(arrived) >= num_texts - 1  # `${` is refused
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_examples", [10, pytest.param(4_000, marks=[pytest.mark.soak, pytest.mark.timeout(7200)])])
 def test_any_text_arrives_or_is_refused(num_examples: int) -> None:
     """Some texts are refused by the setting that they are for, or by another one that it excludes."""
@@ -303,6 +305,7 @@ def test_any_text_arrives_or_is_refused(num_examples: int) -> None:
     assert arrived[True] > 0.3 * arrived.total()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("typed", "value"), [("null", None), ("'null'", "null"), ('"a b"', "a b"), ('"it\'s"', "it's")]
 )
@@ -380,6 +383,7 @@ def test_the_command_line_beats_an_experiment() -> None:
 SFXL = ["sfxl_v1", "sfxl_v2", "sfxl_night", "sfxl_occlusion"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["speed", "performance"])
 def test_an_sfxl_experiment_is_four_benchmarks_over_one_index(mode: str) -> None:
     configs = load_evaluations([f"experiment=sfxl_{mode}", "datasets_root=/data", "output=/o"])
@@ -397,6 +401,7 @@ def test_an_sfxl_experiment_is_four_benchmarks_over_one_index(mode: str) -> None
     assert [(config.model, config.rerank) for config in configs] == [(plain.model, plain.rerank)] * 4
 
 
+@pytest.mark.slow
 def test_the_command_line_beats_the_benchmarks_of_an_experiment() -> None:
     line = ["experiment=sfxl_speed", "output=/o", "datasets_root=/data"]
     (config,) = load_evaluations([*line, "benchmark=toy_city", "index.path=/elsewhere", "rerank.num_candidates=7"])
@@ -464,6 +469,7 @@ def test_mistakes_with_several_benchmarks(arguments: list[str], parts: list[str]
 TRAINING = ["output=/out", "train.root=/t", "train.validation=msls_val"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("job", "arguments"),
     [
@@ -511,6 +517,7 @@ def test_a_benchmark_with_paths_of_its_own_needs_no_datasets_root() -> None:
     assert message.startswith("missing: datasets_root=... (")
 
 
+@pytest.mark.slow
 def test_datasets_root_with_several_benchmarks() -> None:
     several = ["benchmarks=[toy_city,sfxl_v1,sfxl_v2]"]
     assert mistake("output=/o", *several).startswith("missing: datasets_root=... (datasets_root: ")
@@ -522,6 +529,7 @@ def test_datasets_root_with_several_benchmarks() -> None:
     assert (v1.queries, v2.queries) == ("/data/sf_xl/test/queries_v1", "/data/sf_xl/test/queries_v2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLIC)
 def test_every_benchmark_has_its_own_name_and_is_complete(name: str) -> None:
     benchmark = load(CheckBenchmarkConfig, [f"benchmark={name}", "datasets_root=/data"]).benchmark
@@ -560,6 +568,7 @@ def _leaves(config: type, prefix: str = "") -> list[str]:
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", list(JOBS))
 def test_help_explains_every_key(job: type) -> None:
     lines = help_text(job).splitlines()
@@ -617,6 +626,7 @@ def test_models_have_the_shapes_of_the_method(name: str) -> None:
         assert round(count / 1e6, 1) == millions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "words"),
     [

@@ -71,6 +71,7 @@ def test_finds_what_the_answers_were_drawn_with(temperature: float, midpoint: fl
     assert error < 0.02
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.floats(-9, 9, width=16), st.booleans()), min_size=2, max_size=30))
 def test_no_other_temperature_and_midpoint_are_likelier(answers: list[tuple[float, bool]]) -> None:
     scores = np.array([score for score, _ in answers], np.float32)

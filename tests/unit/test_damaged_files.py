@@ -230,6 +230,7 @@ def damage(file: Path, files: list[Path], rng: random.Random) -> str:
     return kind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_files", [30, pytest.param(2000, marks=[pytest.mark.soak, pytest.mark.timeout(1500)])])
 @pytest.mark.parametrize("name", AREAS)
 def test_a_damaged_file_never_gives_another_answer(

@@ -17,6 +17,8 @@ from pairvpr.retrieval.dense_store import DenseStore
 from tests.support.dense import IDS, made_up
 from tests.support.runs import ROOT
 
+pytestmark = pytest.mark.slow
+
 NUM_SEEDS = 10
 CODE = "import sys; from tests.support.dense import fill_store as f; f(sys.argv[1])"
 

@@ -248,6 +248,7 @@ def test_a_changed_file_of_a_shard_is_refused_by_its_name(tmp_path: Path, name: 
                 store.check()
 
 
+@pytest.mark.slow
 def test_any_flipped_bit_of_a_shard_or_of_the_manifest_is_refused(tmp_path: Path) -> None:
     fill(str(tmp_path), StoredAs.int8)
     for file in [tmp_path / "manifest.json", *(tmp_path / "shards" / "00002").iterdir()]:

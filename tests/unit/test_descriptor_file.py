@@ -45,6 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("rows")
 
 
+@pytest.mark.slow
 @given(
     kind=st.sampled_from(["npy", "list", "fixed"]),
     dtype=st.sampled_from([np.float16, np.float32]),

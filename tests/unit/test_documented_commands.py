@@ -16,6 +16,8 @@ from pairvpr.config.schema import EvaluateConfig
 from pairvpr.errors import UserError
 from pairvpr.needed import WITH_PACKAGES
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
 LEFT_OUT = {

@@ -13,6 +13,8 @@ import pytest
 from pairvpr import Localizer
 from pairvpr.toy import city as toy_city
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

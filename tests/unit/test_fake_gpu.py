@@ -20,6 +20,8 @@ from pairvpr.models.linear import to_sixteen_bits
 from pairvpr.models.pair_scorer import PairScorer
 from pairvpr.models.pair_vpr import AUTOCAST_DTYPES, PairVPR, normalise
 
+pytestmark = pytest.mark.slow
+
 GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>)

@@ -112,6 +112,7 @@ def test_the_files_are_those_of_the_format(tmp_path: Path) -> None:
     np.testing.assert_array_equal(index.reconstruct_n(0, 4), descriptors)
 
 
+@pytest.mark.slow
 def test_made_twice_it_has_the_same_bytes(tmp_path: Path) -> None:
     rows = np.random.default_rng(0).standard_normal((3000, 16)).astype(np.float32)
     paths = [f"{number:04d}.jpg" for number in range(3000)]

@@ -30,6 +30,8 @@ from pairvpr.config.schema import EvaluateConfig
 from pairvpr.config.serve_schema import ServeConfig
 from tests.support import kuberay
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy" / "kubernetes"
 KUBERNETES = "1.37"

@@ -277,6 +277,7 @@ def test_threads_may_share_a_cache(cache: LocalCache, tmp_path: Path) -> None:
     assert _names(tmp_path) == {file[1] for file in files}
 
 
+@pytest.mark.slow
 def test_processes_that_evict_each_others_files_read_whole_ones(tmp_path: Path) -> None:
     source = tmp_path / "store"
     for value in range(7):

@@ -94,6 +94,7 @@ assert pairvpr.__all__ and set(pairvpr.__all__) <= set(dir(pairvpr))
     assert float(seconds) < 0.1
 
 
+@pytest.mark.slow
 def test_needs_neither_ray_nor_hydra(folder: Path) -> None:
     code = """
 import sys
@@ -335,6 +336,7 @@ def _refused_in_a_line(call: Callable[[], object], what: str) -> None:
             pytest.fail(f"{what}: {type(error).__name__}: {error}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", WRONG, ids=lambda value: type(value).__name__)
 def test_arguments_of_any_type_are_refused_in_a_line(
     folder: Path,
@@ -448,6 +450,7 @@ def anonymous_bytes() -> int:
     return 1024 * int(lines["RssAnon"].split()[0])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts what Linux counts")
 @pytest.mark.parametrize(
     "other_kind",
@@ -468,6 +471,7 @@ def test_a_thousand_calls_read_nothing_and_hold_no_more(other_kind: Path, querie
     assert anonymous_bytes() - held < 2 << 20
 
 
+@pytest.mark.slow
 def test_threads_give_the_answers_of_one(other_kind: Path, queries: list[Path]) -> None:
     """Eight at once, over a cache of features that is too small for them."""
     localizer = Localizer.open(other_kind, **OPTIONS)

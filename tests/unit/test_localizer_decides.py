@@ -92,6 +92,7 @@ def reference(folder: Path, rule: DecisionRule, *, adaptive: bool) -> list[dict[
     return [row | {"final": final_order(answer).tolist()} for row, answer in zip(rows, answers, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_order_and_confidence_are_those_of_the_reference(folder: Path, adaptive: bool) -> None:
     photos = sorted((folder / "queries").iterdir())

@@ -117,6 +117,7 @@ def test_one_line_says_what_to_install() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "line",
     [

@@ -47,6 +47,7 @@ def test_every_tenth_frame_in_full_size() -> None:
     assert [len(ids) for ids in positives] == [2, *[3] * 2_759]
 
 
+@pytest.mark.slow
 def test_every_frame_in_full_size_is_another_test() -> None:
     positives = whole("nordland_27592")
     assert len(positives) == 27_592

@@ -293,6 +293,7 @@ def peaks_bytes(files: Sequence[Path], max_megapixels: float) -> list[int]:
     return [int(line) for line in done.stdout.split()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "side_px", "max_megapixels", "most_bytes"),
     [
@@ -329,6 +330,7 @@ SAVED: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 def test_decoding_takes_the_documented_memory(tmp_path: Path) -> None:
     """Photos that lie on their side, of every format; a JPEG without its end marker, too, which is decoded twice."""
     side_px, exif = 1600, Image.Exif()
@@ -367,6 +369,7 @@ def test_pillows_own_limit_is_never_switched_off(monkeypatch: pytest.MonkeyPatch
     assert Image.MAX_IMAGE_PIXELS == 200_000_000
 
 
+@pytest.mark.slow
 @needs_shared
 def test_the_shared_panorama_is_read_with_a_larger_limit() -> None:
     data = (SHARED / "cases" / "pano_16k" / "db" / "pano.png").read_bytes()

@@ -199,6 +199,7 @@ def test_nothing_is_charged_for_describing_photos_whose_rows_are_in_a_file(
     assert alone == content["remarks"][:1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "words"),
     [

@@ -389,6 +389,7 @@ def test_a_parquet_table_is_held_to_the_same(tmp_path: Path) -> None:
     assert line.startswith("database.csv: not a Parquet file, or a damaged one: ")
 
 
+@pytest.mark.slow
 def test_a_parquet_table_with_a_damaged_byte_is_one_line_or_whole(tmp_path: Path) -> None:
     """Whatever pyarrow makes of it: a `UserError`, problems or a table, and never another exception."""
     touch(tmp_path, "database/a.jpg", "queries/q.jpg")

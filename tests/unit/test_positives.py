@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from pairvpr.data.positives import within_radius
 from tests.support.shared import SHARED, needs_shared
 
+pytestmark = pytest.mark.slow
+
 # Quarters of a metre at the size of real UTM coordinates: squares and sums of them are exact in float64.
 GRID_POINTS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), max_size=25)
 ORIGIN_M = np.array([447_000.0, 5_411_000.0])

@@ -19,6 +19,8 @@ from pairvpr.distributed import progress as module
 from pairvpr.distributed.progress import Progress
 from tests.support.terminal import in_a_terminal, without_codes
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_line_says_how_long_the_rest_takes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     now_s = [1000.0]

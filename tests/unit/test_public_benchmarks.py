@@ -24,6 +24,8 @@ from pairvpr.retrieval import pipeline
 from pairvpr.toy.benchmarks import write_benchmarks
 from tests.support.small import PUBLIC, shaken_model, small_evaluate_config
 
+pytestmark = pytest.mark.slow
+
 # Queries, database photos, and the positives of the first and the last query; 4 places of each benchmark.
 PLAIN = (4, 8, [0, 1], [6, 7])
 EXPECTED: dict[str, tuple[int, int, list[int] | None, list[int] | None]] = {
@@ -162,7 +164,6 @@ def test_lists_of_pittsburgh_are_parts_of_one_download(root: Path) -> None:
     assert both.queries.root == f"{root}/pittsburgh/queries_real"
 
 
-@pytest.mark.slow
 def test_no_two_benchmarks_have_one_stamp(root: Path) -> None:
     stamps = {name: benchmark_of(root, name).stamp() for name in PUBLIC}
     # The other miniatures show the same photos under the same names.

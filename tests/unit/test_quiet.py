@@ -27,6 +27,7 @@ def test_a_filter_that_another_thread_sets_meanwhile_stays(monkeypatch: pytest.M
         warnings.warn("set by another thread", stacklevel=1)
 
 
+@pytest.mark.slow
 def test_filters_are_set_in_one_place_and_none_when_the_package_is_imported() -> None:
     root = Path(pairvpr.__file__).parent
     files = [*root.rglob("*.py"), *(root.parent / "ray_jobs").glob("*.py")]

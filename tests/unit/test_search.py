@@ -125,6 +125,7 @@ def unit_rows(generator: np.random.Generator, num_rows: int, width: int) -> Rows
 
 
 # 512 is the width of the published networks, and 256 queries fill one call of faiss.
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [16, 128, 512])
 @pytest.mark.parametrize("num_queries", [1, 40, QUERIES_PER_CALL, QUERIES_PER_CALL + 30])
 @pytest.mark.parametrize("cuts", [[1], [700], [1, 8, 500, 501]])

@@ -39,6 +39,8 @@ from tests.support.runs import wait_until
 from tests.support.served import Served, served
 from tests.unit.test_localizer import OPTIONS, folder, localizer, queries
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["folder", "localizer", "queries"]
 NUM_SWAPS, NUM_REQUESTS = 10, 1000
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
@@ -58,7 +60,6 @@ def read(directory: str) -> IndexManifest:
     return manifest
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("refresh_s", [None, pytest.param(0.05, marks=pytest.mark.soak)])
 def test_every_answer_belongs_to_one_generation(
     folder: Path, queries: list[Path], tmp_path: Path, refresh_s: float | None

@@ -77,6 +77,7 @@ def settings_of(schema: type, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield f"{prefix}{item.name}", item.default if item.default is not MISSING else item.default_factory()  # type: ignore[misc]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("schema", "job"), JOBS.items(), ids=JOBS.values())
 def test_every_setting_is_read(schema: type, job: str) -> None:
     read = {name for module in reached(job) for name in names_read(cast(ast.Module, tree(module)))}

@@ -46,6 +46,8 @@ from pairvpr.index.search import (
 from pairvpr.index.update import without
 from tests.support.index import opened, write_index
 
+pytestmark = pytest.mark.slow
+
 Rows = NDArray[np.float32]
 EXACT = (IndexKind.flat, IndexKind.flat_fp16, IndexKind.flat_8bit)
 
@@ -131,7 +133,6 @@ def test_exact_kinds_equal_brute_force(
     np.testing.assert_array_equal(distances, expected[0])
 
 
-@pytest.mark.slow
 @settings(max_examples=60)
 @given(cities(), st.integers(1, 45), st.integers(0, 2**32 - 1))
 def test_eight_bits_equal_brute_force_over_what_they_keep(city: City, k: int, seed: int) -> None:
@@ -155,7 +156,6 @@ def test_eight_bits_equal_brute_force_over_what_they_keep(city: City, k: int, se
         np.testing.assert_array_equal(found[0], whole[0])
 
 
-@pytest.mark.slow
 @settings(max_examples=60)
 @given(cities(), st.integers(1, 45), st.integers(0, 2**32 - 1), st.integers(1, 3))
 def test_lists_that_are_all_visited_equal_brute_force(city: City, k: int, seed: int, num_probes: int) -> None:
@@ -213,7 +213,6 @@ def is_allowed(line: NDArray[np.float64], utm_m: NDArray[np.float64], heading_de
     return bool(answer)
 
 
-@pytest.mark.slow
 @settings(max_examples=80)
 @given(cities(), conditions(), st.integers(1, 45), st.integers(0, 2**32 - 1), st.integers(1, 3))
 @pytest.mark.parametrize("kind", [IndexKind.flat, IndexKind.flat_fp16, IndexKind.ivf_fp16])
@@ -258,7 +257,6 @@ def clustered(num_rows: int, seed: int) -> Rows:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", [IndexKind.ivf_fp16, IndexKind.ivf_8bit, IndexKind.ivf_rabitq])
 def test_shards_of_lists_equal_one_index(tmp_path: Path, kind: IndexKind) -> None:
     """One set of centres, learnt from all rows: however the rows are cut, the same photos at the same distances.
@@ -351,7 +349,6 @@ def scattered(num_rows: int, seed: int) -> Rows:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("draw", [clustered, scattered])
 @pytest.mark.parametrize("kind", [IndexKind.ivf_8bit, IndexKind.ivf_rabitq])
 def test_the_measured_recall_is_that_of_brute_force(tmp_path: Path, draw: Callable[..., Rows], kind: IndexKind) -> None:

@@ -11,6 +11,8 @@ from pairvpr.config.schema import CheckBenchmarkConfig
 from pairvpr.data.benchmarks.check import check_benchmark
 from tests.support.shared import SHARED, needs_shared
 
+pytestmark = pytest.mark.slow
+
 CASES = SHARED / "cases"
 WHOLE: Sequence[str] = ()
 BLANK = "CASE/q/{}.jpg: GPSLongitudeRef is '\\x00'; expected E or W"

@@ -46,6 +46,8 @@ from tests.support.device_work import (
 from tests.support.simulated_gpu import CUDA, Record, simulated_gpu
 from tests.support.small import SMALL_CITY
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 WAITS_OF_A_BATCH = 1
 WAITS_OF_A_PHOTO = 0

@@ -68,6 +68,7 @@ def test_a_job_that_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert out.splitlines()[-1] == "  index.path=x: of another model"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clock_is_off_by_s", [0, 3600, -3600])
 def test_a_killed_job_shows_no_life_and_a_wrong_clock_deceives_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], clock_is_off_by_s: int

@@ -15,6 +15,8 @@ from pyarrow import fs as arrow_fs
 
 from tests.support.swift_server import SwiftServer, running_swift
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[2]
 PART_BYTES = 5 * 2**20
 

@@ -15,6 +15,8 @@ from PIL import Image
 
 from pairvpr.toy.city import Photo, database_photos, draw, photos, query_photos
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[2]
 WIDTH_PX, HEIGHT_PX, RADIUS_M = 160, 120, 25.0
 

@@ -39,6 +39,7 @@ def _refusal(stage: int, root: Path, output: Path, *more: str) -> str:
     return str(refused.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "change", "message"),
     [

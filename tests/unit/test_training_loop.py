@@ -25,6 +25,8 @@ from pairvpr.training.metrics_log import read_metrics
 from tests.support.flaky import FlakyFileSystem
 from tests.support.training import STAGES, arguments, draw_training_set, losses, train_all_on_ranks, train_here
 
+pytestmark = pytest.mark.slow
+
 NUM_STEPS = 10
 
 
@@ -74,7 +76,6 @@ def test_a_run_learns_and_leaves_its_files(undisturbed: Path, stage: int) -> Non
     assert position == checkpoint.Position(epoch=2, batch=0, step=NUM_STEPS)
 
 
-@pytest.mark.slow
 def test_two_equal_runs_are_equal(undisturbed: Path, root: Path, stage: int, tmp_path: Path) -> None:
     rows = train_here(stage, arguments(stage, root, tmp_path / "out"))
     assert losses(rows) == losses(read_metrics(str(undisturbed)))
@@ -84,7 +85,6 @@ def test_two_equal_runs_are_equal(undisturbed: Path, root: Path, stage: int, tmp
     assert other_seed[0]["loss"] != rows[0]["loss"]
 
 
-@pytest.mark.slow
 def test_two_equal_runs_of_two_threads_are_equal(root: Path, tmp_path: Path) -> None:
     """Photos that several triplets share add up their gradients; threads must not race for that."""
     more = ("train.num_threads_per_worker=2", "train.global_batch_size=16", "train.epochs=3")
@@ -145,7 +145,6 @@ def on_ranks(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
     return outputs_of
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_more_ranks_give_the_same_losses(
     undisturbed: Path, on_ranks: Callable[[int], dict[int, Path]], stage: int, world_size: int
@@ -193,7 +192,6 @@ def test_a_loss_that_is_no_number_stops_the_run(root: Path, stage: int, tmp_path
     assert all(tensor.isfinite().all() for tensor in kept.model.values())
 
 
-@pytest.mark.slow
 def test_broken_photos_are_counted(root: Path, stage: int, tmp_path: Path) -> None:
     own = tmp_path / "root"
     draw_training_set(own)

@@ -24,6 +24,8 @@ from ray_jobs import update_index as updating
 from tests.support.index import describe_rows, write_index
 from tests.support.runs import SMALL_NETWORK
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,6 +235,7 @@ class Net(torch.nn.Module):
     fails(f"{write(code)}:Net", what)  # a class is as good as a function
 
 
+@pytest.mark.slow
 @given(st.recursive(st.none() | st.integers() | st.text() | st.floats(), st.lists, max_leaves=4))
 def test_whatever_a_function_returns_instead_of_a_network_is_one_line(value: object) -> None:
     module = type(sys)("users_values")

@@ -378,6 +378,7 @@ def test_damaged_pickles_are_refused(tmp_path: Path, data: bytes) -> None:
     refusal(path)
 
 
+@pytest.mark.slow
 def test_untrained_weights_are_the_same_in_another_process() -> None:
     answer = subprocess.run(
         [sys.executable, "-c", DIGEST_IN_ANOTHER_PROCESS], cwd=REPOSITORY, capture_output=True, text=True, check=True
