@@ -11,7 +11,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?= demo
 TINY ?= tiny
-FAST := tests/unit tests/numerics tests/ray/test_equals_single_machine.py::test_index_then_query
+FAST := tests/ray/test_equals_single_machine.py::test_index_then_query tests/unit tests/numerics
 
 help:
 	@grep '^# ' Makefile | cut -c3-
@@ -32,7 +32,7 @@ test: setup
 	$(BIN)/python -m pytest tests -m "cluster and not soak" -n 2 --dist loadfile
 
 test-fast: setup
-	$(BIN)/python -m pytest $(FAST) -m "not soak and not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest $(FAST) -m "not soak and not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 check: setup docs
 	$(BIN)/ruff check .
