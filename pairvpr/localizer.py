@@ -284,9 +284,10 @@ class Localizer:
         """The k best matches of a photo, best first; for a sequence of photos, one list for each.
 
         The `rerank.num_candidates` nearest photos of the index are re-ranked. Conditions restrict the search to photos
-        taken at most `radius_m` from `near`, inside `box` (south-west and north-east corner; sides follow the UTM grid)
-        and with a heading at most `within_deg` from `heading_deg`. A position is (latitude, longitude) or `Utm`. For
-        several photos, `near` and `heading_deg` are one for all, or one for each.
+        taken at most `radius_m` from `near`, inside `box` (south-west and north-east corner) and with a heading at most
+        `within_deg` from `heading_deg`. A position is (latitude, longitude) or `Utm`. A box in degrees becomes the
+        smallest one along the UTM grid that holds it. For several photos, `near` and `heading_deg` are one for all, or
+        one for each.
 
         Raises `PhotoError` for an unreadable photo; for a sequence, the error is returned in the photo's place.
         """

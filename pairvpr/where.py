@@ -144,13 +144,33 @@ class Map:
         return np.array([self._metres(position, f"near[{number}]") for number, position in enumerate(each)])
 
     def _box(self, box: tuple[Position, Position]) -> NDArray[np.float64]:
-        """(4,) west, south, east, north."""
+        """(4,) west, south, east, north in metres: as given, or the smallest such box around one in degrees."""
         if not isinstance(box, Sequence) or len(box) != 2 or not all(_is_pair(corner) for corner in box):
             raise UserError(f"box={box}: expected two positions, the south-west and the north-east corner")
-        south_west, north_east = (self._metres(corner, "box") for corner in box)
-        if (south_west > north_east).any():
+        first, last = (self._metres(corner, "box") for corner in box)
+        if isinstance(box[0], Utm) != isinstance(box[1], Utm):
+            raise UserError(f"box={box}: expected both corners in degrees, or both as pairvpr.Utm")
+        if isinstance(box[0], Utm):
+            is_ordered, extreme = (first <= last).all(), [first, last]
+        else:
+            (south, west), (north, east) = box
+            is_ordered = south <= north and (east - west) % 360.0 <= _MOST_LONGITUDE_DEG  # also across the date line
+            extreme = self._extreme(south, west, north, west + (east - west) % 360.0)
+        if not is_ordered:
             raise UserError(f"box={box}: expected the south-west corner first, then the north-east one")
-        return np.concatenate([south_west, north_east])
+        return np.concatenate([np.min(extreme, axis=0), np.max(extreme, axis=0)])
+
+    def _extreme(self, south: float, west: float, north: float, east: float) -> list[NDArray[np.float64]]:
+        """Positions in metres, among which are the extreme ones of a box in degrees: corners and middles.
+
+        In the projection a parallel is lowest, or highest, at the central meridian, and a meridian is farthest from it
+        at the equator.
+        """
+        assert self.zone is not None, "positions in degrees were converted before"
+        middle = self.zone.central_meridian_deg
+        middle += 360.0 * round(((west + east) / 2 - middle) / 360.0)
+        latitudes, longitudes = {south, north, min(max(0.0, south), north)}, {west, east, min(max(middle, west), east)}
+        return [self._metres((each, _wrapped(other)), "box") for each in latitudes for other in longitudes]
 
     def _metres(self, position: Position, key: str) -> NDArray[np.float64]:
         """(2,) east and north in the zone of the index."""
@@ -175,6 +195,11 @@ class Map:
         if not utm.is_near(metres)[0]:
             raise TooFarError(f"{key}={position}: too far from UTM zone {self.zone.number}, which the index is in")
         return metres[0]
+
+
+def _wrapped(longitude_deg: float) -> float:
+    """The same longitude, from -180 to 180."""
+    return longitude_deg if abs(longitude_deg) <= _MOST_LONGITUDE_DEG else (longitude_deg + 180.0) % 360.0 - 180.0
 
 
 def _headings(heading_deg: float | Sequence[float], num_asked: int) -> NDArray[np.float64]:

@@ -19,7 +19,7 @@ from ray.serve.config import HTTPOptions
 from pairvpr.boundary import StoppedError
 from pairvpr.cli import run_job
 from pairvpr.config.compose import load
-from pairvpr.config.serve_schema import ServeConfig, ServeSettings
+from pairvpr.config.serve_schema import OWN_MACHINE, ServeConfig, ServeSettings
 from pairvpr.distributed.runtime import ALONE, ray_session
 from pairvpr.distributed.serve import APP, application, drain, haproxy_variables
 from pairvpr.errors import IncompleteRunError, UserError
@@ -42,6 +42,11 @@ def main(arguments: Sequence[str]) -> None:
         check_is_alone()
         if ray.get_runtime_context().namespace == ALONE:
             check_ports(settings, variables)
+        elif settings.haproxy and settings.host in OWN_MACHINE and len(ray.nodes()) > 1:
+            raise UserError(
+                f"serve.host={settings.host}: HAProxy can't reach replicas on other nodes there; expected "
+                "serve.host=0.0.0.0 and a serve.token_file"
+            )
         request_s = settings.timeout_s + settings.body_timeout_s + LAST_WORDS_S
         serve.start(http_options=HTTPOptions(host=settings.host, port=settings.port, request_timeout_s=request_s))
         try:

@@ -239,6 +239,9 @@ def is_named(process: psutil.Process, name: str) -> bool:
 def test_nodes_die(index: str, photos: list[bytes], expected: list[Any]) -> None:
     with _three_nodes(4) as (cluster, workers):
         line = [f"index.path={index}", *LINE, *SPLIT, f"cluster.address={cluster.address}"]
+        refused = run_job("serve", [*line, "serve.haproxy=true"])
+        assert refused.returncode == 2
+        assert "serve.host=127.0.0.1: HAProxy can't reach replicas on other nodes there" in refused.stderr
         with service(line), under_load(photos, expected) as asked:
             took_s = again_and_again(asked, lambda: replaced(cluster, workers), NUM_KILLS)
     assert max(took_s) < BACK_WITHIN_S

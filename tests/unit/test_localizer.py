@@ -263,6 +263,7 @@ def test_conditions(folder: Path, localizer: Localizer, queries: list[Path]) -> 
         ({"near": "here", "radius_m": 5.0}, "near=here: expected (latitude, longitude)"),
         ({"near": [Utm(1.0, 2.0)] * 3, "radius_m": 5.0}, "3 positions for 1 photos"),
         ({"box": (Utm(2.0, 2.0), Utm(1.0, 3.0))}, "south-west corner first"),
+        ({"box": ((48.0, 11.0), Utm(1.0, 3.0))}, "both corners in degrees, or both as pairvpr.Utm"),
         ({"box": (1.0, 2.0)}, "expected two positions"),
         ({"heading_deg": 90.0}, "expected both of them, or neither"),
         ({"heading_deg": [1.0, 2.0], "within_deg": 5.0}, "one for each of 1"),
