@@ -66,7 +66,7 @@ def main() -> None:
         with serving(Path(folder), options) as pid, app_alone(Path(folder), options):
             tables = measure(localizer, photos, pid, options)
     about = shared.circumstances(WHAT, load_at_start)
-    more = " ".join(["", *options.settings])
+    more = f"; then {' '.join(options.settings)}" if options.settings else ""
     setting = (
         f"{options.model}, {options.candidates} candidates of {3 * NUM_PLACES} photos, serve.num_at_once={AT_ONCE}, "
         f"serve.max_waiting={MAX_WAITING}, one CPU thread a request{more}"
