@@ -22,9 +22,14 @@ export async function locate(url, photo, { token, deadlineS = 30, ...conditions 
     } catch (error) {
       refusal = Object.assign(new Error(`${url}: ${error.cause?.message ?? error.message}`), { code: "unreachable", status: 503 });
     }
-    if (!AGAIN.has(refusal.status) || performance.now() + 1000 * waitS >= until) throw refusal;
+    if (!mayBeMended(refusal) || performance.now() + 1000 * waitS >= until) throw refusal;
     await new Promise((done) => { setTimeout(done, 1000 * waitS); });
   }
+}
+
+// Ray Serve's proxies say 500, without the service's JSON, where a replica died with the request.
+function mayBeMended({ status, code }) {
+  return AGAIN.has(status) || (status === 500 && code === "no_service");
 }
 
 async function refusalOf(response) {

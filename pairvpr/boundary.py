@@ -101,8 +101,8 @@ def outcome_of(error: BaseException) -> Outcome:
         if isinstance(cause, OSError | MemoryError):
             return Outcome(1, f"error: {in_a_line(cause)}; {KEPT}", has_log=True)
         if type(cause).__module__.startswith("ray."):
-            first = getattr(cause, "cause", None) or cause  # Ray's own text of a task's error begins with its traceback
-            return Outcome(1, f"incomplete: Ray failed: {in_a_line(first)}; {GOES_ON}", has_log=True)
+            original = getattr(cause, "cause", None) or cause  # Ray's text of a task's error begins with a traceback
+            return Outcome(1, f"incomplete: Ray failed: {in_a_line(original)}; {GOES_ON}", has_log=True)
     return Outcome(1, f"bug in the program, please report it: {in_a_line(error)}; {KEPT}", has_log=True)
 
 

@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 AGAIN = {408, 429, 502, 503, 504}
 """Statuses of a service, or of a proxy before it, that another attempt may mend."""
-LOST = 500
+OF_A_LOST_REPLICA = 500
 """What Ray Serve's proxies say, without the service's JSON, where a replica died with the request."""
 AGAIN_IN_A_BATCH = {"busy", "too_late", "unavailable"}
 """The service's codes of such a status, which one photo of a batch may get."""
@@ -290,7 +290,7 @@ class Client:
                 if response.status == 200:
                     return response.body
                 refusal = response.refusal(self._url)
-                is_of_a_proxy = response.status == LOST and refusal.code == NO_SERVICE
+                is_of_a_proxy = response.status == OF_A_LOST_REPLICA and refusal.code == NO_SERVICE
                 if response.status not in AGAIN and not is_of_a_proxy:
                     raise refusal
                 retry_after_s = response.retry_after_s

@@ -151,16 +151,16 @@ class Map:
         if isinstance(box[0], Utm) != isinstance(box[1], Utm):
             raise UserError(f"box={box}: expected both corners in degrees, or both as pairvpr.Utm")
         if isinstance(box[0], Utm):
-            is_ordered, extreme = (first <= last).all(), [first, last]
+            is_ordered, extremes = (first <= last).all(), [first, last]
         else:
             (south, west), (north, east) = box
             is_ordered = south <= north and (east - west) % 360.0 <= _MOST_LONGITUDE_DEG  # also across the date line
-            extreme = self._extreme(south, west, north, west + (east - west) % 360.0)
+            extremes = self._extremes(south, west, north, west + (east - west) % 360.0)
         if not is_ordered:
             raise UserError(f"box={box}: expected the south-west corner first, then the north-east one")
-        return np.concatenate([np.min(extreme, axis=0), np.max(extreme, axis=0)])
+        return np.concatenate([np.min(extremes, axis=0), np.max(extremes, axis=0)])
 
-    def _extreme(self, south: float, west: float, north: float, east: float) -> list[NDArray[np.float64]]:
+    def _extremes(self, south: float, west: float, north: float, east: float) -> list[NDArray[np.float64]]:
         """Positions in metres, among which are the extreme ones of a box in degrees: corners and middles.
 
         In the projection a parallel is lowest, or highest, at the central meridian, and a meridian is farthest from it

@@ -21,7 +21,7 @@ from pairvpr.cli import run_job
 from pairvpr.config.compose import load
 from pairvpr.config.serve_schema import OWN_MACHINE, ServeConfig, ServeSettings
 from pairvpr.distributed.runtime import ALONE, ray_session
-from pairvpr.distributed.serve import APP, application, drain, haproxy_variables
+from pairvpr.distributed.serve import APP, HAPROXY_PORTS, application, drain, haproxy_variables
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.models.weights import announce, find_weights
 from pairvpr.serving.opening import Opening
@@ -41,8 +41,8 @@ def main(arguments: Sequence[str]) -> None:
     with haproxy_variables(is_wanted=settings.haproxy) as variables, ray_session(config.cluster, variables):
         check_is_alone()
         if ray.get_runtime_context().namespace == ALONE:
-            check_ports(settings, variables)
-        elif settings.haproxy and settings.host in OWN_MACHINE and len(ray.nodes()) > 1:
+            check_ports(settings)
+        elif settings.haproxy and settings.host in OWN_MACHINE and sum(node["Alive"] for node in ray.nodes()) > 1:
             raise UserError(
                 f"serve.host={settings.host}: HAProxy can't reach replicas on other nodes there; expected "
                 "serve.host=0.0.0.0 and a serve.token_file"
@@ -72,11 +72,14 @@ def check_is_alone() -> None:
         )
 
 
-def check_ports(settings: ServeSettings, variables: Mapping[str, str]) -> None:
+def check_ports(settings: ServeSettings) -> None:
     """Raise `UserError` for an address or port of the service that this machine does not give."""
-    listened = {"serve.port": (settings.host, settings.port)}
-    listened |= {name: ("0.0.0.0", int(value)) for name, value in variables.items() if name.endswith("_PORT")}
+    listened = {"serve.port": (settings.host, str(settings.port))}
+    if settings.haproxy:
+        listened |= {name: ("0.0.0.0", os.environ.get(name, value)) for name, value in HAPROXY_PORTS.items()}
     for name, (host, port) in listened.items():
+        if not (port.isdecimal() and 0 < int(port) < 65536):
+            raise UserError(f"{name}={port}: expected a port, 1 to 65535")
         try:
             family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
             with socket.socket(family) as listening:
@@ -106,6 +109,11 @@ def app(arguments: Mapping[str, str]) -> serve.Application:
         raise UserError(
             "serve.token_file is null, and others may reach the address that Ray Serve listens on; expected a file, or "
             "serve.allow_anonymous=true"
+        )
+    if config.serve.haproxy:
+        raise UserError(
+            "serve.haproxy=true: Ray Serve starts its proxies before this; expected RAY_SERVE_ENABLE_HA_PROXY=1 in the "
+            "environment of all nodes, and serve.haproxy=false"
         )
     return application(Opening.of(config))
 

@@ -17,6 +17,7 @@ from pairvpr.config.schema import (
 )
 
 OWN_MACHINE = ("127.0.0.1", "::1", "localhost")
+HAPROXY_HOSTS = ("127.0.0.1", "0.0.0.0")
 DEFAULT_NAME = "default"
 TOGETHER = "*"
 """The name that asks all indices."""
@@ -78,7 +79,7 @@ class ServeSettings(LimitsConfig):
     allow_anonymous: bool = False
     """Listen on another address than this machine's own without a token."""
     haproxy: bool = False
-    """Scheduling: HAProxy takes the requests, several times cheaper than Ray Serve's own proxy; see docs/serving.md."""
+    """Scheduling: HAProxy takes the requests, not Ray Serve's own proxy; faster, opens ports, see docs/serving.md."""
     split: bool = False
     """Scheduling: door, network and shards are deployments of their own; false = all in one, faster on one machine."""
     num_replicas: int = 1
@@ -112,6 +113,11 @@ class ServeSettings(LimitsConfig):
             self.host in OWN_MACHINE or self.token_file is not None or self.allow_anonymous,
             f"serve.host={self.host}: others can reach that address; expected also serve.token_file=FILE, or "
             "serve.allow_anonymous=true",
+        )
+        require(
+            not self.haproxy or self.host in HAPROXY_HOSTS,
+            f"serve.host={self.host}: HAProxy asks replicas on its own node at 127.0.0.1; expected one of "
+            f"{', '.join(HAPROXY_HOSTS)} with serve.haproxy=true",
         )
         require(
             self.max_replicas is None or self.max_replicas >= self.num_replicas,

@@ -65,16 +65,21 @@ HAPROXY_FILES: Mapping[str, str] = {
     "SERVER_STATE_BASE": "",
     "SERVER_STATE_FILE": "server-state",
 }
-HAPROXY: Mapping[str, str] = {
+HAPROXY_PORTS: Mapping[str, str] = {
     "RAY_SERVE_HAPROXY_STATS_PORT": "8404",
     "RAY_SERVE_HAPROXY_METRICS_PORT": "9101",
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": "8500",
+}
+HAPROXY: Mapping[str, str] = {
     # A request whose replica dies goes to another one, if it fits into a buffer. Answering it twice does no harm.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(1 << 20),
+    # Two buffers each: at most 1 GiB.
+    "RAY_SERVE_HAPROXY_MAXCONN": "512",
     # The dead one has the fewest requests, so that it would be chosen again until it counts as down.
     "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",
     "RAY_SERVE_HAPROXY_RETRIES": "10",
-    # Also the limit for a request's header.
+    # A client that falls silent; HAProxy takes it within a request's header, too.
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",
     # A replica that ends gets no new requests after this; Ray's 30 s are for load balancers that ask it seldom.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
@@ -91,22 +96,17 @@ class LostReplicaError(OSError):
 def haproxy_variables(*, is_wanted: bool) -> Iterator[dict[str, str]]:
     """Environment variables by which Ray Serve puts HAProxy in front; none where it is not wanted.
 
-    What the environment says already stays. HAProxy's files, among them a socket that obeys everybody, lie in a folder
-    of this user's, which ends with the block. It is in /tmp, because HAProxy takes no socket path above 97 characters,
-    and Ray adds 57 for the node.
+    What the environment says already stays. On this machine HAProxy's files, among them a socket that obeys everybody,
+    lie in a folder of this user's, which ends with the block; on other nodes Ray makes a folder of that name, open to
+    all. It is in /tmp, because HAProxy takes no socket path above 97 characters, and Ray adds 57 for the node.
     """
     if not is_wanted:
         yield {}
         return
-    with tempfile.TemporaryDirectory(prefix="haproxy-", dir="/tmp") as folder:
-        yield {
-            name: os.environ.get(name, value)
-            for name, value in {
-                "RAY_SERVE_ENABLE_HA_PROXY": "1",
-                **{f"RAY_SERVE_HAPROXY_{name}": os.path.join(folder, file) for name, file in HAPROXY_FILES.items()},
-                **HAPROXY,
-            }.items()
-        }
+    with tempfile.TemporaryDirectory(prefix="haproxy-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        files = {f"RAY_SERVE_HAPROXY_{name}": os.path.join(folder, file) for name, file in HAPROXY_FILES.items()}
+        wanted = {"RAY_SERVE_ENABLE_HA_PROXY": "1", **files, **HAPROXY, **HAPROXY_PORTS}
+        yield {name: value for name, value in wanted.items() if name not in os.environ}
 
 
 def drain(seconds: float) -> None:

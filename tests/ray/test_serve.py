@@ -31,7 +31,7 @@ from pairvpr.index.update import without
 from pairvpr.serving.opening import Opening
 from ray_jobs.build_index import build_index
 from ray_jobs.query import query
-from ray_jobs.serve import check_is_alone, check_ports, started
+from ray_jobs.serve import app, check_is_alone, check_ports, started
 from tests.support.runs import SMALL_NETWORK, wait_until
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -167,21 +167,35 @@ def test_swaps_and_draining_lose_no_request(flat_index: str, city: Path) -> None
     assert seen[200] >= len(answers)
 
 
-def test_an_address_that_this_machine_does_not_give_is_one_line() -> None:
+def test_an_address_that_this_machine_does_not_give_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         free = ServeSettings(port=port)
         with pytest.raises(UserError, match=rf"^serve\.port={port}, on 127\.0\.0\.1: Address already in use; expected"):
-            check_ports(free, {})
-    check_ports(free, {})
-    check_ports(replace(free, host="::1"), {})
-    check_ports(replace(free, host="localhost"), {})
+            check_ports(free)
+    check_ports(free)
+    check_ports(replace(free, host="::1"))
+    check_ports(replace(free, host="localhost"))
     with pytest.raises(UserError, match=r"on 192\.0\.2\.77: Cannot assign requested address; expected"):
-        check_ports(replace(free, host="192.0.2.77", allow_anonymous=True), {})
+        check_ports(replace(free, host="192.0.2.77", allow_anonymous=True))
+    behind = replace(free, haproxy=True)
+    name = "RAY_SERVE_HAPROXY_METRICS_PORT"
     with socket.create_server(("0.0.0.0", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=rf"^RAY_X_PORT={port}, on 0\.0\.0\.0: Address already in use"):
-            check_ports(free, {"RAY_X_PORT": str(port), "RAY_OTHER": "1"})
+        monkeypatch.setenv(name, str(port))
+        with pytest.raises(UserError, match=rf"^{name}={port}, on 0\.0\.0\.0: Address already in use"):
+            check_ports(behind)
+    for text in ("70000", "0", "many", ""):
+        monkeypatch.setenv(name, text)
+        with pytest.raises(UserError, match=rf"^{name}={text}: expected a port, 1 to 65535"):
+            check_ports(behind)
+
+
+def test_haproxy_is_not_the_services_choice_where_ray_serve_started_first() -> None:
+    with pytest.raises(
+        UserError, match=r"^serve\.haproxy=true: Ray Serve starts its proxies before this; expected"
+    ):
+        app({"index.path": "x", "serve.allow_anonymous": "true", "serve.haproxy": "true"})
 
 
 @pytest.mark.soak

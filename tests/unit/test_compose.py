@@ -639,6 +639,7 @@ def test_models_have_the_shapes_of_the_method(name: str) -> None:
         (["indices=[b]"], "expected {NAME: TEXT, ...}"),
         (["indices=b"], "expected {NAME: TEXT, ...}"),
         (["index.path=a", "serve.host=0.0.0.0"], "serve.token_file=FILE, or serve.allow_anonymous=true"),
+        (["index.path=a", "serve.haproxy=true", "serve.host=::1"], "expected one of 127.0.0.1, 0.0.0.0"),
         (["index.path=a", "serve.num_shard_parts=2"], "expected also serve.split=true"),
         (["index.path=a", "serve.batch_wait_s=0.01"], "expected also serve.split=true"),
         (["index.path=a", "serve.max_waiting=-1"], "expected 0 or more"),
