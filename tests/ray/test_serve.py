@@ -192,9 +192,7 @@ def test_an_address_that_this_machine_does_not_give_is_one_line(monkeypatch: pyt
 
 
 def test_haproxy_is_not_the_services_choice_where_ray_serve_started_first() -> None:
-    with pytest.raises(
-        UserError, match=r"^serve\.haproxy=true: Ray Serve starts its proxies before this; expected"
-    ):
+    with pytest.raises(UserError, match=r"^serve\.haproxy=true: Ray Serve starts its proxies before this; expected"):
         app({"index.path": "x", "serve.allow_anonymous": "true", "serve.haproxy": "true"})
 
 
