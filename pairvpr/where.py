@@ -147,21 +147,22 @@ class Map:
         """(4,) west, south, east, north in metres: as given, or the smallest such box around one in degrees."""
         if not isinstance(box, Sequence) or len(box) != 2 or not all(_is_pair(corner) for corner in box):
             raise UserError(f"box={box}: expected two positions, the south-west and the north-east corner")
-        first, last = (self._metres(corner, "box") for corner in box)
+        corners = np.array([self._metres(corner, "box") for corner in box])
         if isinstance(box[0], Utm) != isinstance(box[1], Utm):
             raise UserError(f"box={box}: expected both corners in degrees, or both as pairvpr.Utm")
         if isinstance(box[0], Utm):
-            is_ordered, extremes = (first <= last).all(), [first, last]
+            is_ordered, extremes = (corners[0] <= corners[1]).all(), corners
         else:
             (south, west), (north, east) = box
-            is_ordered = south <= north and (east - west) % 360.0 <= _MOST_LONGITUDE_DEG  # also across the date line
-            extremes = self._extremes(south, west, north, west + (east - west) % 360.0)
+            width_deg = (east - west) % 360.0  # also across the date line
+            is_ordered = south <= north and width_deg <= _MOST_LONGITUDE_DEG
+            extremes = self._extremes(south, west, north, west + width_deg)
         if not is_ordered:
             raise UserError(f"box={box}: expected the south-west corner first, then the north-east one")
-        return np.concatenate([np.min(extremes, axis=0), np.max(extremes, axis=0)])
+        return np.concatenate([extremes.min(axis=0), extremes.max(axis=0)])
 
-    def _extremes(self, south: float, west: float, north: float, east: float) -> list[NDArray[np.float64]]:
-        """Positions in metres, among which are the extreme ones of a box in degrees: corners and middles.
+    def _extremes(self, south: float, west: float, north: float, east: float) -> NDArray[np.float64]:
+        """(9, 2) metres of a box's corners and middles, in degrees, among which are its extreme positions.
 
         In the projection a parallel is lowest, or highest, at the central meridian, and a meridian is farthest from it
         at the equator.
@@ -169,8 +170,10 @@ class Map:
         assert self.zone is not None, "positions in degrees were converted before"
         middle = self.zone.central_meridian_deg
         middle += 360.0 * round(((west + east) / 2 - middle) / 360.0)
-        latitudes, longitudes = {south, north, min(max(0.0, south), north)}, {west, east, min(max(middle, west), east)}
-        return [self._metres((each, _wrapped(other)), "box") for each in latitudes for other in longitudes]
+        latitudes, longitudes = np.meshgrid(
+            [south, np.clip(0.0, south, north), north], [west, np.clip(middle, west, east), east]
+        )
+        return utm.to_utm(latitudes.ravel(), longitudes.ravel(), self.zone)
 
     def _metres(self, position: Position, key: str) -> NDArray[np.float64]:
         """(2,) east and north in the zone of the index."""
@@ -195,11 +198,6 @@ class Map:
         if not utm.is_near(metres)[0]:
             raise TooFarError(f"{key}={position}: too far from UTM zone {self.zone.number}, which the index is in")
         return metres[0]
-
-
-def _wrapped(longitude_deg: float) -> float:
-    """The same longitude, from -180 to 180."""
-    return longitude_deg if abs(longitude_deg) <= _MOST_LONGITUDE_DEG else (longitude_deg + 180.0) % 360.0 - 180.0
 
 
 def _headings(heading_deg: float | Sequence[float], num_asked: int) -> NDArray[np.float64]:

@@ -21,7 +21,7 @@ from pairvpr.cli import run_job
 from pairvpr.config.compose import load
 from pairvpr.config.serve_schema import OWN_MACHINE, ServeConfig, ServeSettings
 from pairvpr.distributed.runtime import ALONE, ray_session
-from pairvpr.distributed.serve import APP, HAPROXY_PORTS, application, drain, haproxy_variables
+from pairvpr.distributed.serve import APP, application, drain, haproxy_ports, haproxy_variables
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.models.weights import announce, find_weights
 from pairvpr.serving.opening import Opening
@@ -76,7 +76,7 @@ def check_ports(settings: ServeSettings) -> None:
     """Raise `UserError` for an address or port of the service that this machine does not give."""
     listened = {"serve.port": (settings.host, str(settings.port))}
     if settings.haproxy:
-        listened |= {name: ("0.0.0.0", os.environ.get(name, value)) for name, value in HAPROXY_PORTS.items()}
+        listened |= haproxy_ports(settings.host)
     for name, (host, port) in listened.items():
         if not (port.isdecimal() and 0 < int(port) < 65536):
             raise UserError(f"{name}={port}: expected a port, 1 to 65535")

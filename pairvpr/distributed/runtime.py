@@ -56,7 +56,7 @@ def ray_session(config: ClusterConfig, variables: Mapping[str, str] | None = Non
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    environment = {"env_vars": dict(variables or {})}
+    environment = {"env_vars": dict(variables)} if variables else None
     not_rays = set(psutil.Process().children(recursive=True))
     global _share_cpus
     try:
@@ -75,7 +75,7 @@ def ray_session(config: ClusterConfig, variables: Mapping[str, str] | None = Non
         _end(list(children))
 
 
-def _start(num_cpus: int | None, environment: dict[str, Any]) -> None:
+def _start(num_cpus: int | None, environment: dict[str, Any] | None) -> None:
     """A Ray of its own. Raises `UserError` or `IncompleteRunError` where this machine does not let it start."""
     folder, variable = _ray_folder()
     _check_limits(folder, variable)
@@ -162,7 +162,7 @@ def _check_limits(folder: str, variable: str) -> None:
         ) from error
 
 
-def _connect(address: str, key: str, environment: dict[str, Any]) -> None:
+def _connect(address: str, key: str, environment: dict[str, Any] | None) -> None:
     """Raises `UserError`, naming the setting `key`, if no cluster answers."""
     if address.startswith(("http://", "https://")):
         raise UserError(f"{key}={address}: this is the dashboard's address, for `ray job submit`; expected HOST:6379")

@@ -65,12 +65,10 @@ HAPROXY_FILES: Mapping[str, str] = {
     "SERVER_STATE_BASE": "",
     "SERVER_STATE_FILE": "server-state",
 }
-HAPROXY_PORTS: Mapping[str, str] = {
+HAPROXY: Mapping[str, str] = {
     "RAY_SERVE_HAPROXY_STATS_PORT": "8404",
     "RAY_SERVE_HAPROXY_METRICS_PORT": "9101",
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": "8500",
-}
-HAPROXY: Mapping[str, str] = {
     # A request whose replica dies goes to another one, if it fits into a buffer. Answering it twice does no harm.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(1 << 20),
@@ -105,8 +103,21 @@ def haproxy_variables(*, is_wanted: bool) -> Iterator[dict[str, str]]:
         return
     with tempfile.TemporaryDirectory(prefix="haproxy-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         files = {f"RAY_SERVE_HAPROXY_{name}": os.path.join(folder, file) for name, file in HAPROXY_FILES.items()}
-        wanted = {"RAY_SERVE_ENABLE_HA_PROXY": "1", **files, **HAPROXY, **HAPROXY_PORTS}
+        wanted = {"RAY_SERVE_ENABLE_HA_PROXY": "1", **files, **HAPROXY}
         yield {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def haproxy_ports(host: str) -> dict[str, tuple[str, str]]:
+    """Address and port, by the variable that sets it, of what HAProxy opens besides the service at `host`.
+
+    Ray fixes the address of statistics and counters. The third port is that of Ray Serve's own proxy, the reserve.
+    """
+    addresses = {
+        "RAY_SERVE_HAPROXY_STATS_PORT": "0.0.0.0",
+        "RAY_SERVE_HAPROXY_METRICS_PORT": "0.0.0.0",
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": host,
+    }
+    return {name: (address, os.environ.get(name, HAPROXY[name])) for name, address in addresses.items()}
 
 
 def drain(seconds: float) -> None:

