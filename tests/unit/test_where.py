@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pairvpr.data import utm
@@ -25,14 +25,21 @@ def box_of(place: Map, south: float, west: float, north: float, east: float) -> 
     return found[0].conditions[0, 3:7]
 
 
+@settings(max_examples=300)
 @given(
-    number=st.integers(1, 60),
+    number=st.sampled_from([1, 10, 31, 60]),  # the first and the last meet at the date line
     is_south=st.booleans(),
-    south=st.floats(-79, 83),
-    height=st.floats(0, 3),
-    from_middle=st.floats(-5, 4),
-    width=st.floats(0, 3),
+    south=st.integers(-790, 830).map(lambda tenths: tenths / 10) | st.integers(-30, 0).map(lambda tenths: tenths / 10),
+    height=st.integers(0, 30).map(lambda tenths: tenths / 10),
+    from_middle=st.integers(-50, 40).map(lambda tenths: tenths / 10),
+    width=st.integers(0, 30).map(lambda tenths: tenths / 10),
 )
+@example(number=10, is_south=False, south=37.0, height=1.0, from_middle=-1.0, width=2.0)  # the central meridian
+@example(number=10, is_south=True, south=-38.0, height=1.0, from_middle=-1.0, width=2.0)
+@example(number=31, is_south=False, south=-1.0, height=3.0, from_middle=1.0, width=1.0)  # the equator
+@example(number=31, is_south=True, south=-1.0, height=3.0, from_middle=-3.0, width=1.0)
+@example(number=60, is_south=False, south=65.0, height=1.0, from_middle=2.0, width=2.0)  # the date line
+@example(number=1, is_south=False, south=65.0, height=1.0, from_middle=-4.0, width=5.0)  # and the central meridian
 def test_the_smallest_box_along_the_grid_that_holds_it(
     number: int, is_south: bool, south: float, height: float, from_middle: float, width: float
 ) -> None:
