@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> None:
     announce(opening.config.model, find_weights(opening.config.model))
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 is for batches, and somebody waits for these answers
     settings = config.serve
-    with haproxy_variables(is_wanted=settings.haproxy) as variables, ray_session(config.cluster, variables):
+    with haproxy_variables(settings) as variables, ray_session(config.cluster, variables):
         check_is_alone()
         if ray.get_runtime_context().namespace == ALONE:
             check_ports(settings)

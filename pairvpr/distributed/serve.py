@@ -32,6 +32,7 @@ from ray.serve.handle import DeploymentHandle
 from torch import Tensor
 
 from pairvpr.config.schema import IndexKind, ModelConfig, SearchConfig
+from pairvpr.config.serve_schema import ServeSettings
 from pairvpr.data.local_cache import LocalCache, cache_directory
 from pairvpr.deadline import Deadline, TooLateError
 from pairvpr.distributed.runtime import ALONE, most_gpus_of_a_node, own_device
@@ -69,19 +70,26 @@ HAPROXY: Mapping[str, str] = {
     "RAY_SERVE_HAPROXY_STATS_PORT": "8404",
     "RAY_SERVE_HAPROXY_METRICS_PORT": "9101",
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": "8500",
-    # A request whose replica dies goes to another one, if it fits into a buffer. Answering it twice does no harm.
-    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+    # HAProxy holds requests up to this size in full, see REPEATED.
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(1 << 20),
     # Two buffers each: at most 1 GiB.
     "RAY_SERVE_HAPROXY_MAXCONN": "512",
     # The dead one has the fewest requests, so that it would be chosen again until it counts as down.
     "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",
     "RAY_SERVE_HAPROXY_RETRIES": "10",
-    # A client that falls silent; HAProxy takes it within a request's header, too.
+    # A client that falls silent.
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",
     # A replica that ends gets no new requests after this; Ray's 30 s are for load balancers that ask it seldom.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
 }
+REPEATED = """conn-failure empty-response
+    option http-buffer-request
+    timeout http-request {:.0f}ms"""
+"""Value of HAProxy's `retry-on`: a request whose replica dies goes to another one. Answering it twice does no harm.
+
+HAProxy can only repeat what it held in full before it passed it on. So it waits for header and body, but not for ever.
+Ray has no variables for those two lines, and writes this value as it is into HAProxy's file.
+"""
 MOST_TOGETHER = 32
 """Photos that share a describing pass with serve.batch_wait_s."""
 
@@ -91,19 +99,20 @@ class LostReplicaError(OSError):
 
 
 @contextmanager
-def haproxy_variables(*, is_wanted: bool) -> Iterator[dict[str, str]]:
-    """Environment variables by which Ray Serve puts HAProxy in front; none where it is not wanted.
+def haproxy_variables(settings: ServeSettings) -> Iterator[dict[str, str]]:
+    """Environment variables by which Ray Serve puts HAProxy in front; none without `settings.haproxy`.
 
     What the environment says already stays. On this machine HAProxy's files, among them a socket that obeys everybody,
     lie in a folder of this user's, which ends with the block; on other nodes Ray makes a folder of that name, open to
     all. It is in /tmp, because HAProxy takes no socket path above 97 characters, and Ray adds 57 for the node.
     """
-    if not is_wanted:
+    if not settings.haproxy:
         yield {}
         return
     with tempfile.TemporaryDirectory(prefix="haproxy-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         files = {f"RAY_SERVE_HAPROXY_{name}": os.path.join(folder, file) for name, file in HAPROXY_FILES.items()}
-        wanted = {"RAY_SERVE_ENABLE_HA_PROXY": "1", **files, **HAPROXY}
+        repeated = REPEATED.format(settings.body_timeout_s * 1000)
+        wanted = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_HAPROXY_RETRY_ON": repeated, **files, **HAPROXY}
         yield {name: value for name, value in wanted.items() if name not in os.environ}
 
 
