@@ -218,14 +218,17 @@ class Benchmark:
     """City of each query, if the benchmark has several."""
     query_kinds: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Further groups of the queries by what they go by: `sequence`, and `light` (day or night)."""
+    query_subtasks: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
+    """Ids of the queries of each subtask, ascending; a query may belong to several, or to none."""
     has_submission: bool = False
     """Whether its owners evaluate submitted predictions, which name a photo by the stem of its path."""
 
     @property
-    def groupings(self) -> dict[str, NDArray[np.str_]]:
-        """(Q,) the name of each query's group: by `group`, which is the city, and by its kinds."""
+    def groupings(self) -> dict[str, Mapping[str, NDArray[np.int64]]]:
+        """Ids of the queries of each group: by `group`, which is the city, by each of the kinds, and by `subtask`."""
         cities = {} if self.query_groups is None else {"group": self.query_groups}
-        return {name: np.array(its) for name, its in (cities | dict(self.query_kinds)).items()}
+        found = {name: _ids_by_name(its) for name, its in (cities | dict(self.query_kinds)).items()}
+        return found | ({"subtask": self.query_subtasks} if self.query_subtasks else {})
 
     def stamp(self) -> dict[str, object]:
         """Identifies the test: counts, the rule for positives, treatment of queries and photos, digests."""
@@ -304,3 +307,11 @@ def _holds_something(folder: Path) -> bool:
         return any(folder.iterdir())
     except OSError:
         return False
+
+
+def _ids_by_name(names: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+    """The places, ascending, at which each name stands, by names in ascending order."""
+    found, places = np.unique(np.array(names), return_inverse=True)
+    order = np.argsort(places, kind="stable")
+    parts = np.split(order, np.searchsorted(places[order], np.arange(1, len(found))))
+    return {str(name): part for name, part in zip(found, parts, strict=True)}

@@ -41,16 +41,14 @@ def audit(benchmark: Benchmark, answers: Sequence[Answer], numbers: Sequence[int
     reranked = {
         number: first_hits([_reranked(answer, number) for answer in answers], benchmark.positives) for number in numbers
     }
-    groups = {
+    by_grouping = {
         f"by_{grouping}": {
-            str(name): _entry(
-                retrieved[names == name], {number: hits[names == name] for number, hits in reranked.items()}
-            )
-            for name in np.unique(names)
+            name: _entry(retrieved[ids], {number: hits[ids] for number, hits in reranked.items()})
+            for name, ids in groups.items()
         }
-        for grouping, names in benchmark.groupings.items()
+        for grouping, groups in benchmark.groupings.items()
     }
-    return _entry(retrieved, reranked) | {"by_group": None} | groups
+    return _entry(retrieved, reranked) | {"by_group": None} | by_grouping
 
 
 def _reranked(answer: Answer, number: int) -> NDArray[np.int64]:

@@ -161,8 +161,8 @@ def decision_entry(benchmark: Benchmark, answers: Sequence[Answer], facts: RunFa
             "corrected": int(((after < 1) & ~(before < 1)).sum()),
             "broken": int(((before < 1) & ~(after < 1)).sum()),
             "recall_at_1": {
-                f"by_{grouping}": {str(name): _percent(after[names == name] < 1) for name in np.unique(names)}
-                for grouping, names in benchmark.groupings.items()
+                f"by_{grouping}": {name: _percent(after[ids] < 1) for name, ids in groups.items()}
+                for grouping, groups in benchmark.groupings.items()
             },
         }
     utm_m, queries_m = benchmark.database.utm_m, benchmark.queries.utm_m

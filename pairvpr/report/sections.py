@@ -19,8 +19,17 @@ from pairvpr.report.finished import FinishedRun
 
 MOST_GROUPS = 200
 ERROR_MARKS_M = (1.0, 5.0, 25.0, 100.0, 1000.0, 10_000.0)
-GROUPINGS = {"by_group": "By group", "by_light": "By light", "by_sequence": "By sequence"}
+GROUPINGS = {
+    "by_group": "By group",
+    "by_light": "By light",
+    "by_subtask": "By subtask",
+    "by_sequence": "By sequence",
+}
 """Entries of the audit with groups of queries, in their order on the page."""
+OF_GROUPINGS = {
+    "by_subtask": "Queries of each subtask, which search the whole database. benchmark.subtask=NAME searches its part. "
+}
+"""What a reader must know of a table of groups."""
 STEPS = (("describe", "Describe"), ("retrieve", "Retrieve"), ("rerank", "Re-rank"))
 DIGEST_LENGTH = 12
 
@@ -228,8 +237,10 @@ def groups_section(name: str, title: str, groups: Mapping[str, Any], decided: Ma
     headings = ["Group", "Queries", "Descriptor@1, %", "Re-ranked@1, %", "Ceiling, %", "Corrected", "Broken"]
     if decided is not None:
         headings.append("Decided@1, %")
-    more = f"The {MOST_GROUPS} largest of {len(order):,} groups. " if len(order) > MOST_GROUPS else ""
-    note = f'<p class="aside">{more}metrics.json has all of them.</p>' if more else ""
+    said = OF_GROUPINGS.get(name, "")
+    if len(order) > MOST_GROUPS:
+        said += f"The {MOST_GROUPS} largest of {len(order):,} groups. metrics.json has all of them."
+    note = f'<p class="aside">{said}</p>' if said else ""
     return _section(name, title, note + _table(headings, rows))
 
 

@@ -98,6 +98,7 @@ def make_run(
             "light": ["night" if number % 4 == 0 else "day" for number in range(num_queries)],
             "sequence": [f"drive {number // 7}" for number in range(num_queries)],
         },
+        query_subtasks={"d2n": np.arange(0, num_queries, 4), "o2n": np.arange(0, num_queries, 2)},
     )
     answers = _answers(near, rng if order_seed is None else np.random.default_rng(order_seed))
     facts = FACTS

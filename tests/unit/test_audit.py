@@ -165,6 +165,22 @@ def test_the_report_holds_it_and_shows_it() -> None:
     assert "rome                            3        0.0       33.3      33.3          1        0" in lines
 
 
+def test_queries_of_several_groups_count_in_each() -> None:
+    """A group's entry is that of a benchmark of its queries alone."""
+    subtasks = {"d2n": np.array([0, 2]), "o2n": np.array([0, 1, 4])}
+    content = audit(replace(benchmark(), query_subtasks=subtasks), answers(), [2, 4])
+    assert content is not None
+    for name, ids in subtasks.items():
+        whole = benchmark()
+        assert whole.positives is not None
+        alone = replace(
+            whole, queries=whole.queries.take(ids), positives=[whole.positives[i] for i in ids], query_groups=None
+        )
+        expected = audit(alone, [answers()[i] for i in ids], [2, 4])
+        assert expected is not None
+        assert content["by_subtask"][name] == {key: its for key, its in expected.items() if key != "by_group"}
+
+
 def test_a_long_name_of_a_group_moves_its_whole_column() -> None:
     groups = ["x" * 40, *["y"] * 4]
     content = audit(replace(benchmark(), query_groups=groups), answers(), [4])

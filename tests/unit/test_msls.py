@@ -113,6 +113,27 @@ def test_queries_go_by_light_and_sequence(miniature: Path, by_hand: Path) -> Non
     assert dict(load(by_hand, cities=["sf"]).query_kinds) == {"sequence": ["s", "s"]}
 
 
+def test_queries_go_by_subtask(miniature: Path, by_hand: Path) -> None:
+    """As the table says, row by row: d2n holds two places of each city, the others all."""
+    benchmark = load(miniature)
+    belongs: dict[str, dict[str, str]] = {}
+    for city in ("cph", "sf"):
+        with (
+            (miniature / "train_val" / city / "query" / "seq_info.csv").open(newline="") as names,
+            (miniature / "train_val" / city / "query" / "subtask_index.csv").open(newline="") as flags,
+        ):
+            rows = zip(csv.DictReader(names), csv.DictReader(flags), strict=True)
+            belongs |= {name["key"]: flag for name, flag in rows}
+    keys = [Path(path).stem for path in benchmark.queries.paths]
+    found = benchmark.groupings["subtask"]
+    assert list(found) == SUBTASKS[1:]
+    assert {name: ids.tolist() for name, ids in found.items()} == {
+        name: [i for i, key in enumerate(keys) if belongs[key][name] == "True"] for name in SUBTASKS[1:]
+    }
+    assert found["d2n"].tolist() == [0, 1, 4, 5]
+    assert "subtask" not in load(miniature, subtask=MslsSubtask.d2n).groupings
+
+
 def test_a_night_subtask(miniature: Path) -> None:
     benchmark = load(miniature, subtask=MslsSubtask.d2n)
     database, queries = (places(part.paths, miniature, "train_val") for part in (benchmark.database, benchmark.queries))

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pairvpr.config.benchmark_schema import MslsConfig, MslsSplit
+from pairvpr.config.benchmark_schema import MslsConfig, MslsSplit, MslsSubtask
 from pairvpr.data import storage
 from pairvpr.data.benchmarks.listed import listed_paths
 from pairvpr.data.benchmarks.truth import positives_from_table, with_tables
@@ -27,9 +27,15 @@ from pairvpr.errors import UserError
 
 POSITIONS, AXES = "postprocessed.csv", ("easting", "northing")
 """The table of positions, and its columns."""
+SUBTASKS = "subtask_index.csv"
 _KINDS = {"light": (POSITIONS, "night"), "sequence": ("seq_info.csv", "sequence_key")}
-"""Tables and columns that group photos; a table may lack them."""
+"""Tables and columns that group queries; a table may lack them."""
+_BY_SUBTASK = {str(name): (SUBTASKS, str(name)) for name in MslsSubtask if name is not MslsSubtask.all}
+"""The same for the subtasks that a query of `all` may belong to."""
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
+_BELONGS, _UNKNOWN = "belongs", "unknown"
+_OF_FLAGS = {"light": {True: "night", False: "day"}} | {name: {True: _BELONGS, False: "-"} for name in _BY_SUBTASK}
+"""Names of the groups of a kind whose column holds flags."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +46,7 @@ class _Photos:
     utm_m: NDArray[np.float64]
     """(n, 2) UTM east, north; NaN where the tables hold no positions."""
     kinds: Mapping[str, NDArray[np.str_]] = field(default_factory=dict)
-    """(n,) groups of the photos, by the names of `_KINDS` that the tables hold."""
+    """(n,) groups of the queries, by kind, as far as the tables hold them."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -58,7 +64,7 @@ class _Part:
     city: NDArray[np.int64]
     """(n,) place of each photo's city in benchmark.cities."""
     kinds: Mapping[str, NDArray[np.str_]]
-    """(n,) groups of the photos, by the names of `_KINDS` that all cities' tables hold."""
+    """(n,) groups of the queries, by kind, as far as all cities' tables hold them."""
 
     def only(self, ids: NDArray[np.int64]) -> _Part:
         return _Part(self.photos.take(ids), self.city[ids], {name: its[ids] for name, its in self.kinds.items()})
@@ -77,7 +83,7 @@ def load(config: MslsConfig, problems: Problems) -> Benchmark:
     found: dict[str, _Part] = {}
     for part in ("database", "query"):
         with problems.gathered():
-            found[part] = _read_part(root, part, config, problems)
+            found[part] = _read_part(root, part, config, _kinds(config) if part == "query" else {}, problems)
     if len(found) < 2:
         problems.raise_if_any()
     database, queries = _with_tables(found["database"], found["query"], config, problems)
@@ -98,9 +104,21 @@ def load(config: MslsConfig, problems: Problems) -> Benchmark:
         positives=positives,
         protocol=protocol,
         query_groups=[config.cities[i] for i in queries.city],
-        query_kinds={name: its.tolist() for name, its in queries.kinds.items()},
+        query_kinds={name: its.tolist() for name, its in queries.kinds.items() if name in _KINDS},
+        query_subtasks=_subtasks(queries.kinds),
         has_submission=config.split is MslsSplit.test,
     )
+
+
+def _kinds(config: MslsConfig) -> dict[str, tuple[str, str]]:
+    """Tables and columns of what groups this benchmark's queries."""
+    return _KINDS | (_BY_SUBTASK if config.subtask is MslsSubtask.all else {})
+
+
+def _subtasks(kinds: Mapping[str, NDArray[np.str_]]) -> dict[str, NDArray[np.int64]]:
+    """Ids of the queries of each subtask that has any."""
+    found = {name: np.flatnonzero(kinds[name] == _BELONGS) for name in _BY_SUBTASK if name in kinds}
+    return {name: ids for name, ids in found.items() if len(ids)}
 
 
 def _with_tables(database: _Part, queries: _Part, config: MslsConfig, problems: Problems) -> tuple[_Part, _Part]:
@@ -126,17 +144,19 @@ def _positives(
     return positives, {"positives": "radius, within the city", "radius_m": config.radius_m}
 
 
-def _read_part(root: str, part: str, config: MslsConfig, problems: Problems) -> _Part:
+def _read_part(
+    root: str, part: str, config: MslsConfig, kinds: Mapping[str, tuple[str, str]], problems: Problems
+) -> _Part:
     """The photos of all cities' database or queries. Raises `UserError` if there are none."""
     has_positions = _have_positions(root, part, config, problems)
-    cities = [_read_photos(root, city, part, config, has_positions, problems) for city in config.cities]
+    cities = [_read_photos(root, city, part, config, has_positions, kinds, problems) for city in config.cities]
     if not sum(map(len, cities)):
         raise _nothing_left(root, f"{part} photo", config, problems)
     paths = [path for its in cities for path in its.paths]
     photos = Manifest.of(root, paths, np.concatenate([its.utm_m for its in cities]))
     known = [its.kinds for its in cities if len(its)]
-    kinds = {name: np.concatenate([its[name] for its in known]) for name in _KINDS if all(name in its for its in known)}
-    return _Part(photos, np.repeat(np.arange(len(cities)), [len(its) for its in cities]), kinds)
+    in_all = {name: np.concatenate([its[name] for its in known]) for name in kinds if all(name in its for its in known)}
+    return _Part(photos, np.repeat(np.arange(len(cities)), [len(its) for its in cities]), in_all)
 
 
 def _have_positions(root: str, part: str, config: MslsConfig, problems: Problems) -> bool:
@@ -165,19 +185,25 @@ def _nothing_left(root: str, what: str, config: MslsConfig, problems: Problems) 
 
 
 def _read_photos(
-    root: str, city: str, part: str, config: MslsConfig, has_positions: bool, problems: Problems
+    root: str,
+    city: str,
+    part: str,
+    config: MslsConfig,
+    has_positions: bool,
+    kinds: Mapping[str, tuple[str, str]],
+    problems: Problems,
 ) -> _Photos:
     """The photos of a city's database or queries that take part; none if a table is unusable."""
     folder = storage.join(root, city, part)
     if not _is_there(folder):
         problems.add(f"{folder}: no such folder; expected images/ and CSV files for a city of benchmark.cities")
         return _Photos([], np.empty((0, 2)))
-    columns = {"seq_info.csv": ["key"], "subtask_index.csv": [str(config.subtask)]}
+    columns = {"seq_info.csv": ["key"], SUBTASKS: [str(config.subtask)]}
     if has_positions:
         columns[POSITIONS] = ["key", *AXES]
     if config.split is MslsSplit.train_val:
         columns["raw.csv"] = ["key", "pano"]
-    tables = _read_tables(folder, columns, problems)
+    tables = _read_tables(folder, columns, list(kinds.values()), problems)
     if len(tables) < len(columns):
         return _Photos([], np.empty((0, 2)))
     rows = tables["seq_info.csv"]
@@ -185,7 +211,7 @@ def _read_photos(
     takes_part = np.array([key is not None for key in keys], bool)
     for i in np.flatnonzero(~takes_part):
         problems.add(f"{rows.where(int(i))}: {rows.cell('key', int(i))}; expected the name of a photo")
-    takes_part &= _flags(tables["subtask_index.csv"], str(config.subtask), problems)
+    takes_part &= _flags(tables[SUBTASKS], str(config.subtask), problems)
     if "raw.csv" in tables:
         takes_part &= ~_flags(tables["raw.csv"], "pano", problems)
     utm_m = np.full((len(rows), 2), np.nan)
@@ -197,12 +223,12 @@ def _read_photos(
     there = _photos_in(folder, len(names), problems)
     if there:
         paths = listed_paths(names, there, folder, lambda i: rows.where(int(taken[i])), problems)
-        kinds = {
+        its_kinds = {
             name: np.array([_kind(name, text) for text in tables[file].texts(column).to_pylist()])[taken]
-            for name, (file, column) in _KINDS.items()
+            for name, (file, column) in kinds.items()
             if file in tables and column in tables[file].columns.column_names
         }
-        photos = _Photos([f"{city}/{part}/{path}" for path in paths], utm_m[taken], kinds)
+        photos = _Photos([f"{city}/{part}/{path}" for path in paths], utm_m[taken], its_kinds)
         return photos.only(np.array([path is not None for path in paths], bool))
     return _Photos([], np.empty((0, 2)))
 
@@ -235,14 +261,19 @@ def _photos_in(folder: str, num_listed: int, problems: Problems) -> set[str]:
     return there
 
 
-def _read_tables(folder: str, columns: dict[str, list[str]], problems: Problems) -> dict[str, Rows]:
-    """The rows common to all tables, by file; an unreadable table is a problem and left out."""
+def _read_tables(
+    folder: str, columns: dict[str, list[str]], optional: Sequence[tuple[str, str]], problems: Problems
+) -> dict[str, Rows]:
+    """The rows common to all tables, by file; an unreadable table is a problem and left out.
+
+    Of the `optional` columns, each with its file, those that are there.
+    """
     tables: dict[str, Rows] = {}
     for name, wanted in columns.items():
         with problems.gathered():
             file = TableFile.open(storage.join(folder, name))
-            kinds = [column for its_file, column in _KINDS.values() if its_file == name and file.has(column)]
-            tables[name] = file.read([*wanted, *kinds], problems)
+            there = [column for its_file, column in optional if its_file == name and file.has(column)]
+            tables[name] = file.read([*wanted, *there], problems)
     if not tables:
         return tables
     _check_lengths(list(tables.values()), problems)
@@ -280,11 +311,11 @@ def _check_keys(rows: Rows, listed: Rows, problems: Problems) -> None:
 
 
 def _kind(name: str, text: str | None) -> str:
-    """The name of a photo's group, from a cell: of `light` by the flag `night`, else as it is written."""
-    if name == "light" and text is not None:
-        flag = _FLAGS.get(text.strip().lower())
-        return "unknown" if flag is None else "night" if flag else "day"
-    return text or "unknown"
+    """The name of a query's group of this kind, from a cell."""
+    if name in _OF_FLAGS:
+        flag = _FLAGS.get((text or "").strip().lower())
+        return _UNKNOWN if flag is None else _OF_FLAGS[name][flag]
+    return text or _UNKNOWN
 
 
 def _flags(rows: Rows, name: str, problems: Problems) -> NDArray[np.bool_]:
