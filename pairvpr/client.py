@@ -154,7 +154,9 @@ class Answer:
     generations: Mapping[str, int]
     """Of each index that was asked, by name."""
     model: Mapping[str, str]
-    """`name` and `weights_sha256`."""
+    """What describes photos, and made the index: `name` and `weights_sha256`."""
+    pair_model: Mapping[str, str]
+    """What scores pairs: likewise."""
     answer: Candidate | None
     """The best candidate; None if nothing was found, or the photo is not in the map."""
     in_map: bool | None
@@ -176,7 +178,9 @@ class IndexInfo:
     generation: int
     kind: str
     model: Mapping[str, str]
-    """`name` and `weights_sha256`."""
+    """What describes photos, and made the index: `name` and `weights_sha256`."""
+    pair_model: Mapping[str, str]
+    """What scores pairs: likewise."""
     has_positions: bool
     utm_zone: str | None
     """Such as 10N; None if unknown."""

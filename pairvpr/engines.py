@@ -85,6 +85,11 @@ class Network(Protocol):
         ...
 
     @property
+    def weights_sha256(self) -> str:
+        """Of the weights that score pairs."""
+        ...
+
+    @property
     def describes_what_it_scores(self) -> bool:
         """Whether describing and scoring take the same pixels: not where a network of the user's describes."""
         ...
@@ -126,13 +131,15 @@ class Shards(Protocol):
 class LocalNetwork:
     """The network in this process. Threads may share it: each call computes in the thread that makes it.
 
-    Of `describe` and `rerank` it reads what decides about forward passes. `weights` and `stop_margin` are as in
-    `Reranker`. A `user_network` describes photos in place of `model`, which then scores pairs alone.
+    `weights_sha256` is that of `model`. Of `describe` and `rerank` it reads what decides about forward passes.
+    `weights` and `stop_margin` are as in `Reranker`. A `user_network` describes photos in place of `model`, which then
+    scores pairs alone.
     """
 
     def __init__(
         self,
         model: PairVPR,
+        weights_sha256: str,
         describe: DescribePassConfig,
         rerank: RerankConfig,
         weights: Weights | None = None,
@@ -144,7 +151,7 @@ class LocalNetwork:
             device = self._describer.device
             self._describer = UserDescriber.built(user_network, device, describe.num_threads_per_actor)
         self._pair_describer = Describer(model, rerank.num_threads_per_actor)
-        self._describe, self._rerank = describe, rerank
+        self._describe, self._rerank, self._weights_sha256 = describe, rerank, weights_sha256
         self._weights, self._stop_margin = weights, stop_margin
         self._features = feature_cache(rerank, self._pair_describer.device)
 
@@ -152,6 +159,11 @@ class LocalNetwork:
     def config(self) -> ModelConfig:
         """See `Network.config`."""
         return self._pair_describer.model.config
+
+    @property
+    def weights_sha256(self) -> str:
+        """See `Network.weights_sha256`."""
+        return self._weights_sha256
 
     @property
     def cached_bytes(self) -> int:

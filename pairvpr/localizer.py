@@ -54,7 +54,7 @@ from pairvpr.retrieval.first_stage import FirstStage
 from pairvpr.retrieval.pipeline import answers, decided, with_prior
 from pairvpr.retrieval.rerank import work_units
 from pairvpr.retrieval.small_index import build_small_index
-from pairvpr.retrieval.user_network import UserDescriber, find_user_network
+from pairvpr.retrieval.user_network import UserDescriber, describing_network
 from pairvpr.where import ANYWHERE, Position, Where
 
 SectionConfig = TypeVar("SectionConfig", DescribeConfig, DescriptorConfig, SearchConfig, RerankConfig)
@@ -143,7 +143,7 @@ class Localizer:
         return cls(
             Generation.open(directory, manifest, utm_epsg),
             LocalNetwork(
-                built, sections[0], sections[2], rules.weights, rules.stop_margin, user_network=first.user_network
+                built, found.sha256, sections[0], sections[2], rules.weights, rules.stop_margin, first.user_network
             ),
             local_shards(sections[1], math.inf if memory_gib is None else memory_gib * 2**30),
             sections[1],
@@ -214,6 +214,11 @@ class Localizer:
     def network(self) -> ModelConfig:
         """The shape of the network."""
         return self._network.config
+
+    @property
+    def weights_sha256(self) -> str:
+        """Of the weights that score pairs."""
+        return self._network.weights_sha256
 
     @property
     def is_calibrated(self) -> bool:
@@ -559,11 +564,7 @@ def _settled(rerank: RerankConfig | None, calibration: str | os.PathLike[str] | 
 def _first_stage(
     network: ModelConfig, weights_sha256: str, describe: DescribeConfig, descriptor: DescriptorConfig | None
 ) -> FirstStage:
-    """The user's network, if one is given, or else Pair-VPR's."""
-    settings = _section("descriptor", descriptor, DescriptorConfig)
-    if settings.module is not None:
-        return FirstStage.of_user_network(find_user_network(settings, network), describe)
-    return FirstStage.own(network, weights_sha256, describe)
+    return describing_network(network, weights_sha256, describe, _section("descriptor", descriptor, DescriptorConfig))
 
 
 def _own_network(describe: DescribeConfig | None) -> DescribeConfig:

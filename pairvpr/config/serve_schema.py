@@ -11,6 +11,7 @@ from pairvpr.config.schema import (
     ClusterConfig,
     DenseFeatures,
     DescribePassConfig,
+    DescriptorConfig,
     ModelConfig,
     RerankConfig,
     SearchConfig,
@@ -141,6 +142,7 @@ class ServeConfig:
     """Several indices by name ({sf: URL, oslo: URL}) instead of index.path; requests choose one, or ask all."""
     model: ModelConfig = field(default_factory=ModelConfig)
     describe: DescribePassConfig = field(default_factory=DescribePassConfig)
+    descriptor: DescriptorConfig = field(default_factory=DescriptorConfig)
     rerank: RerankConfig = field(default_factory=RerankConfig)
     serve: ServeSettings = field(default_factory=ServeSettings)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -251,7 +251,7 @@ class Door:
         config, settings = opening.config, opening.config.serve
         at_once = settings.num_at_once * (settings.max_replicas or settings.num_replicas) / settings.num_doors
         settings = replace(settings, num_at_once=math.ceil(at_once))
-        elsewhere = RemoteNetwork(network, config.model)
+        elsewhere = RemoteNetwork(network, opening)
 
         def is_there() -> bool:
             return all(_is_there(handle) for handle in (network, *parts))
@@ -436,8 +436,9 @@ class ShardsReplica:
 class RemoteNetwork:
     """The network in other replicas."""
 
-    def __init__(self, handle: DeploymentHandle, config: ModelConfig) -> None:
-        self._handle, self._config = handle, config
+    def __init__(self, handle: DeploymentHandle, opening: Opening) -> None:
+        self._handle, self._config, self._weights_sha256 = handle, opening.config.model, opening.weights_sha256
+        self._describes_what_it_scores = opening.first.user_network is None
 
     @property
     def config(self) -> ModelConfig:
@@ -445,9 +446,14 @@ class RemoteNetwork:
         return self._config
 
     @property
+    def weights_sha256(self) -> str:
+        """See `pairvpr.engines.Network`."""
+        return self._weights_sha256
+
+    @property
     def describes_what_it_scores(self) -> bool:
-        """See `pairvpr.engines.Network`; a service has no network of the user's."""
-        return True
+        """See `pairvpr.engines.Network`."""
+        return self._describes_what_it_scores
 
     def describe(self, photos: Sequence[Asked], deadline: Deadline) -> Described:
         """See `pairvpr.engines.Network`."""

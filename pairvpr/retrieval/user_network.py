@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pairvpr.config.schema import DescriptorConfig, ModelConfig
+from pairvpr.config.schema import DescribePassConfig, DescriptorConfig, ModelConfig
 from pairvpr.data.descriptor_file import WIDEST
 from pairvpr.errors import UserError
 from pairvpr.machine import in_a_line
 from pairvpr.models.pair_vpr import normalise, sent
-from pairvpr.retrieval.first_stage import UserNetwork
+from pairvpr.retrieval.first_stage import FirstStage, UserNetwork
 from pairvpr.terminal import say
 
 FARTHEST = 0.01
@@ -113,6 +113,18 @@ def find_user_network(config: DescriptorConfig, model: ModelConfig) -> UserNetwo
         "weights carry their owners' terms"
     )
     return found
+
+
+def describing_network(
+    model: ModelConfig, weights_sha256: str, describe: DescribePassConfig, descriptor: DescriptorConfig
+) -> FirstStage:
+    """The network that describes photos: the user's, if `descriptor` names one, else `model` with these weights.
+
+    Raises `UserError` as `find_user_network`.
+    """
+    if descriptor.module is not None:
+        return FirstStage.of_user_network(find_user_network(descriptor, model), describe)
+    return FirstStage.own(model, weights_sha256, describe)
 
 
 def fingerprint(module: str, network: nn.Module) -> str:

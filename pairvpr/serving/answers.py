@@ -37,6 +37,7 @@ def answer_of(
         generation=None if wanted.name == TOGETHER else generations[wanted.name],
         generations=generations,
         model=model_of(any_of),
+        pair_model=pair_model_of(any_of),
         answer=candidates[0] if is_answer else None,
         in_map=in_map,
         confidence=confidence,
@@ -104,6 +105,11 @@ def model_of(localizer: Localizer) -> schema.Model:
     return schema.Model(name=model["name"], weights_sha256=model["weights_sha256"])
 
 
+def pair_model_of(localizer: Localizer) -> schema.Model:
+    """The network that scores pairs."""
+    return schema.Model(name=localizer.network.name, weights_sha256=localizer.weights_sha256)
+
+
 def index_of(name: str, localizer: Localizer) -> schema.Index:
     """What is known of an index."""
     opened = localizer.opened
@@ -114,6 +120,7 @@ def index_of(name: str, localizer: Localizer) -> schema.Index:
         generation=opened.number,
         kind=opened.manifest.kind,
         model=model_of(localizer),
+        pair_model=pair_model_of(localizer),
         has_positions=opened.has_positions,
         utm_zone=None if zone is None else f"{zone.number}{'S' if zone.south else 'N'}",
         calibrated=localizer.is_calibrated,

@@ -17,6 +17,7 @@ from pairvpr.localizer import Localizer, OpenShards
 from pairvpr.models.weights import build_model, find_weights, load_weights
 from pairvpr.opened import Generation, manifest_of
 from pairvpr.retrieval.first_stage import FirstStage
+from pairvpr.retrieval.user_network import describing_network
 
 MOST_TOKEN_BYTES = 4096
 
@@ -40,33 +41,37 @@ class Opening:
 
     config: ServeConfig
     indices: dict[str, ServedIndex]
+    weights_sha256: str
+    """Of the weights that score pairs."""
+    first: FirstStage
+    """What describes photos."""
 
     @classmethod
     def of(cls, config: ServeConfig) -> Opening:
         """Read and check everything but weights and shards.
 
-        Raises `UserError` for an index that is missing, was made by another network, or does not fit the calibration.
+        Raises `UserError` for an index that is missing, was made by another network, or does not fit the calibration,
+        and for a `descriptor.module` that is none.
         """
         indices = {
             name: ServedIndex(name, storage.absolute(path), config.serve.utm_epsg)
             for name, path in config.by_name.items()
         }
         config = replace(config, model=_absolute(config.model))
-        opening = cls(config, indices)
         weights_sha256 = find_weights(config.model).sha256
+        first = describing_network(config.model, weights_sha256, config.describe, config.descriptor)
+        opening = cls(config, indices, weights_sha256, first)
         for index in indices.values():
-            opening._check(index.open(), weights_sha256)
+            opening._check(index.open())
         read_token(config)
         return opening
 
-    def _check(self, opened: Generation, weights_sha256: str) -> None:
-        network, manifest, directory = self.config.model, opened.manifest, opened.directory
-        first = FirstStage.own(network, weights_sha256, self.config.describe)
-        first.check_made(directory, manifest)
+    def _check(self, opened: Generation) -> None:
+        self.first.check_made(opened.directory, opened.manifest)
         judged_by = calibrated(self.config.rerank)
         if judged_by is not None:
-            settings = network.settings() | {"weights_sha256": weights_sha256}
-            first_stage = unlike_the_network(first.settings, manifest.reduced_to)
+            settings = self.config.model.settings() | {"weights_sha256": self.weights_sha256}
+            first_stage = unlike_the_network(self.first.settings, opened.manifest.reduced_to)
             judged_by.check(str(self.config.rerank.calibration), settings, first_stage)
         check_positions_of_votes(self.rules.decision, opened.photos.utm_m)
 
@@ -80,7 +85,15 @@ class Opening:
         config, rules = self.config, self.rules
         found = find_weights(config.model)
         model = build_model(config.model, load_weights(config.model, found), device)
-        return LocalNetwork(model, config.describe, config.rerank, rules.weights, rules.stop_margin)
+        return LocalNetwork(
+            model,
+            found.sha256,
+            config.describe,
+            config.rerank,
+            rules.weights,
+            rules.stop_margin,
+            self.first.user_network,
+        )
 
     def localizers(self, network: Network, open_shards: Callable[[ServedIndex], OpenShards]) -> dict[str, Localizer]:
         """Every index with this network, and with shards that are opened here or elsewhere."""

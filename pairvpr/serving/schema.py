@@ -102,7 +102,7 @@ class Candidate(BaseModel):
 
 
 class Model(BaseModel):
-    """The network."""
+    """A network."""
 
     name: Annotated[str, Field(description="Its name.")]
     weights_sha256: Annotated[str, Field(description="SHA-256 of its weights, hexadecimal.")]
@@ -125,7 +125,10 @@ class Answer(BaseModel):
     index: Annotated[str, Field(description="Name of the index that was asked; `*`: all of them.")]
     generation: Annotated[int | None, Field(description="Generation of the index; null where several were asked.")]
     generations: Annotated[dict[str, int], Field(description="Generation of each index that was asked, by name.")]
-    model: Model
+    model: Annotated[Model, Field(description="What describes photos, and made the index.")]
+    pair_model: Annotated[
+        Model, Field(description="What scores pairs: `model` itself, or beside a network of your own.")
+    ]
     answer: Annotated[
         Candidate | None, Field(description="The best candidate; null if there is none, or it is not in the map.")
     ]
@@ -181,7 +184,10 @@ class Index(BaseModel):
     num_photos: Annotated[int, Field(description="Number of photos that can be found.")]
     generation: Annotated[int, Field(description="The open generation.")]
     kind: Annotated[str, Field(description="Kind of the index, such as flat or ivf_rabitq.")]
-    model: Model
+    model: Annotated[Model, Field(description="What describes photos, and made the index.")]
+    pair_model: Annotated[
+        Model, Field(description="What scores pairs: `model` itself, or beside a network of your own.")
+    ]
     has_positions: Annotated[bool, Field(description="Whether positions of its photos are known.")]
     utm_zone: Annotated[str | None, Field(description="UTM zone, such as 10N; null if unknown.")]
     calibrated: Annotated[bool, Field(description="Whether answers have a confidence.")]

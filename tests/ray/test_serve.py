@@ -33,6 +33,7 @@ from ray_jobs.build_index import build_index
 from ray_jobs.query import query
 from ray_jobs.serve import app, check_is_alone, check_ports, started
 from tests.support.runs import SMALL_NETWORK, wait_until
+from tests.support.user_networks import SIDE_PX
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -114,6 +115,22 @@ def test_equals_the_job(kind: IndexKind, flat_index: str, city: Path, tmp_path: 
                 assert_same(found, rows[photo.name])
             for photo in queries[:4]:
                 assert_same(asked(url, photo, heading_deg=90, within_deg=40), there[photo.name])
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("layout", [(), SPLIT], ids=["one piece", "split"])
+def test_a_network_of_the_users_describes(layout: tuple[str, ...], city: Path, tmp_path: Path) -> None:
+    """Every query of the city has the answer of the job."""
+    first = ("descriptor.module=tests.support.user_networks:wide", f"descriptor.image_size_px={SIDE_PX}")
+    line = [f"database={city}/database", f"output={tmp_path}/index", "positions=names", "index.kind=flat", *first]
+    build_index(load(BuildIndexConfig, [*line, "index.num_shards=3", "describe.batch_size=4", *SMALL_NETWORK]))
+    asking = [f"index.path={tmp_path}/index", f"queries={city}/queries", f"output={tmp_path}/all", *ONE_BY_ONE, *first]
+    query(load(QueryConfig, asking))
+    rows = pq.read_table(tmp_path / "all" / "predictions.parquet").to_pylist()
+    with serving(f"{tmp_path}/index", *first, *layout) as url:
+        for row in rows:
+            assert_same(asked(url, city / "queries" / row["query_path"]), row)
+    assert len(rows) == 12
 
 
 def test_swaps_and_draining_lose_no_request(flat_index: str, city: Path) -> None:

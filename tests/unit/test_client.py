@@ -32,7 +32,7 @@ CANDIDATE = {
 }  # fmt: skip
 ANSWER = {
     "request_id": "r1", "index": "sf", "generation": 3, "generations": {"sf": 3},
-    "model": {"name": "tiny", "weights_sha256": "ab"},
+    "model": {"name": "tiny", "weights_sha256": "ab"}, "pair_model": {"name": "tiny", "weights_sha256": "ab"},
     "answer": CANDIDATE, "in_map": True, "confidence": 0.9,
     "position": {"latitude": 37.78, "longitude": -122.41, "utm": UTM, "spread_m": 3.5},
     "candidates": [CANDIDATE], "seconds": {"total": 0.5}, "a_field_of_a_later_version": 1,

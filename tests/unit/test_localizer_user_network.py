@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import math
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import requests
 import torch
 
 from pairvpr import DescriptorConfig, Localizer, SearchConfig, UserError
+from pairvpr.config.serve_schema import ServeConfig, ServedIndexConfig
 from pairvpr.data.manifest import Benchmark, folder_manifest
 from pairvpr.index.generations import read_manifest
-from pairvpr.models.weights import build_model, load_weights
+from pairvpr.localizer import local_shards
+from pairvpr.models.weights import build_model, find_weights, load_weights
 from pairvpr.opened import network_of
 from pairvpr.retrieval import pipeline
 from pairvpr.retrieval.user_network import UserDescriber, find_user_network
+from pairvpr.serving.opening import Opening
 from pairvpr.toy import city as toy_city
+from tests.support.served import served
 from tests.support.small import small_evaluate_config
 from tests.support.user_networks import SIDE_PX, WIDTH
 
@@ -100,6 +107,37 @@ def test_another_network_or_none_is_refused(folder: Path) -> None:
         Localizer.open(folder / "index", **SECTIONS)
     with pytest.raises(UserError, match=r"another network: descriptor\.module .*:wide there, .*:squared now"):
         Localizer.open(folder / "index", descriptor=SQUARED, **SECTIONS)
+
+
+def test_a_service_of_such_an_index(folder: Path) -> None:
+    """Its answers are those of the Localizer, and name both networks. Without descriptor.module it does not start."""
+    config = ServeConfig(
+        index=ServedIndexConfig(path=str(folder / "index"), num_threads_per_actor=1),
+        model=CONFIG.model,
+        describe=CONFIG.describe,
+        descriptor=WIDE,
+        rerank=CONFIG.rerank,
+    )
+    opening = Opening.of(pickle.loads(pickle.dumps(config)))
+    opening = pickle.loads(pickle.dumps(opening))
+    network = opening.network(torch.device("cpu"))
+    localizers = opening.localizers(network, lambda _: local_shards(config.index, math.inf))
+    photo = sorted((folder / "queries").iterdir())[0].read_bytes()
+    expected = Localizer.open(folder / "index", descriptor=WIDE, **SECTIONS).answer(photo, k=5).matches
+    with served(localizers) as at:
+        found = requests.post(f"{at.url}/v1/locate?k=5", data=photo, timeout=60).json()
+        index = requests.get(f"{at.url}/v1/index", timeout=60).json()["indices"][0]
+    assert [(each["photo_id"], each["pair_score"], each["squared_distance"]) for each in found["candidates"]] == [
+        (match.database_id, match.pair_score, match.squared_distance) for match in expected
+    ]
+    for said in (found, index):
+        assert said["model"] == {"name": WIDE.module, "weights_sha256": opening.first.weights_sha256}
+        assert said["pair_model"] == {
+            "name": CONFIG.model.name,
+            "weights_sha256": find_weights(CONFIG.model).sha256,
+        }
+    with pytest.raises(UserError, match=r"was made with model .*:wide and weights .*, not with .* and weights"):
+        Opening.of(replace(config, descriptor=DescriptorConfig()))
 
 
 def test_an_index_of_a_file_is_refused(folder: Path) -> None:
