@@ -154,9 +154,9 @@ class Answer:
     generations: Mapping[str, int]
     """Of each index that was asked, by name."""
     model: Mapping[str, str]
-    """What describes photos, and made the index: `name` and `weights_sha256`."""
+    """The network that describes photos: `name` and `weights_sha256`."""
     pair_model: Mapping[str, str]
-    """What scores pairs: likewise."""
+    """The network that scores pairs, in the same form."""
     answer: Candidate | None
     """The best candidate; None if nothing was found, or the photo is not in the map."""
     in_map: bool | None
@@ -178,9 +178,9 @@ class IndexInfo:
     generation: int
     kind: str
     model: Mapping[str, str]
-    """What describes photos, and made the index: `name` and `weights_sha256`."""
+    """The network that describes photos: `name` and `weights_sha256`."""
     pair_model: Mapping[str, str]
-    """What scores pairs: likewise."""
+    """The network that scores pairs, in the same form."""
     has_positions: bool
     utm_zone: str | None
     """Such as 10N; None if unknown."""

@@ -131,7 +131,7 @@ class Shards(Protocol):
 class LocalNetwork:
     """The network in this process. Threads may share it: each call computes in the thread that makes it.
 
-    `weights_sha256` is that of `model`. Of `describe` and `rerank` it reads what decides about forward passes.
+    `weights_sha256` belongs to `model`. Of `describe` and `rerank`, only what decides about forward passes is read.
     `weights` and `stop_margin` are as in `Reranker`. A `user_network` describes photos in place of `model`, which then
     scores pairs alone.
     """

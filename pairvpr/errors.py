@@ -28,6 +28,10 @@ class PhotoError(UserError):
         return type(self), (self.photo, self.reason)
 
 
+class UserNetworkError(UserError):
+    """A network of the user's environment fails on photos; the message names its function."""
+
+
 class IncompleteRunError(RuntimeError):
     """Some work failed for good. Everything else is kept, and running the same command again does what is missing.
 

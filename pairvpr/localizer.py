@@ -54,7 +54,7 @@ from pairvpr.retrieval.first_stage import FirstStage
 from pairvpr.retrieval.pipeline import answers, decided, with_prior
 from pairvpr.retrieval.rerank import work_units
 from pairvpr.retrieval.small_index import build_small_index
-from pairvpr.retrieval.user_network import UserDescriber, describing_network
+from pairvpr.retrieval.user_network import UserDescriber, first_stage_of
 from pairvpr.where import ANYWHERE, Position, Where
 
 SectionConfig = TypeVar("SectionConfig", DescribeConfig, DescriptorConfig, SearchConfig, RerankConfig)
@@ -564,7 +564,7 @@ def _settled(rerank: RerankConfig | None, calibration: str | os.PathLike[str] | 
 def _first_stage(
     network: ModelConfig, weights_sha256: str, describe: DescribeConfig, descriptor: DescriptorConfig | None
 ) -> FirstStage:
-    return describing_network(network, weights_sha256, describe, _section("descriptor", descriptor, DescriptorConfig))
+    return first_stage_of(network, weights_sha256, describe, _section("descriptor", descriptor, DescriptorConfig))
 
 
 def _own_network(describe: DescribeConfig | None) -> DescribeConfig:

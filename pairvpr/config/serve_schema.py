@@ -55,7 +55,7 @@ class LimitsConfig:
     timeout_s: float = 30.0
     """Seconds for a whole request; after that it gets 504, and its work stops."""
     body_timeout_s: float = 10.0
-    """Seconds to send the body; slower = 408."""
+    """Seconds to send the body (behind HAProxy, also the header); slower = 408."""
 
     def __post_init__(self) -> None:
         require_positive(
@@ -139,7 +139,7 @@ class ServeConfig:
 
     index: ServedIndexConfig = field(default_factory=ServedIndexConfig)
     indices: dict[str, str] = field(default_factory=dict)
-    """Several indices by name ({sf: URL, oslo: URL}) instead of index.path; requests choose one, or ask all."""
+    """Several indices of one network, {sf: URL, oslo: URL}, instead of index.path; requests choose one, or ask all."""
     model: ModelConfig = field(default_factory=ModelConfig)
     describe: DescribePassConfig = field(default_factory=DescribePassConfig)
     descriptor: DescriptorConfig = field(default_factory=DescriptorConfig)

@@ -313,5 +313,5 @@ def _ids_by_name(names: Sequence[str]) -> dict[str, NDArray[np.int64]]:
     """The places, ascending, at which each name stands, by names in ascending order."""
     found, places = np.unique(np.array(names), return_inverse=True)
     order = np.argsort(places, kind="stable")
-    parts = np.split(order, np.searchsorted(places[order], np.arange(1, len(found))))
-    return {str(name): part for name, part in zip(found, parts, strict=True)}
+    first = np.searchsorted(places[order], np.arange(len(found) + 1))
+    return {str(name): order[first[i] : first[i + 1]] for i, name in enumerate(found)}

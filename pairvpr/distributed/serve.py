@@ -70,26 +70,28 @@ HAPROXY: Mapping[str, str] = {
     "RAY_SERVE_HAPROXY_STATS_PORT": "8404",
     "RAY_SERVE_HAPROXY_METRICS_PORT": "9101",
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": "8500",
-    # HAProxy holds requests up to this size in full, see REPEATED.
+    # HAProxy holds requests up to this size in full, see RETRY_ON.
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(1 << 20),
     # Two buffers each: at most 1 GiB.
     "RAY_SERVE_HAPROXY_MAXCONN": "512",
     # The dead one has the fewest requests, so that it would be chosen again until it counts as down.
     "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",
-    "RAY_SERVE_HAPROXY_RETRIES": "10",
+    "RAY_SERVE_HAPROXY_RETRIES": "3",
     # A client that falls silent.
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",
     # A replica that ends gets no new requests after this; Ray's 30 s are for load balancers that ask it seldom.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
 }
-REPEATED = """conn-failure empty-response
+RETRY_ON = """conn-failure empty-response
     option http-buffer-request
-    timeout http-request {:.0f}ms"""
+    timeout http-request {}ms"""
 """Value of HAProxy's `retry-on`: a request whose replica dies goes to another one. Answering it twice does no harm.
 
-HAProxy can only repeat what it held in full before it passed it on. So it waits for header and body, but not for ever.
-Ray has no variables for those two lines, and writes this value as it is into HAProxy's file.
+HAProxy can only repeat what it held in full before it passed it on. So it waits for the header, and then for the body,
+at most `serve.body_timeout_s` each. Ray has no variables for those two lines, and writes this value as it is into
+HAProxy's file.
 """
+MOST_HAPROXY_MS = 2**31 - 1
 MOST_TOGETHER = 32
 """Photos that share a describing pass with serve.batch_wait_s."""
 
@@ -111,8 +113,8 @@ def haproxy_variables(settings: ServeSettings) -> Iterator[dict[str, str]]:
         return
     with tempfile.TemporaryDirectory(prefix="haproxy-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         files = {f"RAY_SERVE_HAPROXY_{name}": os.path.join(folder, file) for name, file in HAPROXY_FILES.items()}
-        repeated = REPEATED.format(settings.body_timeout_s * 1000)
-        wanted = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_HAPROXY_RETRY_ON": repeated, **files, **HAPROXY}
+        retry_on = RETRY_ON.format(min(math.ceil(1000 * settings.body_timeout_s), MOST_HAPROXY_MS))
+        wanted = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_HAPROXY_RETRY_ON": retry_on, **files, **HAPROXY}
         yield {name: value for name, value in wanted.items() if name not in os.environ}
 
 
@@ -438,7 +440,7 @@ class RemoteNetwork:
 
     def __init__(self, handle: DeploymentHandle, opening: Opening) -> None:
         self._handle, self._config, self._weights_sha256 = handle, opening.config.model, opening.weights_sha256
-        self._describes_what_it_scores = opening.first.user_network is None
+        self._describes_what_it_scores = opening.first_stage.user_network is None
 
     @property
     def config(self) -> ModelConfig:

@@ -26,8 +26,9 @@ GROUPINGS = {
     "by_sequence": "By sequence",
 }
 """Entries of the audit with groups of queries, in their order on the page."""
-OF_GROUPINGS = {
-    "by_subtask": "Queries of each subtask, which search the whole database. benchmark.subtask=NAME searches its part. "
+NOTES = {
+    "by_subtask": "Here the queries of each subtask search the whole database. benchmark.subtask=NAME restricts the "
+    "database to the subtask's photos, too. "
 }
 """What a reader must know of a table of groups."""
 STEPS = (("describe", "Describe"), ("retrieve", "Retrieve"), ("rerank", "Re-rank"))
@@ -219,7 +220,7 @@ def _refusals(found: Mapping[str, Any]) -> str:
 
 
 def groups_section(name: str, title: str, groups: Mapping[str, Any], decided: Mapping[str, float] | None = None) -> str:
-    """A row for each group of queries (city, day or night, sequence), the largest first.
+    """A row for each group of queries (city, day or night, subtask, sequence), the largest first.
 
     `decided` is the recall@1 of a decision, by group.
     """
@@ -237,7 +238,7 @@ def groups_section(name: str, title: str, groups: Mapping[str, Any], decided: Ma
     headings = ["Group", "Queries", "Descriptor@1, %", "Re-ranked@1, %", "Ceiling, %", "Corrected", "Broken"]
     if decided is not None:
         headings.append("Decided@1, %")
-    said = OF_GROUPINGS.get(name, "")
+    said = NOTES.get(name, "")
     if len(order) > MOST_GROUPS:
         said += f"The {MOST_GROUPS} largest of {len(order):,} groups. metrics.json has all of them."
     note = f'<p class="aside">{said}</p>' if said else ""

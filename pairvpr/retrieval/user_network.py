@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib import import_module
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from pairvpr.config.schema import DescribePassConfig, DescriptorConfig, ModelConfig
 from pairvpr.data.descriptor_file import WIDEST
-from pairvpr.errors import UserError
+from pairvpr.errors import UserError, UserNetworkError
 from pairvpr.machine import in_a_line
 from pairvpr.models.pair_vpr import normalise, sent
 from pairvpr.retrieval.first_stage import FirstStage, UserNetwork
@@ -37,7 +38,10 @@ NUM_NAMED = 5
 
 
 class UserDescriber:
-    """The user's network on its device, with `num_threads` CPU threads (None = as the process has)."""
+    """The user's network on its device, with `num_threads` CPU threads (None = as the process has).
+
+    Threads may share it. They wait for one another, because a network may keep something of a call in itself.
+    """
 
     def __init__(
         self, photos: UserNetwork, network: nn.Module, device: torch.device, num_threads: int | None = None
@@ -46,6 +50,7 @@ class UserDescriber:
         self._network = network
         self._device = device
         self._num_threads = num_threads
+        self._lock = Lock()
 
     @classmethod
     def built(cls, about: UserNetwork, device: torch.device, num_threads: int | None = None) -> UserDescriber:
@@ -65,23 +70,25 @@ class UserDescriber:
     def descriptors(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """(B, S, S, 3) uint8 -> (B, G) float32, unit length.
 
-        Raises `UserError` for what the network raises, and for other output than a finite row for each photo, whose
-        length is above 0.
+        Raises `UserNetworkError` for what the network raises, and for other output than a finite row for each photo,
+        whose length is above 0.
         """
         about = self.photos
         if self._num_threads is not None:
             torch.set_num_threads(self._num_threads)
         photos = normalise(sent(torch.from_numpy(pixels), self._device), about.mean, about.std)
-        with _in_a_line(about.module, f"its network fails on photos {tuple(photos.shape)}"):
+        with self._lock, _in_a_line(about.module, f"its network fails on photos {tuple(photos.shape)}"):
             given = self._network(photos)
             _check_rows(about, len(photos), given)
             rows = given.float()
             lengths = torch.linalg.vector_norm(rows, dim=-1).cpu()
             found = F.normalize(rows, dim=-1, eps=SHORTEST).cpu().numpy()
         if not lengths.isfinite().all():
-            raise UserError(f"{_named(about.module)}: its descriptors are NaN or infinite; expected finite numbers")
+            raise UserNetworkError(
+                f"{_named(about.module)}: its descriptors are NaN or infinite; expected finite numbers"
+            )
         if (lengths < SHORTEST).any():
-            raise UserError(
+            raise UserNetworkError(
                 f"{_named(about.module)}: a descriptor is zero (shorter than {SHORTEST:g}), so it can't be divided by "
                 "its length; expected a length above 0 for every photo"
             )
@@ -115,10 +122,10 @@ def find_user_network(config: DescriptorConfig, model: ModelConfig) -> UserNetwo
     return found
 
 
-def describing_network(
+def first_stage_of(
     model: ModelConfig, weights_sha256: str, describe: DescribePassConfig, descriptor: DescriptorConfig
 ) -> FirstStage:
-    """The network that describes photos: the user's, if `descriptor` names one, else `model` with these weights.
+    """The first stage that describes photos: the user's network, if `descriptor` names one, else `model`.
 
     Raises `UserError` as `find_user_network`.
     """
@@ -218,14 +225,14 @@ def _check_same_weights(module: str, there: str, here: str) -> None:
 
 
 def _check_rows(about: UserNetwork, num_photos: int, given: object) -> None:
-    """Raise `UserError` unless a network gave a row for each photo, of the known width (0 = not known yet)."""
+    """Raise `UserNetworkError` unless a network gave a row for each photo, of the known width (0 = not known yet)."""
     widths, expected = range(1, WIDEST + 1), f"({num_photos}, G) of floats, G from 1 to {WIDEST:,}"
     if about.width:
         widths, expected = range(about.width, about.width + 1), f"({num_photos}, {about.width}), as for other photos"
     shape = tuple(given.shape) if isinstance(given, Tensor) and given.is_floating_point() else ()
     if len(shape) != 2 or shape[0] != num_photos or shape[1] not in widths:
         side_px = about.image_size_px
-        raise UserError(
+        raise UserNetworkError(
             f"{_named(about.module)}: for photos {(num_photos, 3, side_px, side_px)} its network gave {_about(given)}; "
             f"expected {expected}"
         )
@@ -252,4 +259,4 @@ def _in_a_line(module: str, what: str) -> Iterator[None]:
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        raise UserError(f"{_named(module)}: {what}: {in_a_line(error)}") from error
+        raise UserNetworkError(f"{_named(module)}: {what}: {in_a_line(error)}") from error

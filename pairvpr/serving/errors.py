@@ -30,6 +30,11 @@ def unavailable() -> RequestError:
     return RequestError(503, "unavailable", "the index can't be read at the moment; try again in 5 s", 5)
 
 
+def not_described() -> RequestError:
+    """422: the network of the user's that describes photos fails on this one; the log says how."""
+    return RequestError(422, "not_described", "the network of descriptor.module fails on this photo")
+
+
 def not_found(what: str) -> RequestError:
     """404."""
     return RequestError(404, "not_found", what)

@@ -17,7 +17,7 @@ from pairvpr.localizer import Localizer, OpenShards
 from pairvpr.models.weights import build_model, find_weights, load_weights
 from pairvpr.opened import Generation, manifest_of
 from pairvpr.retrieval.first_stage import FirstStage
-from pairvpr.retrieval.user_network import describing_network
+from pairvpr.retrieval.user_network import first_stage_of
 
 MOST_TOKEN_BYTES = 4096
 
@@ -43,7 +43,7 @@ class Opening:
     indices: dict[str, ServedIndex]
     weights_sha256: str
     """Of the weights that score pairs."""
-    first: FirstStage
+    first_stage: FirstStage
     """What describes photos."""
 
     @classmethod
@@ -51,27 +51,28 @@ class Opening:
         """Read and check everything but weights and shards.
 
         Raises `UserError` for an index that is missing, was made by another network, or does not fit the calibration,
-        and for a `descriptor.module` that is none.
+        or if `descriptor.module` names no usable network.
         """
         indices = {
             name: ServedIndex(name, storage.absolute(path), config.serve.utm_epsg)
             for name, path in config.by_name.items()
         }
         config = replace(config, model=_absolute(config.model))
-        weights_sha256 = find_weights(config.model).sha256
-        first = describing_network(config.model, weights_sha256, config.describe, config.descriptor)
-        opening = cls(config, indices, weights_sha256, first)
-        for index in indices.values():
-            opening._check(index.open())
         read_token(config)
+        opened = [index.open() for index in indices.values()]
+        weights_sha256 = find_weights(config.model).sha256
+        first_stage = first_stage_of(config.model, weights_sha256, config.describe, config.descriptor)
+        opening = cls(config, indices, weights_sha256, first_stage)
+        for generation in opened:
+            opening._check(generation)
         return opening
 
     def _check(self, opened: Generation) -> None:
-        self.first.check_made(opened.directory, opened.manifest)
+        self.first_stage.check_made(opened.directory, opened.manifest)
         judged_by = calibrated(self.config.rerank)
         if judged_by is not None:
             settings = self.config.model.settings() | {"weights_sha256": self.weights_sha256}
-            first_stage = unlike_the_network(self.first.settings, opened.manifest.reduced_to)
+            first_stage = unlike_the_network(self.first_stage.settings, opened.manifest.reduced_to)
             judged_by.check(str(self.config.rerank.calibration), settings, first_stage)
         check_positions_of_votes(self.rules.decision, opened.photos.utm_m)
 
@@ -81,9 +82,14 @@ class Opening:
         return Rules.of(self.config.rerank, calibrated(self.config.rerank))
 
     def network(self, device: torch.device) -> LocalNetwork:
-        """The network in this process."""
+        """The network in this process. Raises `UserError` if the weights have changed meanwhile."""
         config, rules = self.config, self.rules
         found = find_weights(config.model)
+        if found.sha256 != self.weights_sha256:
+            raise UserError(
+                f"model.weights={config.model.weights}: they have changed since the service started; expected sha256 "
+                f"{self.weights_sha256}, or a new start"
+            )
         model = build_model(config.model, load_weights(config.model, found), device)
         return LocalNetwork(
             model,
@@ -92,7 +98,7 @@ class Opening:
             config.rerank,
             rules.weights,
             rules.stop_margin,
-            self.first.user_network,
+            self.first_stage.user_network,
         )
 
     def localizers(self, network: Network, open_shards: Callable[[ServedIndex], OpenShards]) -> dict[str, Localizer]:

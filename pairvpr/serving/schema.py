@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-NUMBER = r"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?"
+NUMBER = "-?[0-9]+(?:[.][0-9]+)?(?:[eE][+-]?[0-9]+)?"
 NEAR = rf"^{NUMBER},{NUMBER}$"
 BOX = rf"^{NUMBER},{NUMBER},{NUMBER},{NUMBER}$"
 MOST_TEXT = 200
@@ -125,9 +125,10 @@ class Answer(BaseModel):
     index: Annotated[str, Field(description="Name of the index that was asked; `*`: all of them.")]
     generation: Annotated[int | None, Field(description="Generation of the index; null where several were asked.")]
     generations: Annotated[dict[str, int], Field(description="Generation of each index that was asked, by name.")]
-    model: Annotated[Model, Field(description="What describes photos, and made the index.")]
+    model: Annotated[Model, Field(description="The network that describes photos; it made the index.")]
     pair_model: Annotated[
-        Model, Field(description="What scores pairs: `model` itself, or beside a network of your own.")
+        Model,
+        Field(description="The network that scores pairs: `model`, unless a network of your own describes photos."),
     ]
     answer: Annotated[
         Candidate | None, Field(description="The best candidate; null if there is none, or it is not in the map.")
@@ -184,9 +185,10 @@ class Index(BaseModel):
     num_photos: Annotated[int, Field(description="Number of photos that can be found.")]
     generation: Annotated[int, Field(description="The open generation.")]
     kind: Annotated[str, Field(description="Kind of the index, such as flat or ivf_rabitq.")]
-    model: Annotated[Model, Field(description="What describes photos, and made the index.")]
+    model: Annotated[Model, Field(description="The network that describes photos; it made the index.")]
     pair_model: Annotated[
-        Model, Field(description="What scores pairs: `model` itself, or beside a network of your own.")
+        Model,
+        Field(description="The network that scores pairs: `model`, unless a network of your own describes photos."),
     ]
     has_positions: Annotated[bool, Field(description="Whether positions of its photos are known.")]
     utm_zone: Annotated[str | None, Field(description="UTM zone, such as 10N; null if unknown.")]

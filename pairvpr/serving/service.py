@@ -13,11 +13,11 @@ from pairvpr.config.schema import DecisionRule
 from pairvpr.config.serve_schema import TOGETHER, ServeSettings
 from pairvpr.data import storage
 from pairvpr.deadline import Deadline, TooLateError
-from pairvpr.errors import PhotoError, UserError
+from pairvpr.errors import PhotoError, UserError, UserNetworkError
 from pairvpr.localizer import Localizer, answer_together
 from pairvpr.located import Located
 from pairvpr.serving.body import broken, check_photo
-from pairvpr.serving.errors import RequestError, not_found, too_late, unavailable
+from pairvpr.serving.errors import RequestError, not_described, not_found, too_late, unavailable
 from pairvpr.serving.limits import Gate
 from pairvpr.serving.metrics import Metrics
 from pairvpr.serving.schema import LocateParameters
@@ -155,6 +155,9 @@ class Service:
             raise too_late() from error
         except PhotoError as error:
             raise broken(error.reason) from error
+        except UserNetworkError as error:
+            LOG.error("descriptor.module fails on a photo: %s", type(error.__cause__ or error).__name__)
+            raise not_described() from error
         except (UserError, OSError, storage.StorageError) as error:
             LOG.warning("an index or its store fails: %s", type(error).__name__)
             raise unavailable() from error

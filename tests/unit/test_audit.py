@@ -165,6 +165,12 @@ def test_the_report_holds_it_and_shows_it() -> None:
     assert "rome                            3        0.0       33.3      33.3          1        0" in lines
 
 
+def test_groups_of_nothing_are_none() -> None:
+    whole = benchmark()
+    nothing = replace(whole, queries=whole.queries.take(np.empty(0, np.int64)), positives=[], query_groups=[])
+    assert nothing.groupings == {"group": {}}
+
+
 def test_queries_of_several_groups_count_in_each() -> None:
     """A group's entry is that of a benchmark of its queries alone."""
     subtasks = {"d2n": np.array([0, 2]), "o2n": np.array([0, 1, 4])}

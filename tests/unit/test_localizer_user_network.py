@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ CONFIG = small_evaluate_config("unused", num_candidates=5)
 WIDE = DescriptorConfig(module="tests.support.user_networks:wide", image_size_px=SIDE_PX)
 LARGE = DescriptorConfig(module="tests.support.user_networks:of_any_side", image_size_px=SIDE_PX + 12)
 """Its photos are not those of the pair network: pixels of one are no pixels of the other."""
+MISSPELT = DescriptorConfig(module="tests.support.user_networks:wild", image_size_px=SIDE_PX)
 SQUARED = DescriptorConfig(module="tests.support.user_networks:squared", image_size_px=SIDE_PX)
 SECTIONS: dict[str, Any] = {
     "model": CONFIG.model,
@@ -131,13 +134,51 @@ def test_a_service_of_such_an_index(folder: Path) -> None:
         (match.database_id, match.pair_score, match.squared_distance) for match in expected
     ]
     for said in (found, index):
-        assert said["model"] == {"name": WIDE.module, "weights_sha256": opening.first.weights_sha256}
+        assert said["model"] == {"name": WIDE.module, "weights_sha256": opening.first_stage.weights_sha256}
         assert said["pair_model"] == {
             "name": CONFIG.model.name,
             "weights_sha256": find_weights(CONFIG.model).sha256,
         }
     with pytest.raises(UserError, match=r"was made with model .*:wide and weights .*, not with .* and weights"):
         Opening.of(replace(config, descriptor=DescriptorConfig()))
+    with pytest.raises(UserError, match=r"nowhere/there: no finished index there"):
+        Opening.of(replace(config, index=ServedIndexConfig(path="nowhere/there"), descriptor=MISSPELT))
+    with pytest.raises(UserError, match=r"^model\.weights=.*: they have changed since the service started"):
+        replace(opening, weights_sha256="0" * 64).network(torch.device("cpu"))
+
+
+def test_a_photo_that_the_network_fails_on(folder: Path) -> None:
+    """Is refused in one line, which no client repeats; the next one is answered."""
+    localizer = Localizer.open(folder / "index", descriptor=WIDE, **SECTIONS)
+    photo = sorted((folder / "queries").iterdir())[0].read_bytes()
+    network = localizer._network._describer._network  # type: ignore[attr-defined]
+    with served({"one": localizer}) as at:
+        for failing in (lambda _: 1 / 0, lambda photos: torch.zeros(len(photos), WIDTH), lambda photos: photos):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(network, "forward", failing)
+                answer = requests.post(f"{at.url}/v1/locate", data=photo, timeout=60)
+            assert answer.status_code == 422
+            assert answer.json()["error"]["code"] == "not_described"
+        assert requests.post(f"{at.url}/v1/locate", data=photo, timeout=60).status_code == 200
+
+
+def test_threads_share_a_network_that_keeps_something_of_a_call() -> None:
+    """As networks do whose features are taken by a hook."""
+
+    class Kept(torch.nn.Module):
+        def forward(self, photos: torch.Tensor) -> torch.Tensor:
+            self.kept = photos.flatten(1)[:, :4].clone()
+            time.sleep(0.002)
+            return self.kept + 1
+
+    photos = np.random.default_rng(0).integers(256, size=(8, SIDE_PX, SIDE_PX, 3), dtype=np.uint8)
+    about = find_user_network(WIDE, CONFIG.model)
+    describer = UserDescriber(replace(about, width=4), Kept().eval(), torch.device("cpu"))
+    expected = [describer.descriptors(photo[None]) for photo in photos]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda number: describer.descriptors(photos[number % 8][None]), range(80)))
+    for number, rows in enumerate(found):
+        np.testing.assert_array_equal(rows, expected[number % 8])
 
 
 def test_an_index_of_a_file_is_refused(folder: Path) -> None:

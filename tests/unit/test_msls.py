@@ -113,7 +113,7 @@ def test_queries_go_by_light_and_sequence(miniature: Path, by_hand: Path) -> Non
     assert dict(load(by_hand, cities=["sf"]).query_kinds) == {"sequence": ["s", "s"]}
 
 
-def test_queries_go_by_subtask(miniature: Path, by_hand: Path) -> None:
+def test_queries_go_by_subtask(miniature: Path, tmp_path: Path) -> None:
     """As the table says, row by row: d2n holds two places of each city, the others all."""
     benchmark = load(miniature)
     belongs: dict[str, dict[str, str]] = {}
@@ -132,6 +132,20 @@ def test_queries_go_by_subtask(miniature: Path, by_hand: Path) -> None:
     }
     assert found["d2n"].tolist() == [0, 1, 4, 5]
     assert "subtask" not in load(miniature, subtask=MslsSubtask.d2n).groupings
+    root = shutil.copytree(miniature, tmp_path / "copy")
+    table = root / "train_val" / "sf" / "query" / "subtask_index.csv"
+    whole = table.read_text()
+    table.write_text(whole.replace("s2w", "spare"))
+    assert list(load(root).groupings["subtask"]) == ["w2s", "o2n", "n2o", "d2n", "n2d"], "not all cities have it"
+    rows = [line.split(",") for line in whole.splitlines()]
+    column = rows[0].index("d2n")
+    rows[1:] = [[*row[:column], "False", *row[column + 1 :]] for row in rows[1:]]
+    table.write_text("\n".join(map(",".join, rows)) + "\n")
+    assert load(root).groupings["subtask"]["d2n"].tolist() == [0, 1], "of the other city alone"
+    rows[2][column] = "yes"
+    table.write_text("\n".join(map(",".join, rows)) + "\n")
+    with pytest.raises(UserError, match=r"subtask_index\.csv.*d2n is 'yes'; expected True or False"):
+        load(root)
 
 
 def test_a_night_subtask(miniature: Path) -> None:

@@ -33,9 +33,6 @@ _KINDS = {"light": (POSITIONS, "night"), "sequence": ("seq_info.csv", "sequence_
 _BY_SUBTASK = {str(name): (SUBTASKS, str(name)) for name in MslsSubtask if name is not MslsSubtask.all}
 """The same for the subtasks that a query of `all` may belong to."""
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
-_BELONGS, _UNKNOWN = "belongs", "unknown"
-_OF_FLAGS = {"light": {True: "night", False: "day"}} | {name: {True: _BELONGS, False: "-"} for name in _BY_SUBTASK}
-"""Names of the groups of a kind whose column holds flags."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +42,8 @@ class _Photos:
     paths: list[str]
     utm_m: NDArray[np.float64]
     """(n, 2) UTM east, north; NaN where the tables hold no positions."""
-    kinds: Mapping[str, NDArray[np.str_]] = field(default_factory=dict)
-    """(n,) groups of the queries, by kind, as far as the tables hold them."""
+    kinds: Mapping[str, NDArray[np.str_ | np.bool_]] = field(default_factory=dict)
+    """(n,) by kind, as far as the tables hold it: names of the queries' groups, or flags of a subtask."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -63,8 +60,8 @@ class _Part:
     photos: Manifest
     city: NDArray[np.int64]
     """(n,) place of each photo's city in benchmark.cities."""
-    kinds: Mapping[str, NDArray[np.str_]]
-    """(n,) groups of the queries, by kind, as far as all cities' tables hold them."""
+    kinds: Mapping[str, NDArray[np.str_ | np.bool_]]
+    """The same of all cities, as far as each city's tables hold it."""
 
     def only(self, ids: NDArray[np.int64]) -> _Part:
         return _Part(self.photos.take(ids), self.city[ids], {name: its[ids] for name, its in self.kinds.items()})
@@ -115,9 +112,9 @@ def _kinds(config: MslsConfig) -> dict[str, tuple[str, str]]:
     return _KINDS | (_BY_SUBTASK if config.subtask is MslsSubtask.all else {})
 
 
-def _subtasks(kinds: Mapping[str, NDArray[np.str_]]) -> dict[str, NDArray[np.int64]]:
+def _subtasks(kinds: Mapping[str, NDArray[np.str_ | np.bool_]]) -> dict[str, NDArray[np.int64]]:
     """Ids of the queries of each subtask that has any."""
-    found = {name: np.flatnonzero(kinds[name] == _BELONGS) for name in _BY_SUBTASK if name in kinds}
+    found = {name: np.flatnonzero(kinds[name]) for name in _BY_SUBTASK if name in kinds}
     return {name: ids for name, ids in found.items() if len(ids)}
 
 
@@ -224,7 +221,7 @@ def _read_photos(
     if there:
         paths = listed_paths(names, there, folder, lambda i: rows.where(int(taken[i])), problems)
         its_kinds = {
-            name: np.array([_kind(name, text) for text in tables[file].texts(column).to_pylist()])[taken]
+            name: _kind(name, tables[file], column, problems)[taken]
             for name, (file, column) in kinds.items()
             if file in tables and column in tables[file].columns.column_names
         }
@@ -310,12 +307,15 @@ def _check_keys(rows: Rows, listed: Rows, problems: Problems) -> None:
         )
 
 
-def _kind(name: str, text: str | None) -> str:
-    """The name of a query's group of this kind, from a cell."""
-    if name in _OF_FLAGS:
-        flag = _FLAGS.get((text or "").strip().lower())
-        return _UNKNOWN if flag is None else _OF_FLAGS[name][flag]
-    return text or _UNKNOWN
+def _kind(name: str, rows: Rows, column: str, problems: Problems) -> NDArray[np.str_ | np.bool_]:
+    """(n,) flags of a subtask, or the names of the queries' groups: of `light` by the flag `night`, else as written."""
+    if name in _BY_SUBTASK:
+        return _flags(rows, column, problems)
+    texts = rows.texts(column).to_pylist()
+    if name == "light":
+        by_flag = {True: "night", False: "day", None: "unknown"}
+        return np.array([by_flag[_FLAGS.get((text or "").strip().lower())] for text in texts])
+    return np.array([text or "unknown" for text in texts])
 
 
 def _flags(rows: Rows, name: str, problems: Problems) -> NDArray[np.bool_]:

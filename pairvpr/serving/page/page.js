@@ -82,7 +82,9 @@
   function describeIndex() {
     const chosen = indices.filter((its) => byId("index").value === ALL || byId("index").value === its.name);
     const photos = chosen.reduce((sum, its) => sum + its.num_photos, 0);
-    const models = [...new Set(chosen.map((its) => its.model.name))];
+    const named = ({ model, pair_model }) =>
+      model.name === pair_model.name ? model.name : `${model.name}, pairs scored by ${pair_model.name}`;
+    const models = [...new Set(chosen.map(named))];
     byId("facts").textContent = `${photos.toLocaleString("en")} photos in the map · model ${models.join(", ")}`;
     byId("filters").hidden = !chosen.some((its) => its.has_positions && its.utm_zone !== null);
   }
