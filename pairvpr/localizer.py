@@ -46,7 +46,7 @@ from pairvpr.index.merge import Found
 from pairvpr.index.search import NO_ID
 from pairvpr.located import Located, Match, Seconds, located, matches_of
 from pairvpr.models.weights import build_model, find_weights, load_weights
-from pairvpr.opened import Generation, manifest_of, network_of
+from pairvpr.opened import Generation, check_same_index, manifest_of, network_of
 from pairvpr.photo import Asked, Photo, asked, is_many
 from pairvpr.retrieval.decision import Decider
 from pairvpr.retrieval.describe import Describer
@@ -239,10 +239,12 @@ class Localizer:
         """Switch to a generation of the index (None = the newest); returns whether it is a different one.
 
         Shards in both stay in memory. Running calls of other threads finish with the one that they began with.
+        Raises `UserError` for an index that was built anew in the same place, and stays with what is open.
         """
         with self._refreshing:
             before = self._now
             manifest = manifest_of(before.generation.directory, generation)
+            check_same_index(before.generation.directory, before.generation.manifest, manifest)
             if manifest.generation == before.generation.number:
                 return False
             opened = Generation.open(before.generation.directory, manifest, self._utm_epsg)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +20,16 @@ from pairvpr.index.generations import IndexManifest, read_generation, read_image
 from pairvpr.index.reader import removed_ids
 from pairvpr.index.reduction import Reduction, read_reduction
 from pairvpr.where import Map
+
+
+@dataclass(frozen=True)
+class GenerationKey:
+    """Which generation of which index, in any process."""
+
+    directory: str
+    number: int
+    sha256: str
+    """Of its manifest: an index that is built anew has the same numbers."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,34 @@ class Generation:
     def number(self) -> int:
         """1, 2, 3, ..."""
         return self.manifest.generation
+
+    @cached_property
+    def key(self) -> GenerationKey:
+        """Its name among all generations."""
+        content = json.dumps(asdict(self.manifest), sort_keys=True)
+        return GenerationKey(self.directory, self.number, hashlib.sha256(content.encode()).hexdigest())
+
+    @cached_property
+    def index_digest(self) -> str:
+        """12 hexadecimal digits: the same for all generations of an index, others for one that is built anew."""
+        return hashlib.sha256(json.dumps(_origin(self.manifest), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _origin(manifest: IndexManifest) -> list[Any]:
+    """What every generation of an index keeps: its network, and the photos that it was built from."""
+    return [manifest.model, manifest.images_root, asdict(manifest.images[0])]
+
+
+def check_same_index(directory: str, before: IndexManifest, after: IndexManifest) -> None:
+    """Raise `UserError` unless both are generations of one index, in which an id is always the same photo."""
+    tables = [[table.file.sha256 for table in each.images] for each in (before, after)]
+    num_shared = min(map(len, tables))
+    is_same = _origin(before) == _origin(after) and tables[0][:num_shared] == tables[1][:num_shared]
+    if not is_same or (before.generation == after.generation and before != after):
+        raise UserError(
+            f"index {directory} was built anew: its generation {after.generation} is none of the open index; expected "
+            "the same index, or a new start"
+        )
 
 
 def manifest_of(directory: str, generation: int | None) -> IndexManifest:

@@ -37,12 +37,13 @@ from pairvpr.data.local_cache import LocalCache, cache_directory
 from pairvpr.deadline import Deadline, TooLateError
 from pairvpr.distributed.runtime import ALONE, most_gpus_of_a_node, own_device
 from pairvpr.engines import Described, Explained, LocalShards, Scored, effort_of
+from pairvpr.errors import UserError
 from pairvpr.index import choose
 from pairvpr.index.filters import Filters, Places
 from pairvpr.index.merge import Found, merge_top_k
 from pairvpr.index.reader import short_list_length
 from pairvpr.localizer import OpenShards, local_shards
-from pairvpr.opened import Generation
+from pairvpr.opened import Generation, GenerationKey
 from pairvpr.photo import Asked
 from pairvpr.retrieval.rerank import WorkUnit
 from pairvpr.serving.app import create_app
@@ -281,29 +282,34 @@ class _Held(Generic[T]):
     def __init__(self, opening: Opening, open_it: Callable[[Generation, T | None], T]) -> None:
         self._indices = {index.directory: index for index in opening.indices.values()}
         self._open, self._opening, self._lock = open_it, Lock(), Lock()
-        self._held: dict[str, OrderedDict[int, T]] = {name: OrderedDict() for name in self._indices}
+        self._held: dict[str, OrderedDict[GenerationKey, T]] = {name: OrderedDict() for name in self._indices}
 
-    def get(self, directory: str, number: int) -> T:
-        """One of them, opened if it is not. While one is opened, which takes long, others are given out."""
-        held = self._held[directory]
-        found = self._given_out(held, number)
+    def get(self, key: GenerationKey) -> T:
+        """One of them, opened if it is not. While one is opened, which takes long, others are given out.
+
+        Raises `UserError` if the generation of this number is another one meanwhile.
+        """
+        held = self._held[key.directory]
+        found = self._given_out(held, key)
         if found is None:
             with self._opening:
-                found = self._given_out(held, number)
+                found = self._given_out(held, key)
                 if found is None:
-                    newest = next(reversed(held.values()), None)
-                    found = self._open(self._indices[directory].open(number), newest)
+                    generation = self._indices[key.directory].open(key.number)
+                    if generation.key != key:
+                        raise UserError(f"index {key.directory} was built anew; expected a new start of the service")
+                    found = self._open(generation, next(reversed(held.values()), None))
                     with self._lock:
-                        held[number] = found
+                        held[key] = found
                         while len(held) > GENERATIONS_HELD:
                             held.popitem(last=False)
         return found
 
-    def _given_out(self, held: OrderedDict[int, T], number: int) -> T | None:
+    def _given_out(self, held: OrderedDict[GenerationKey, T], key: GenerationKey) -> T | None:
         with self._lock:
-            if number in held:
-                held.move_to_end(number)
-            return held.get(number)
+            if key in held:
+                held.move_to_end(key)
+            return held.get(key)
 
 
 async def _in_thread(work: Callable[[Deadline], T], left_s: float) -> T:
@@ -330,9 +336,9 @@ class NetworkReplica:
     async def is_there(self) -> None:
         """Answers once the replica is open."""
 
-    async def prepare(self, directory: str, number: int) -> None:
+    async def prepare(self, key: GenerationKey) -> None:
         """Open a generation."""
-        await asyncio.to_thread(self._held.get, directory, number)
+        await asyncio.to_thread(self._held.get, key)
 
     async def describe(self, photos: list[Asked], left_s: float) -> Described:
         """See `pairvpr.engines.Network`."""
@@ -347,8 +353,7 @@ class NetworkReplica:
 
     async def score(
         self,
-        directory: str,
-        number: int,
+        key: GenerationKey,
         photos: list[Asked],
         embedded: Tensor | None,
         units: list[WorkUnit],
@@ -357,7 +362,7 @@ class NetworkReplica:
         """See `pairvpr.engines.Network`."""
 
         def work(deadline: Deadline) -> Scored:
-            return self._network.score(self._held.get(directory, number), photos, embedded, units, deadline)
+            return self._network.score(self._held.get(key), photos, embedded, units, deadline)
 
         return await _in_thread(work, left_s)
 
@@ -402,14 +407,13 @@ class ShardsReplica:
     async def is_there(self) -> None:
         """Answers once the replica is open."""
 
-    async def prepare(self, directory: str, number: int) -> None:
+    async def prepare(self, key: GenerationKey) -> None:
         """Open a generation."""
-        await asyncio.to_thread(self._held.get, directory, number)
+        await asyncio.to_thread(self._held.get, key)
 
     async def search(
         self,
-        directory: str,
-        number: int,
+        key: GenerationKey,
         descriptors: NDArray[np.float32],
         k: int,
         filters: Filters | None,
@@ -418,19 +422,19 @@ class ShardsReplica:
         """See `LocalShards.search_part`."""
 
         def work(deadline: Deadline) -> Found | None:
-            opened, shards = self._held.get(directory, number)
+            opened, shards = self._held.get(key)
             conditions = None if filters is None else (filters, opened.map.places)
             return shards.search_part(descriptors, k, conditions, deadline)
 
         return await _in_thread(work, left_s)
 
     async def rescored(
-        self, directory: str, number: int, descriptors: NDArray[np.float32], ids: NDArray[np.int64], left_s: float
+        self, key: GenerationKey, descriptors: NDArray[np.float32], ids: NDArray[np.int64], left_s: float
     ) -> NDArray[np.float32]:
         """See `LocalShards.rescored_part`."""
 
         def work(deadline: Deadline) -> NDArray[np.float32]:
-            return self._held.get(directory, number)[1].rescored_part(descriptors, ids, deadline)
+            return self._held.get(key)[1].rescored_part(descriptors, ids, deadline)
 
         return await _in_thread(work, left_s)
 
@@ -470,7 +474,7 @@ class RemoteNetwork:
         deadline: Deadline,
     ) -> Scored:
         """See `pairvpr.engines.Network`."""
-        arguments = (generation.directory, generation.number, list(photos), embedded, list(units), deadline.left_s)
+        arguments = (generation.key, list(photos), embedded, list(units), deadline.left_s)
         return _called(self._handle.score, deadline, *arguments)
 
     def pair_score(self, photo: Asked, other: Asked, deadline: Deadline) -> float:
@@ -492,7 +496,7 @@ class RemoteShards:
         generation: Generation,
         search: SearchConfig,
     ) -> None:
-        self._parts, self._manifest, self._directory = parts, generation.manifest, generation.directory
+        self._parts, self._manifest, self._key = parts, generation.manifest, generation.key
         self._effort = effort_of(generation.manifest, search)
         for handle in (*parts, network):
             _prepare(handle, generation)
@@ -513,7 +517,7 @@ class RemoteShards:
 
     def _each(self, call: str, deadline: Deadline, *arguments: Any) -> list[Any]:
         """The answers of all parts."""
-        asked = (self._directory, self._manifest.generation, *arguments, deadline.left_s)
+        asked = (self._key, *arguments, deadline.left_s)
         methods = [getattr(handle, call) for handle in self._parts]
         begun = [method.remote(*asked) for method in methods]
         return [
@@ -534,7 +538,7 @@ def _prepare(handle: DeploymentHandle, generation: Generation) -> None:
     deadline = Deadline(PREPARED_S)
     while True:
         try:
-            handle.broadcast("prepare", generation.directory, generation.number).results(timeout_s=deadline.left_s)
+            handle.broadcast("prepare", generation.key).results(timeout_s=deadline.left_s)
             return
         except RayTaskError as error:
             raise cast(BaseException, getattr(error, "cause", error)) from None

@@ -23,7 +23,8 @@ def answer_of(
     if wanted.name == TOGETHER:
         pairs = sorted(pairs, key=lambda pair: -_score(pair[1]))[: wanted.k]
     generations = {name: answer.generation for name, answer in found.items()}
-    candidates = [_candidate(rank, name, match, found[name]) for rank, (name, match) in enumerate(pairs, 1)]
+    of = {name: localizers[name].opened.index_digest for name in found}
+    candidates = [_candidate(rank, name, of[name], match, found[name]) for rank, (name, match) in enumerate(pairs, 1)]
     best = found[pairs[0][0]] if pairs else None
     confidence = None if best is None else best.confidence
     in_map = None if best is None else best.in_map
@@ -47,7 +48,7 @@ def answer_of(
     )
 
 
-def _candidate(rank: int, name: str, match: located.Match, answer: Located) -> schema.Candidate:
+def _candidate(rank: int, name: str, of: str, match: located.Match, answer: Located) -> schema.Candidate:
     score = match.pair_score
     return schema.Candidate(
         rank=rank,
@@ -61,7 +62,7 @@ def _candidate(rank: int, name: str, match: located.Match, answer: Located) -> s
         squared_distance=match.squared_distance,
         pair_score=score if score is not None and math.isfinite(score) else None,
         confidence=match.confidence,
-        photo=f"/v1/photos/{match.database_id}?index={name}&generation={answer.generation}",
+        photo=f"/v1/photos/{match.database_id}?index={name}&generation={answer.generation}&of={of}",
     )
 
 

@@ -77,6 +77,10 @@ IndexName = Annotated[str | None, Query(max_length=schema.MOST_TEXT, description
 GenerationNumber = Annotated[
     int | None, Query(ge=1, le=2**53, description="Of the answer that named the photo; ids of photos never change.")
 ]
+OfIndex = Annotated[
+    str | None,
+    Query(max_length=schema.MOST_TEXT, description="Digest of the index, as answers have it; of another one: 404."),
+]
 PhotoId = Annotated[int, Query(ge=0, le=2**53, description="`photo_id` of a candidate.")]
 
 
@@ -151,9 +155,14 @@ def _locate_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/why", responses=ERRORS, openapi_extra=PHOTO_BODY)
     async def explain(
-        request: Request, photo_id: PhotoId, index: IndexName = None, generation: GenerationNumber = None
+        request: Request,
+        photo_id: PhotoId,
+        index: IndexName = None,
+        generation: GenerationNumber = None,
+        of: OfIndex = None,
     ) -> schema.Why:
         """Where does the pair decoder look in this photo and in a photo of the index?"""
+        service.check_index(index, of)
         service.answering.check()
         photo = _only((await read_body(request, service.settings)).photos)
         async with _until_gone(request, service) as deadline:
@@ -172,9 +181,14 @@ def _index_routes(app: FastAPI, service: Service, token: str | None) -> None:
         response_class=Response,
     )
     async def photo(
-        request: Request, photo_id: int, index: IndexName = None, generation: GenerationNumber = None
+        request: Request,
+        photo_id: int,
+        index: IndexName = None,
+        generation: GenerationNumber = None,
+        of: OfIndex = None,
     ) -> Response:
         """A small picture of a photo of the index."""
+        service.check_index(index, of)
         async with _until_gone(request, service) as deadline:
             picture = await thumbnail(service, index, photo_id, deadline)
         return Response(picture, media_type="image/webp", headers={"Cache-Control": "private, max-age=3600"})

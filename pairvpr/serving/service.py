@@ -110,6 +110,11 @@ class Service:
             raise _bad(f"index={name}: a photo belongs to one index; expected one of {', '.join(names)}")
         return self.localizers[name]
 
+    def check_index(self, name: str | None, digest: str | None) -> None:
+        """Raise `RequestError` (404) unless the index of this name is the one that an earlier answer was from."""
+        if digest is not None and digest != self.localizer(name).opened.index_digest:
+            raise not_found(f"of={_short(digest)}: the service has another index under this name")
+
     def _names(self, name: str | None) -> tuple[str, tuple[str, ...]]:
         names = tuple(self.localizers)
         if name == TOGETHER and len(names) > 1:

@@ -28,16 +28,17 @@ from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from ray.exceptions import RayTaskError
 
-from pairvpr import Localizer, PhotoError
+from pairvpr import Localizer, PhotoError, UserError
 from pairvpr.config.serve_schema import ServeSettings
 from pairvpr.deadline import Deadline
 from pairvpr.distributed.serve import GENERATIONS_HELD, _apart, _called, _Held
 from pairvpr.engines import Described
 from pairvpr.index.generations import IndexManifest, commit, read_manifest
 from pairvpr.index.update import without
+from pairvpr.opened import GenerationKey
 from tests.support.runs import wait_until
 from tests.support.served import Served, served
-from tests.unit.test_localizer import OPTIONS, folder, localizer, queries
+from tests.unit.test_localizer import BUILD, OPTIONS, folder, localizer, queries
 
 pytestmark = pytest.mark.slow
 
@@ -133,6 +134,36 @@ def test_a_refresh_that_fails_leaves_the_old_generation(folder: Path, queries: l
         assert requests.post(f"{at.url}/v1/locate", data=queries[0].read_bytes()).status_code == 200
         manifest.write_bytes(kept)
         assert requests.post(f"{at.url}/v1/refresh").json()["changed"] == []
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_index_built_anew_is_none_of_its_generations(
+    folder: Path, queries: list[Path], tmp_path: Path, number: int
+) -> None:
+    """In the same place, with the same number or a later one: the open one stays, and its pictures are its own."""
+    directory, photos = Path(shutil.copytree(folder / "index", tmp_path / "index")), tmp_path / "photos"
+    photos.mkdir()
+    for photo in sorted((folder / "photos").iterdir())[3:]:
+        shutil.copy(photo, photos)
+    localizer = Localizer.open(directory, **OPTIONS)
+    other = Localizer.build(photos, tmp_path / "other", positions="names", **BUILD)
+    before = localizer.locate(queries[0])
+    with served({"one": localizer}) as at:
+        found = requests.post(f"{at.url}/v1/locate", data=queries[0].read_bytes()).json()["answer"]
+        shutil.rmtree(directory)
+        shutil.copytree(tmp_path / "other", directory)
+        if number > 1:
+            commit(str(directory), replace(read(str(directory)), generation=number))
+        with pytest.raises(UserError, match=r"was built anew: its generation \d is none of the open index; expected"):
+            localizer.refresh()
+        assert requests.post(f"{at.url}/v1/refresh").status_code == 503
+        assert localizer.locate(queries[0]) == before
+        assert requests.get(at.url + found["photo"]).status_code == 200
+    with served({"one": other}) as at:
+        answer = requests.get(at.url + found["photo"])
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+        address = f"{at.url}/v1/why?photo_id=0&of={found['photo'].rpartition('=')[2]}"
+        assert requests.post(address, data=queries[0].read_bytes()).status_code == 404
 
 
 def two_of(folder: Path, tmp_path: Path) -> tuple[Path, Path, dict[str, Localizer]]:
@@ -373,26 +404,32 @@ def test_a_generation_that_is_being_opened_keeps_nobody_waiting() -> None:
     """A replica of a split service answers from the open generations while it opens the next one, once."""
     begun, may_end, opened = threading.Event(), threading.Event(), list[tuple[int, int | None]]()
 
-    def open_it(number: Any, newest: int | None) -> int:
+    def open_it(generation: Any, newest: int | None) -> int:
+        number = generation.key.number
         opened.append((number, newest))
         if number == 2:
             begun.set()
             assert may_end.wait(30)
         return number
 
-    index = SimpleNamespace(directory="d", open=lambda number: number)
+    def key(number: int, sha256: str = "") -> GenerationKey:
+        return GenerationKey("d", number, sha256)
+
+    index = SimpleNamespace(directory="d", open=lambda number: SimpleNamespace(key=key(number)))
     held = _Held[int](cast(Any, SimpleNamespace(indices={"a": index})), open_it)
-    assert held.get("d", 1) == 1
+    assert held.get(key(1)) == 1
     with ThreadPoolExecutor(3) as threads:
         try:
-            waiting = [threads.submit(held.get, "d", 2) for _ in range(2)]
+            waiting = [threads.submit(held.get, key(2)) for _ in range(2)]
             assert begun.wait(30)
-            assert threads.submit(held.get, "d", 1).result(timeout=10) == 1
+            assert threads.submit(held.get, key(1)).result(timeout=10) == 1
         finally:
             may_end.set()
         assert [each.result(timeout=30) for each in waiting] == [2, 2]
     assert opened == [(1, None), (2, 1)]
     for number in range(3, 3 + GENERATIONS_HELD):
-        held.get("d", number)
-    assert held.get("d", 1) == 1
+        held.get(key(number))
+    assert held.get(key(1)) == 1
     assert opened[-1] == (1, 2 + GENERATIONS_HELD)  # it had been let go
+    with pytest.raises(UserError, match=r"^index d was built anew; expected a new start of the service$"):
+        held.get(key(1, "of another index"))

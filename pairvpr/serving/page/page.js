@@ -290,8 +290,8 @@
     byId("why-note").textContent = "Looking …";
     if (!overlays.has(candidate)) {
       const query = new URLSearchParams({ photo_id: candidate.photo_id, index: candidate.index });
-      const generation = new URLSearchParams(candidate.photo.split("?")[1]).get("generation");
-      if (generation !== null) query.set("generation", generation);
+      const named = new URLSearchParams(candidate.photo.split("?")[1]);
+      for (const key of ["generation", "of"]) if (named.has(key)) query.set(key, named.get(key));
       overlays.set(candidate, request(`v1/why?${query}`, { body: its.file, type: its.type }).then((response) => response.json()));
     }
     let found;
