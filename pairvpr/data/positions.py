@@ -6,6 +6,7 @@ coordinates, even across a border of zones.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -49,6 +50,10 @@ _PHOTOS_AT_A_TIME = 256
 
 ZONE_COLUMNS = ("utm_zone", "utm_zone_number", "utm_zone_letter", "zone", "hemisphere")
 """Columns of a table that name the UTM zone of its metres."""
+_HEMISPHERES = {"N": False, "NORTH": False, "NORTHERN": False, "S": True, "SOUTH": True, "SOUTHERN": True}
+_ZONE_CELL = re.compile(r"0?(?P<number>[1-9]|[1-5][0-9]|60)(?:[.]0+)?\s*(?P<letter>[C-HJ-NP-X]?)")
+_EPSG_CELL = re.compile(r"(?:EPSG:)?32(?P<half>[67])(?P<number>0[1-9]|[1-5][0-9]|60)")
+_BANDS, _SOUTHERN_BANDS = "CDEFGHJKLMNPQRSTUVWX", "CDEFGHJKLM"
 _LIMITS_DEG = (90.0, 180.0)
 _MOST_UTM_M = 1e8  # farther than any point on Earth is from a zone's origin
 
@@ -218,7 +223,7 @@ def positions_from_tables(
         problems.raise_if_any()
     is_utm = pair == _pairs(columns)[0]
     if is_utm:
-        _check_one_zone(list(files.values()), problems)
+        _check_one_zone(list(files.values()), zone)
     return [_in_utm(part) for part in located] if is_utm else _in_one_zone(located, problems, zone)
 
 
@@ -285,21 +290,60 @@ def _common_pair(files: list[TableFile], columns: PositionColumns) -> tuple[str,
     )
 
 
-def _check_one_zone(files: list[TableFile], problems: Problems) -> None:
-    """Raise `UserError` if the tables name several zones: metres of different zones can't be compared."""
-    for name in ZONE_COLUMNS:
-        stated = {
-            text.strip().upper()
+@dataclass(frozen=True)
+class _ZoneCell:
+    """What a cell states of a UTM zone. `letter` is a band, but N or S may also be the hemisphere."""
+
+    number: int | None = None
+    letter: str = ""
+    south: bool | None = None
+    other: str = ""
+    """A text of another form, which is compared as it is."""
+
+    @classmethod
+    def of(cls, column: str, text: str) -> _ZoneCell:
+        """Such as `33`, `33U`, `33.0`, `EPSG:32633`; `U`; `north`."""
+        text = text.strip().upper()
+        if match := _EPSG_CELL.fullmatch(text):
+            return cls(number=int(match["number"]), south=match["half"] == "7")
+        if column == "hemisphere" and text in _HEMISPHERES:
+            return cls(south=_HEMISPHERES[text])
+        if match := _ZONE_CELL.fullmatch(text):
+            return cls(number=int(match["number"]), letter=match["letter"])
+        return cls(letter=text) if text in set(_BANDS) else cls(other=text)
+
+
+def _check_one_zone(files: list[TableFile], zone: UtmZone | None) -> None:
+    """Raise `UserError` if the tables state several zones, or another one than `zone`, that of the index.
+
+    Metres of different zones can't be compared.
+    """
+    texts = {
+        name: {
+            text
             for file in files
             if file.has(name)
-            for text in file.read([name], problems).texts(name).unique().drop_null().to_pylist()
+            for text in file.read([name], Problems()).texts(name).unique().drop_null().to_pylist()
+            if text.strip()
         }
-        if len(stated) > 1:
-            listed = ", ".join(sorted(stated)[:4])
-            raise UserError(
-                f"{' and '.join(file.url for file in files)}: the column {name} states {listed}; expected metres of "
-                "one UTM zone, or latitude and longitude"
-            )
+        for name in ZONE_COLUMNS
+    }
+    cells = {name: {_ZoneCell.of(name, text) for text in its} for name, its in texts.items()}
+    stated = set[_ZoneCell]().union(*cells.values())
+    numbers, letters = {cell.number for cell in stated} - {None}, {cell.letter for cell in stated} - {""}
+    souths = {cell.south for cell in stated} - {None} | {letter in _SOUTHERN_BANDS for letter in letters - {"S"}}
+    if "S" in letters and len(letters) > 1:  # the northern band, unless the others are hemispheres
+        souths |= {False, "N" in letters}
+    is_mixed = any(len(its) > 1 and any(cell.other for cell in its) for its in cells.values())
+    where = " and ".join(file.url for file in files)
+    listed = "; ".join(f"{name} states {', '.join(sorted(its)[:4])}" for name, its in texts.items() if its)
+    if is_mixed or len(numbers) > 1 or len(souths) > 1:
+        raise UserError(f"{where}: the column {listed}; expected metres of one UTM zone, or latitude and longitude")
+    if zone is not None and not (numbers <= {zone.number} and souths <= {zone.south}):
+        raise UserError(
+            f"{where}: the column {listed}; expected metres of UTM zone {zone.number} "
+            f"{'south' if zone.south else 'north'}, in which those of the index are, or latitude and longitude"
+        )
 
 
 def _read_table(

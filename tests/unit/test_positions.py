@@ -172,6 +172,64 @@ def test_a_name_in_a_neighbouring_zone_says_the_same_place(
     np.testing.assert_allclose(placed[0], placed[1], atol=0.01)
 
 
+def table_of_metres(folder: Path, rows: list[tuple[str, ...]], columns: tuple[str, ...]) -> PositionsTable:
+    """A table of photos at 1, 2 m with further columns."""
+    lines = [f"{number}.jpg,1,2,{','.join(row)}" for number, row in enumerate(rows)]
+    (folder / "t.csv").write_text("\n".join([f"path,utm_east,utm_north,{','.join(columns)}", *lines]) + "\n")
+    photos = Manifest.of("d", [f"{number}.jpg" for number in range(len(rows))])
+    return PositionsTable(url=str(folder / "t.csv"), key="table", photos=photos)
+
+
+ONE_ZONE = [
+    (("utm_zone",), [("18S",), ("18T",)], utm.UtmZone(18, south=False)),  # bands on both sides of 40 degrees north
+    (("zone",), [("33",), ("33.0",), ("33U",), ("EPSG:32633",), ("32633",)], utm.UtmZone(33, south=False)),
+    (("utm_zone_number", "utm_zone_letter"), [("10", "S"), ("10", "R")], utm.UtmZone(10, south=False)),
+    (("utm_zone_number", "hemisphere"), [("56", "S"), ("56", "south")], utm.UtmZone(56, south=True)),
+    (("utm_zone",), [("56H",), ("56J",)], utm.UtmZone(56, south=True)),
+    (("utm_zone",), [("32N",), ("32n",)], utm.UtmZone(32, south=False)),
+]
+
+
+@pytest.mark.parametrize(("columns", "rows", "zone"), ONE_ZONE)
+def test_a_table_of_metres_joins_an_index_of_its_zone_alone(
+    tmp_path: Path, columns: tuple[str, ...], rows: list[tuple[str, ...]], zone: utm.UtmZone
+) -> None:
+    table, names = table_of_metres(tmp_path, rows, columns), PositionColumns()
+    for its_zone in (None, zone):
+        (placed,) = positions_from_tables([table], names, "columns", Problems(), its_zone)
+        assert placed.utm_m.tolist() == [[1.0, 2.0]] * len(rows)
+    for other in (utm.UtmZone(zone.number + 1, zone.south), utm.UtmZone(zone.number, not zone.south)):
+        with pytest.raises(UserError, match=rf"the column .* states .*; expected metres of UTM zone {other.number} "):
+            positions_from_tables([table], names, "columns", Problems(), other)
+
+
+def test_s_alone_may_be_the_band_or_the_hemisphere(tmp_path: Path) -> None:
+    table = table_of_metres(tmp_path, [("18S",)], ("utm_zone",))
+    for south in (False, True):
+        positions_from_tables([table], PositionColumns(), "columns", Problems(), utm.UtmZone(18, south))
+    with pytest.raises(UserError, match="expected metres of UTM zone 19 north"):
+        positions_from_tables([table], PositionColumns(), "columns", Problems(), utm.UtmZone(19, south=False))
+
+
+@pytest.mark.parametrize(
+    "cells", [("33", "34"), ("33N", "33S"), ("33C", "33S"), ("33U", "33H"), ("32633", "32733"), ("A", "B"), ("33", "A")]
+)
+def test_cells_of_several_zones(tmp_path: Path, cells: tuple[str, ...]) -> None:
+    table = table_of_metres(tmp_path, [(cell,) for cell in cells], ("zone",))
+    for zone in (None, utm.UtmZone(33, south=False)):
+        with pytest.raises(UserError, match=r"zone states .*; expected metres of one UTM zone, or latitude"):
+            positions_from_tables([table], PositionColumns(), "columns", Problems(), zone)
+
+
+def test_a_cut_row_of_a_table_with_a_zone_is_one_problem(tmp_path: Path) -> None:
+    table = table_of_metres(tmp_path, [("33",), ("33",)], ("zone",))
+    with open(table.url, "a") as file:
+        file.write("2.jpg,1\n")
+    problems = Problems()
+    positions_from_tables([table], PositionColumns(), "columns", problems)
+    assert len(problems.lines) == 1
+
+
 @pytest.mark.parametrize("column", ["utm_zone", "zone", "hemisphere", "UTM_Zone"])
 def test_a_table_that_states_several_zones_is_refused(tmp_path: Path, column: str) -> None:
     for part in ("db", "q"):
