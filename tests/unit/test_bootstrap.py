@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import random
+from fractions import Fraction
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -64,3 +69,44 @@ def test_sign_test_is_the_binomial_test(better: int, worse: int) -> None:
     changed = better + worse
     expected = stats.binomtest(better, changed).pvalue if changed else 1.0
     assert sign_test(better, worse) == pytest.approx(expected, rel=1e-9)
+
+
+def exact(better: int, worse: int) -> Fraction:
+    """The p-value by its definition, without rounding."""
+    changed = better + worse
+    tail = sum(math.comb(changed, count) for count in range(min(better, worse) + 1))
+    return min(Fraction(1), Fraction(2 * tail, 2**changed))
+
+
+def test_sign_test_of_all_small_numbers() -> None:
+    for better in range(61):
+        for worse in range(61):
+            assert sign_test(better, worse) == float(exact(better, worse)), (better, worse)
+
+
+def test_sign_test_at_random_and_at_extremes() -> None:
+    draw = random.Random(7)
+    splits = [(draw.randint(0, changed), changed) for changed in (draw.randint(1, 600) for _ in range(3000))]
+    near_half = [
+        (changed // 2 - draw.randint(0, 40), changed) for changed in (draw.randint(80, 1500) for _ in range(60))
+    ]
+    extremes = [
+        (fewer, changed) for changed in (999, 1074, 1075, 1076, 2001, 5000) for fewer in (0, 1, 2, changed // 2)
+    ]
+    for fewer, changed in splits + near_half + extremes:
+        expected = float(exact(fewer, changed - fewer))
+        found = sign_test(fewer, changed - fewer)
+        assert found == sign_test(changed - fewer, fewer)
+        assert found == pytest.approx(expected, rel=2**-52, abs=5e-324), (fewer, changed)
+
+
+def test_sign_test_of_a_million_changes() -> None:
+    """The normal approximation is good to 1e-5 there."""
+    half = 500_000
+    assert sign_test(half, half) == sign_test(half, half - 1) == 1.0
+    for apart in (500, 1_000, 3_000):
+        expected = math.erfc((apart - 0.5) / (0.5 * math.sqrt(2 * half)) / math.sqrt(2))
+        assert sign_test(half - apart, half + apart) == pytest.approx(expected, rel=1e-3)
+    assert sign_test(0, 2 * half) == 0.0
+    numbers: Any = np.array([half - 500, half + 500], np.int32)
+    assert sign_test(*numbers) == sign_test(half - 500, half + 500)
