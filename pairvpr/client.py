@@ -18,6 +18,7 @@ import os
 import random
 import selectors
 import socket
+import ssl
 import time
 import uuid
 from collections import deque
@@ -25,8 +26,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import partial
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from functools import cache, partial
+from http.client import HTTP_PORT, HTTPS_PORT, HTTPConnection, HTTPException, HTTPResponse, IncompleteRead
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Unpack
@@ -46,6 +47,8 @@ FIRST_WAIT_S, MOST_WAIT_S = 0.1, 5.0
 """The random wait before attempt n + 1 is below `FIRST_WAIT_S` times 2 to the n, and below `MOST_WAIT_S`."""
 A_DAY_S = 86_400.0
 """The longest single wait: operating systems refuse much longer ones."""
+MOST_ANSWER_BYTES, PIECE_BYTES = 256 << 20, 1 << 20
+"""Of a body: a thousand photos with a hundred candidates each take less. It is read in pieces."""
 UNREACHABLE, NO_SERVICE = "unreachable", "no_service"
 """Codes where there is no service that could give one."""
 EXPECTED = {
@@ -194,7 +197,8 @@ class Client:
     """A service at `url`, such as http://127.0.0.1:8000. Threads may share a client.
 
     `token` is what `serve.token_file` contains. A call returns or raises after at most `deadline_s` seconds, attempts
-    and waits together; `math.inf` never gives up. Raises `UserError` for an address that can't be one.
+    and waits together, and what the operating system takes to look up the host's name on top; `math.inf` never gives
+    up. Raises `UserError` for an address that can't be one.
     """
 
     def __init__(self, url: str, *, token: str | None = None, deadline_s: float = 30.0) -> None:
@@ -205,11 +209,14 @@ class Client:
             raise UserError("expected a token of printable ASCII, as serve.token_file contains")
         self._url = f"{address.scheme}://{address.netloc}{address.path.rstrip('/')}"
         self._root = address.path.rstrip("/")
-        connection = HTTPConnection if address.scheme == "http" else HTTPSConnection
-        self._connection = partial(connection, address.hostname, address.port)
+        is_tls = address.scheme == "https"
+        if is_tls:
+            _tls()  # here, so that no call's deadline has to wait for it
+        port = address.port or (HTTPS_PORT if is_tls else HTTP_PORT)
+        self._connection = partial(_Connection, address.hostname or "", port, is_tls)
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._deadline_s = float(deadline_s)
-        self._idle: deque[HTTPConnection] = deque()
+        self._idle: deque[_Connection] = deque()
 
     def locate(self, photo: str | os.PathLike[str] | bytes, **conditions: Unpack[Conditions]) -> Answer:
         """Where a photo (path, or the bytes of an image file) was taken. What is left out is as the service has it.
@@ -310,15 +317,16 @@ class Client:
         self, method: str, target: str, body: bytes | None, headers: Mapping[str, str], until: float
     ) -> _Response:
         """One attempt, over a connection of an earlier one if there is one that is still open."""
-        connection = self._open_connection(until)
+        connection = self._idle_or_new(until)
         try:
-            connection.response_class = partial(_PatientResponse, until=until)  # type: ignore[assignment]
+            if connection.sock is None:
+                connection.connect()
             with suppress(
                 BrokenPipeError, ConnectionResetError
             ):  # refused before it was read whole: the answer says why
                 connection.request(method, self._root + target, body, dict(headers))
             response = connection.getresponse()
-            answered = _Response(response.status, dict(response.headers.items()), response.read())
+            answered = _Response(response.status, dict(response.headers.items()), _body_of(response, self._url))
         except BaseException:
             connection.close()
             raise
@@ -326,17 +334,16 @@ class Client:
             self._idle.append(connection)
         return answered
 
-    def _open_connection(self, until: float) -> HTTPConnection:
-        left_s = _left_s(until)
+    def _idle_or_new(self, until: float) -> _Connection:
         while self._idle:
             with suppress(IndexError):  # another thread took it
                 connection = self._idle.pop()
                 if connection.sock is not None and not _has_ended(connection.sock):
-                    connection.sock.settimeout(left_s)
+                    connection.ends(until)
                     return connection
                 connection.close()  # the service closed it
-        connection = self._connection(timeout=left_s)
-        connection.connect()
+        connection = self._connection()
+        connection.ends(until)
         return connection
 
 
@@ -364,6 +371,82 @@ class _Response:
         except (ValueError, TypeError, KeyError):
             message = f"{url}: HTTP status {self.status}; expected a service of pairvpr"
             return ServiceError(message, NO_SERVICE, self.status)
+
+
+class _Connection(HTTPConnection):
+    """Connects, sends and receives until a moment, however slowly that goes on; then raises `TimeoutError`."""
+
+    def __init__(self, host: str, port: int, is_tls: bool) -> None:
+        super().__init__(host, port)
+        self.default_port = HTTPS_PORT if is_tls else HTTP_PORT  # which the header Host leaves out
+        self._is_tls, self._until = is_tls, math.inf
+
+    def ends(self, until: float) -> None:
+        """The next request ends at `until`."""
+        self._until = until
+        self.response_class = partial(_PatientResponse, until=until)  # type: ignore[assignment]
+
+    def connect(self) -> None:
+        """Connect to the first of the host's addresses that answers."""
+        self.sock = _connected(self.host, self.port, self._until)
+        if self._is_tls:
+            self.sock.settimeout(_left_s(self._until))
+            self.sock = _tls().wrap_socket(self.sock, server_hostname=self.host)
+
+    def send(self, data: bytes) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Send all of it. `sendall` would give each record of TLS the whole time."""
+        left = memoryview(data)
+        while left:
+            self.sock.settimeout(_left_s(self._until))
+            left = left[self.sock.send(left) :]
+
+
+@cache
+def _tls() -> ssl.SSLContext:
+    """What checks a service's certificate. Reading this machine's list of authorities may take a second."""
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def _connected(host: str, port: int, until: float) -> socket.socket:
+    """A connection to the first of the host's addresses that answers; each may take its share of the time left."""
+    _left_s(until)
+    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    refusal = OSError(f"{host}: no address")
+    for number, (family, kind, protocol, _, address) in enumerate(addresses):
+        try:
+            return _connected_to(address, (family, kind, protocol), _left_s(until) / (len(addresses) - number))
+        except OSError as error:
+            refusal = error
+    raise refusal
+
+
+def _connected_to(address: Any, kind: tuple[int, int, int], timeout_s: float) -> socket.socket:
+    sock = socket.socket(*kind)
+    try:
+        sock.settimeout(timeout_s)
+        sock.connect(address)
+        with suppress(OSError):  # some systems know no TCP_NODELAY
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _body_of(response: HTTPResponse, url: str) -> bytes:
+    """The whole body. Raises `ServiceError` for one above `MOST_ANSWER_BYTES`."""
+    body, piece = bytearray(), b"-"
+    while piece:
+        if len(body) + (response.length or 0) > MOST_ANSWER_BYTES:
+            why = f"{url}: the answer has more than {MOST_ANSWER_BYTES >> 20} MiB; expected a service of pairvpr"
+            raise ServiceError(why, NO_SERVICE, response.status)
+        piece = response.read(PIECE_BYTES)
+        body += piece
+    if response.length:
+        raise IncompleteRead(bytes(body), response.length)
+    return bytes(body)
 
 
 class _PatientResponse(HTTPResponse):
@@ -401,8 +484,11 @@ def _address(url: str) -> SplitResult:
 
 
 def _left_s(until: float) -> float:
-    """How long a socket may wait."""
-    return min(max(1e-3, until - time.monotonic()), A_DAY_S)
+    """How long a socket may wait. Raises `TimeoutError` where the time is over."""
+    left_s = until - time.monotonic()
+    if left_s <= 0:
+        raise TimeoutError("timed out")
+    return min(left_s, A_DAY_S)
 
 
 def _has_waited(attempt: int, retry_after_s: float, until: float) -> bool:

@@ -6,8 +6,9 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +81,19 @@ def scripted(script: Sequence[Reply], *, reads_body: bool = True) -> Iterator[Sc
                 each.shutdown(socket.SHUT_RDWR)
             each.close()
         accepting.join(5)
+
+
+@contextmanager
+def deaf() -> Iterator[str]:
+    """The URL of a port of this machine at which connecting neither succeeds nor fails: its queue is full."""
+    with ExitStack() as opened:
+        listener = opened.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):
+            waiting = opened.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        time.sleep(0.05)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 def _head(stream: Any) -> str:

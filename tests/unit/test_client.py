@@ -6,6 +6,7 @@ import email
 import email.policy
 import pickle
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ import pytest
 from pairvpr import client as module
 from pairvpr.client import Client, NoAnswerError, ServiceError
 from pairvpr.errors import UserError
-from tests.support.scripted_server import error, hang_up, reply, scripted
+from tests.support.scripted_server import deaf, error, hang_up, reply, scripted
 
 UTM = {"zone": 10, "is_south": False, "east_m": 551000.5, "north_m": 4180000.25}
 CANDIDATE = {
@@ -175,6 +176,118 @@ def test_the_deadline_ends_everything(bad: Any) -> None:
         started = time.monotonic()
         with pytest.raises(NoAnswerError, match=r"no answer within 0\.4 s"):
             Client(server.url, deadline_s=0.4).locate(b"photo")
+        assert 0.3 < time.monotonic() - started < 1.5
+
+
+def flood(head: bytes, piece: bytes, for_s: float = 4.0) -> Any:
+    """An answer that goes on for `for_s` seconds, fast."""
+
+    def reply(connection: Any) -> None:
+        connection.sendall(head)
+        until = time.monotonic() + for_s
+        while time.monotonic() < until:
+            connection.sendall(piece)
+        hang_up(connection)
+
+    return reply
+
+
+LARGE, OK = 1 << 22, b"HTTP/1.1 200 OK\r\n"
+FLOODS = [
+    flood(OK + b"\r\n", b"x" * LARGE),
+    flood(OK + b"Content-Length: %d\r\n\r\n" % 10**30, b"x" * LARGE),
+    flood(OK + b"Transfer-Encoding: chunked\r\n\r\n", b"%x\r\n%s\r\n" % (LARGE, b"x" * LARGE)),
+    flood(OK + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % 10**30, b"x" * LARGE),
+]
+INTERIM = flood(b"", b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
+@pytest.mark.parametrize("bad", [*FLOODS[::2], INTERIM])
+def test_the_deadline_ends_what_never_pauses(bad: Any) -> None:
+    """Each read finds bytes at once, so that no timeout of a single read ends it."""
+    with scripted([bad]) as server:
+        started = time.monotonic()
+        with pytest.raises(NoAnswerError, match=r"no answer within 0\.4 s"):
+            Client(server.url, deadline_s=0.4).locate(b"photo")
+        assert time.monotonic() - started < 1.5
+
+
+@pytest.mark.parametrize("bad", FLOODS)
+def test_a_body_is_bounded(bad: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_ANSWER_BYTES", 4 << 20)
+    with scripted([bad]) as server:
+        with pytest.raises(ServiceError, match="the answer has more than 4 MiB; expected a service") as caught:
+            Client(server.url).locate(b"photo")
+        assert len(server.heads) == 1
+    assert (caught.value.code, caught.value.status) == ("no_service", 200)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, module.PIECE_BYTES, module.PIECE_BYTES + 1, 4 << 20])
+@pytest.mark.parametrize("form", ["length", "chunked", "closed"])
+def test_a_body_arrives_whole(num_bytes: int, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_ANSWER_BYTES", 4 << 20)
+    body = b"".join(b"%07x\n" % number for number in range(num_bytes // 8 + 1))[:num_bytes]
+    chunks = [body[first : first + 700_000] for first in range(0, num_bytes, 700_000)]
+    chunked = b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n\r\n"
+    sent = {
+        "length": b"Content-Length: %d\r\n\r\n%s" % (num_bytes, body),
+        "chunked": b"Transfer-Encoding: chunked\r\n\r\n" + chunked,
+        "closed": b"\r\n" + body,
+    }[form]
+
+    def answer(connection: Any) -> None:
+        connection.sendall(OK + sent)
+        if form == "closed":
+            hang_up(connection)
+
+    with scripted([answer]) as server:
+        client, candidate = Client(server.url), module._candidate(CANDIDATE)
+        assert [client.photo(candidate), client.photo(candidate)] == [body] * 2
+        assert server.num_connections == (2 if form == "closed" else 1)
+
+
+def resolved_to(monkeypatch: pytest.MonkeyPatch, *urls: str) -> str:
+    """The address of a host whose name stands for all of these servers' addresses, in this order."""
+    ports = [urlsplit(url).port for url in urls]
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", port)) for port in ports]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    return "http://several.example:8000"
+
+
+def test_the_deadline_holds_for_all_addresses_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    with deaf() as url:
+        several = resolved_to(monkeypatch, *[url] * 5)
+        started = time.monotonic()
+        with pytest.raises(NoAnswerError, match="the last: TimeoutError: timed out"):
+            Client(several, deadline_s=0.5).locate(b"photo")
+        assert 0.4 < time.monotonic() - started < 1.2
+
+
+def test_an_address_that_does_not_answer_leaves_time_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    with scripted([GOOD]) as gone:
+        refusing = gone.url
+    with deaf() as url, scripted([GOOD]) as server:
+        several = resolved_to(monkeypatch, url, refusing, server.url)
+        assert Client(several, deadline_s=3).locate(b"photo").request_id == "r1"
+        assert "Host: several.example:8000" in server.heads[0]
+
+
+def test_sending_ends_at_the_deadline_that_connecting_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the time goes by on the first address; the second one takes the connection and reads nothing."""
+    with deaf() as url, socket.create_server(("127.0.0.1", 0)) as unread:
+        several = resolved_to(monkeypatch, url, f"http://127.0.0.1:{unread.getsockname()[1]}")
+        started = time.monotonic()
+        with pytest.raises(NoAnswerError, match="the last: TimeoutError"):
+            Client(several, deadline_s=2).locate(b"x" * 30_000_000)
+        assert 1.9 < time.monotonic() - started < 3.7
+
+
+def test_a_handshake_ends_at_the_deadline() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent_server:
+        client = Client(f"https://127.0.0.1:{silent_server.getsockname()[1]}", deadline_s=0.4)
+        started = time.monotonic()
+        with pytest.raises(NoAnswerError, match="the last: TimeoutError"):
+            client.indices()
         assert 0.3 < time.monotonic() - started < 1.5
 
 
