@@ -34,6 +34,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     for status, what in (
         (400, "The request can't be parsed or breaks off, or has a token in its address."),
         (401, "The token is wrong or missing."),
+        (403, "The service answers this machine alone, and the header Host or Origin names another host."),
         (404, "No such index or photo."),
         (408, "The body came too slowly."),
         (413, "The body is too large, or has too many photos."),
@@ -43,6 +44,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         (504, "The time for the request is over; its work was stopped."),
     )
 }
+REFUSED: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (401, 403)}
+"""What every route but `/healthz` may answer."""
 PHOTO_BODY = {
     "requestBody": {
         "required": True,
@@ -86,6 +89,8 @@ PhotoId = Annotated[int, Query(ge=0, le=2**53, description="`photo_id` of a cand
 
 def create_app(service: Service, token: str | None = None, *, sends_request_id: bool = True) -> FastAPI:
     """The app: what it answers is in `/docs`. With a `token`, requests must carry it.
+
+    Without one, and without `serve.allow_anonymous`, it answers requests to 127.0.0.1, ::1 and localhost alone.
 
     A proxy that sends the header X-Request-Id itself, with the id that it gave the request, wants `sends_request_id`
     false.
@@ -170,7 +175,7 @@ def _locate_routes(app: FastAPI, service: Service) -> None:
 
 
 def _index_routes(app: FastAPI, service: Service, token: str | None) -> None:
-    @app.get("/v1/index", responses={401: ERRORS[401]})
+    @app.get("/v1/index", responses=REFUSED)
     async def indices() -> schema.Indices:
         """The indices behind this service."""
         return schema.Indices(indices=[index_of(*each) for each in service.localizers.items()])
@@ -208,14 +213,14 @@ def _health_routes(app: FastAPI, service: Service) -> None:
         """Alive."""
         return "ok"
 
-    @app.get("/readyz", response_class=PlainTextResponse, responses={401: ERRORS[401], 503: ERRORS[503]})
+    @app.get("/readyz", response_class=PlainTextResponse, responses=REFUSED | {503: ERRORS[503]})
     async def readyz() -> str:
         """Weights and shards are there."""
         if not await asyncio.to_thread(service.ready):
             raise RequestError(503, "not_ready", "weights or shards are not there yet", 1)
         return "ready"
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses={401: ERRORS[401]})
+    @app.get("/metrics", response_class=PlainTextResponse, responses=REFUSED)
     async def metrics() -> Response:
         """Counters and histograms for Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -1,4 +1,4 @@
-"""What stands before every route: a request's id, its token, how many are open, and the form of errors and logs."""
+"""What stands before every route: a request's id, host and token, how many are open; the form of errors and logs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from urllib.parse import parse_qsl
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pairvpr.config.serve_schema import OWN_MACHINE
 from pairvpr.serving.errors import RequestError, busy
 from pairvpr.serving.service import Service
 
@@ -25,6 +26,14 @@ FREE = ("/healthz", "/", "/favicon.ico")
 SECRETS_IN_QUERY = ("token", "access_token", "api_key", "apikey", "authorization", "bearer")
 DRAINING_S = 5
 """When to come again to a service that stops: another one may be there by then."""
+_OWN_HOST = "(?:{})(?::[0-9]*)?".format(
+    "|".join(re.escape(f"[{name}]" if ":" in name else name) for name in OWN_MACHINE)
+)
+OF_OWN_MACHINE = {
+    b"host": re.compile(_OWN_HOST.encode(), re.IGNORECASE),
+    b"origin": re.compile(f"https?://{_OWN_HOST}".encode(), re.IGNORECASE),
+}
+"""What these headers say where a program or a page of this machine asks, also through a forwarded port."""
 OWN_HEADERS = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
 
 
@@ -76,6 +85,8 @@ class Door:
             raise busy(f"{most} requests are open already (serve.max_connections)", 1)
         if self._service.is_draining and scope["path"] != "/healthz":
             raise busy("the service is stopping", DRAINING_S)
+        if self._digest is None and not self._service.settings.allow_anonymous and scope["path"] != "/healthz":
+            _check_own_machine(scope)
         query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         if any(name.lower() in SECRETS_IN_QUERY for name, _ in query):
             why = "a token in the address ends up in logs; expected the header Authorization: Bearer TOKEN"
@@ -88,6 +99,22 @@ class Door:
         is_right = hmac.compare_digest(hashlib.sha256(token.strip()).digest(), self._digest)
         if scheme.lower() != b"bearer" or not is_right:
             raise RequestError(401, "unauthorized", "expected the header Authorization: Bearer TOKEN, with its token")
+
+
+def _check_own_machine(scope: Scope) -> None:
+    """Raise `RequestError` (403) for a request that a page of another host makes a browser on this machine send.
+
+    Such a page may have its host's name lead to 127.0.0.1 (DNS rebinding), or send a form to this machine's address.
+    """
+    for name, value in scope["headers"]:
+        expected = OF_OWN_MACHINE.get(name)
+        if expected is not None and not expected.fullmatch(value):
+            raise RequestError(
+                403,
+                "foreign_host",
+                f"the header {name.decode().capitalize()} names another host than this machine; expected the address "
+                "127.0.0.1, or a service with serve.token_file=FILE or serve.allow_anonymous=true",
+            )
 
 
 def error_body(request_id: str, error: RequestError) -> dict[str, Any]:

@@ -267,7 +267,7 @@ def test_looking_at_the_conditions_counts_as_time(
 def test_a_client_that_hangs_up_is_no_bug(at: Served, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     with socket.create_connection(("127.0.0.1", at.port)) as client:
-        client.sendall(b"POST /v1/locate HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nhalf of it")
+        client.sendall(b"POST /v1/locate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nhalf of it")
     wait_until(lambda: "POST /v1/locate 400" in caplog.text, "the end of the request", 30)
     assert "bug" not in caplog.text
 
@@ -367,7 +367,7 @@ def test_slow_bodies_get_408(localizer: Localizer) -> None:
     """And cost no thread meanwhile: others are answered."""
     settings = ServeSettings(body_timeout_s=0.3)
     with served({"one": localizer}, settings) as at, socket.create_connection(("127.0.0.1", at.port)) as slow:
-        slow.sendall(b"POST /v1/locate HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc")
+        slow.sendall(b"POST /v1/locate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nabc")
         assert requests.get(f"{at.url}/healthz").status_code == 200
         slow.settimeout(5)
         assert slow.recv(1000).startswith(b"HTTP/1.1 408")

@@ -309,7 +309,7 @@ def test_fuzzed_photos(at: Served, queries: list[Path], number: int) -> None:
 @pytest.mark.parametrize("number", [10, pytest.param(300, marks=pytest.mark.soak)])
 def test_malicious_requests(at: Served, queries: list[Path], number: int) -> None:
     """Raw bytes on the wire: huge headers, endless chunks, half requests, slow ones. The service answers others."""
-    head = b"POST /v1/locate HTTP/1.1\r\nHost: x\r\n"
+    head = b"POST /v1/locate HTTP/1.1\r\nHost: localhost\r\n"
     parts = b"--x\r\nContent-Disposition: form-data; name=photo; filename=a\r\n\r\n"
     sent = (
         head + b"X: " + b"a" * 200_000 + b"\r\n\r\n",
@@ -322,7 +322,7 @@ def test_malicious_requests(at: Served, queries: list[Path], number: int) -> Non
         head + b"Content-Type: multipart/form-data; boundary=x\r\nContent-Length: 70\r\n\r\n" + parts,
         head + b"Content-Type: multipart/form-data; boundary=x\r\nContent-Length: 5\r\n\r\nabcde",
         head + b"Content-Type: multipart/form-data; boundary=" + b"y" * 5000 + b"\r\nContent-Length: 5\r\n\r\nabcde",
-        b"GET /v1/photos/0?" + b"index=a&" * 3000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /v1/photos/0?" + b"index=a&" * 3000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 20,
         b"\r\n" * 1000,
         head[:20],
@@ -377,7 +377,7 @@ def test_many_slow_clients_at_once(localizer: Localizer, queries: list[Path]) ->
     with served({"one": localizer}, ServeSettings(body_timeout_s=1.0, max_connections=100)) as at:
         slow = [socket.create_connection(("127.0.0.1", at.port)) for _ in range(40)]
         for each in slow:
-            each.sendall(b"POST /v1/locate HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+            each.sendall(b"POST /v1/locate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n")
         stop = threading.Event()
 
         def drip() -> None:
