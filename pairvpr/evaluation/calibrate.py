@@ -43,7 +43,7 @@ from pairvpr.evaluation.fit_decision import (
     own_evidence,
 )
 from pairvpr.evaluation.predictions_file import read_predictions
-from pairvpr.index.generations import read_images, read_manifest
+from pairvpr.evaluation.run_index import photos_of_run
 from pairvpr.retrieval.decision import Decision
 from pairvpr.secrets import without_secrets
 
@@ -73,7 +73,7 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
     check_writable_file(config.output, "output", "the calibration as JSON")
     run = read_run(config.predictions)
     settings = _read_settings(config.predictions)
-    utm_m = _positions(settings)
+    utm_m = _positions(run, settings)
     queries = _read_queries(run, utm_m)
     is_held_out = held_out_queries(len(queries))
     fitted, held_out = (_half(queries, is_held_out == part, run.url) for part in (False, True))
@@ -137,17 +137,16 @@ def _read_settings(url: str) -> dict[str, Any]:
             f"{settings_url}: it lacks the weights or the batch size; expected the settings of an evaluation"
         )
     first_stage = unlike_the_network(settings, settings.get("index_reduce_to"))
-    return {"model": model, "rerank": rerank, "index": settings.get("index"), "first_stage": first_stage}
+    return {**settings, "model": model, "rerank": rerank, "first_stage": first_stage}
 
 
-def _positions(settings: Mapping[str, Any]) -> NDArray[np.float64] | None:
-    """Positions in metres (number of ids, 2) of the index's photos; None if none is known or the index is gone."""
-    index = settings["index"]
-    if not isinstance(index, dict) or not isinstance(index.get("path"), str):
-        return None
-    manifest = read_manifest(index["path"])
-    utm_m = None if manifest is None else read_images(index["path"], manifest).utm_m
-    return None if utm_m is None or np.isnan(utm_m).all() else utm_m
+def _positions(run: MeasuredRun, settings: Mapping[str, Any]) -> NDArray[np.float64] | None:
+    """Positions in metres (number of ids, 2) of the index's photos; None if none is known or the index is gone.
+
+    Raises `UserError` if there are only indices of other photos.
+    """
+    photos = photos_of_run(run.url, settings, run.protocol)
+    return None if photos is None or not photos.has_positions else photos.utm_m
 
 
 def _read_queries(run: MeasuredRun, utm_m: NDArray[np.float64] | None) -> list[LocatedQuery]:

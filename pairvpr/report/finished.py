@@ -11,15 +11,14 @@ from pairvpr.data import sealed, storage
 from pairvpr.data.claim import FILE as SETTINGS_FILE
 from pairvpr.data.manifest import Manifest
 from pairvpr.errors import UserError
-from pairvpr.index.generations import read_images, read_manifest
+from pairvpr.evaluation.run_index import index_places, photos_of_run
 
 STEPS = (
-    ("{index}/manifest.json", "building the index"),
     ("queries/described.json", "describing the queries"),
     ("candidates.parquet", "retrieving candidates"),
     ("predictions.parquet", "re-ranking"),
 )
-"""What each step of a run leaves behind, in their order."""
+"""What each step of a run leaves behind, in their order; the first one is the index, which may lie elsewhere."""
 NEEDED = ("benchmark", "protocol", "model", "recall", "num_candidates", "seconds_per_query")
 
 
@@ -31,8 +30,6 @@ class FinishedRun:
     """As the user wrote it."""
     metrics: dict[str, Any]
     settings: dict[str, Any]
-    index: str
-    """Directory of its index."""
 
     @property
     def predictions(self) -> str:
@@ -41,11 +38,12 @@ class FinishedRun:
 
     @cached_property
     def database(self) -> Manifest:
-        """The photos of its index, removed ones too."""
-        manifest = read_manifest(self.index)
-        if manifest is None:
-            raise UserError(f"{self.url}: its index {self.index} is gone, which has the names of the photos")
-        return read_images(self.index, manifest)
+        """The photos of its index, removed ones too. Raises `UserError` where that is gone, or another one."""
+        photos = photos_of_run(self.url, self.settings, self.metrics["protocol"])
+        if photos is None:
+            places = " and ".join(index_places(self.url, self.settings))
+            raise UserError(f"{self.url}: its index is gone, which has the names of the photos; looked at {places}")
+        return photos
 
     @cached_property
     def queries(self) -> Manifest:
@@ -73,29 +71,20 @@ def open_run(url: str) -> FinishedRun:
             raise TypeError
     except (KeyError, TypeError) as error:
         raise UserError(f"{url}: made by another job; expected the output directory of evaluate or query") from error
-    index = _index_now(url, made_in)
     metrics = sealed.read_json(storage.join(url, "metrics.json"), "expected the metrics.json of a run")
     if metrics is None:
         raise UserError(
-            f"{url}: the run is not finished, it stopped at {_stopped_at(url, index)}; run the command that began it "
-            "again to finish it"
+            f"{url}: the run is not finished, it stopped at {_stopped_at(url, settings)}; run the command that began "
+            "it again to finish it"
         )
     _check(metrics, url)
-    return FinishedRun(url, metrics, settings, index)
+    return FinishedRun(url, metrics, settings)
 
 
-def _index_now(url: str, made_in: str) -> str:
-    """Where the index is: where it was made, or beside the run where both were moved together."""
-    beside = storage.join(url, "index")
-    here = storage.exists(storage.join(made_in, "manifest.json"))
-    return beside if not here and storage.exists(storage.join(beside, "manifest.json")) else made_in
-
-
-def _stopped_at(url: str, index: str) -> str:
-    for file, step in STEPS:
-        if not storage.exists(file.format(index=index) if "{" in file else storage.join(url, file)):
-            return step
-    return "the report"
+def _stopped_at(url: str, settings: Mapping[str, Any]) -> str:
+    if not any(storage.exists(storage.join(place, "manifest.json")) for place in index_places(url, settings)):
+        return "building the index"
+    return next((step for file, step in STEPS if not storage.exists(storage.join(url, file))), "the report")
 
 
 def _check(metrics: Mapping[str, Any], url: str) -> None:
