@@ -2,7 +2,8 @@
 
 A RUN is the output directory (path or URL) of an evaluation. Runs with the same protocol share a table. Runs of one
 benchmark with different protocols are refused, naming the difference; so are runs of which no two share a protocol. Two
-runs with the same protocol are also compared query by query.
+runs with the same protocol are also compared query by query, by their final answers: decided, else re-ranked, else
+retrieved.
 Neither torch nor Ray is needed.
 """
 
@@ -16,14 +17,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pyarrow import compute
 
 from pairvpr.data import sealed, storage
 from pairvpr.data.claim import FILE as SETTINGS_FILE
 from pairvpr.errors import UserError
 from pairvpr.evaluation.bootstrap import bootstrap_interval, sign_test
-from pairvpr.evaluation.predictions_file import read_predictions
+from pairvpr.evaluation.predictions_file import RERANKED, FinalOrder, final_order_of, prediction_batches
 from pairvpr.evaluation.recall import first_hits
 from pairvpr.evaluation.tables import FORMATS, note, table
+
+pc: Any = compute  # its functions are generated at run time, so their types are unknown
 
 SHOWN_N = ("1", "5", "10")
 DIGEST_LENGTH = 12
@@ -42,6 +46,11 @@ class MeasuredRun:
     def protocol(self) -> dict[str, Any]:
         """Identifies the test."""
         return self.metrics["protocol"]
+
+    @property
+    def order(self) -> FinalOrder:
+        """Which of its answers are the final ones."""
+        return final_order_of(self.metrics)
 
 
 def compare(urls: Sequence[str], form: str = "text") -> str:
@@ -141,14 +150,23 @@ def heading(runs: Sequence[MeasuredRun]) -> str:
 
 
 def rows_of(runs: Sequence[MeasuredRun]) -> list[list[str]]:
-    """The names of the columns, and a row for each run."""
-    recalls = [f"{step}@{n}" for step in ("global", "re-ranked") for n in SHOWN_N]
-    return [["run", "model", "weights", "K", *recalls, "ceiling"], *(_row(run) for run in runs)]
+    """The names of the columns, and a row for each run.
+
+    A run with a decision adds columns of its recall. Where not all final answers are re-ranked ones, the last column
+    says what each run's are.
+    """
+    steps = ["global", "re-ranked", *(["decided"] if any(run.order.is_decided for run in runs) else [])]
+    says_order = any(run.order != RERANKED for run in runs)
+    recalls = [f"{step}@{n}" for step in steps for n in SHOWN_N]
+    heads = ["run", "model", "weights", "K", *recalls, "ceiling", *(["final answers"] if says_order else [])]
+    return [heads, *(_row(run, steps) + ([run.order.words] if says_order else []) for run in runs)]
 
 
-def _row(run: MeasuredRun) -> list[str]:
+def _row(run: MeasuredRun, steps: Sequence[str]) -> list[str]:
     model, recall = run.metrics["model"], run.metrics["recall"]
-    recalls = [recall[step].get(n) for step in ("global", "reranked") for n in SHOWN_N]
+    decided = run.metrics["decision"]["recall"] if run.order.is_decided else {}
+    of_step = {"global": recall["global"], "re-ranked": recall["reranked"], "decided": decided}
+    recalls = [of_step[step].get(n) for step in steps for n in SHOWN_N]
     return [
         run.url,
         f"{model['name']}{' (untrained)' if model.get('untrained') else ''}",
@@ -159,7 +177,7 @@ def _row(run: MeasuredRun) -> list[str]:
 
 
 def paired(first: MeasuredRun, second: MeasuredRun) -> list[str]:
-    """The changes from the first run's best re-ranked answers to the second's, and whether they may be chance."""
+    """The changes from the first run's best final answers to the second's, and whether they may be chance."""
     before, after = first_answer_is_right(first), first_answer_is_right(second)
     corrected, broken = int((after & ~before).sum()), int((before & ~after).sum())
     difference = bootstrap_interval(after.astype(np.float64) - before.astype(np.float64))
@@ -167,24 +185,34 @@ def paired(first: MeasuredRun, second: MeasuredRun) -> list[str]:
     p = sign_test(corrected, broken)
     verdict = "beyond chance" if difference.excludes_zero and p < SIGNIFICANT else "not beyond chance"
     return [
-        f"from {first.url} to {second.url}, re-ranked, N = 1: {corrected} queries corrected, {broken} broken",
+        f"{_from_to(first, second)}, N = 1: {corrected} queries corrected, {broken} broken",
         f"the difference in recall@1, {100 * difference.mean:+.1f} points, is {verdict}: 95 % interval "
         f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f} (paired bootstrap over {len(before)} queries), "
         f"exact sign test p = {p:.3g}",
     ]
 
 
+def _from_to(first: MeasuredRun, second: MeasuredRun) -> str:
+    """Both runs by name, with what their final answers are."""
+    if first.order == second.order:
+        return f"from {first.url} to {second.url}, {first.order.words}"
+    return f"from {first.url} ({first.order.words}) to {second.url} ({second.order.words})"
+
+
 def first_answer_is_right(run: MeasuredRun) -> NDArray[np.bool_]:
-    """(Q,) whether the best re-ranked answer to each query is a positive, from predictions.parquet."""
+    """(Q,) whether the best final answer to each query is a positive, from predictions.parquet."""
     url = storage.join(run.url, "predictions.parquet")
-    table = read_predictions(url, ("reranked", "positives"))
-    num_answered, num_queries = len(table.column("positives").drop_null()), run.protocol.get("num_queries")
+    best, positives = list[NDArray[np.int64]](), list[NDArray[np.int64]]()
+    num_answered, num_queries = 0, run.protocol.get("num_queries")
+    for batch in prediction_batches(url, (run.order.ids, "positives")):
+        num_answered += len(batch) - batch.column("positives").null_count
+        first = pc.list_slice(batch.column(run.order.ids), 0, 1)
+        best += [np.array(ids, np.int64) for ids in first.to_pylist()]
+        positives += [np.array(ids or (), np.int64) for ids in batch.column("positives").to_pylist()]
     if num_answered != num_queries:
         raise UserError(
             f"{url}: {num_answered} queries with ground truth, {num_queries} in metrics.json; expected one run's files"
         )
-    best = [np.array(ids[:1], np.int64) for ids in table.column("reranked").to_pylist()]
-    positives = [np.array(ids, np.int64) for ids in table.column("positives").to_pylist()]
     return first_hits(best, positives) < 1
 
 

@@ -27,7 +27,7 @@ from pairvpr.data.pairs import hloc_lines
 from pairvpr.data.utm import UtmZone
 from pairvpr.errors import UserError
 from pairvpr.report.finished import FinishedRun, open_run
-from pairvpr.report.outcomes import final_answers, rows_of
+from pairvpr.report.outcomes import rows_of
 from pairvpr.secrets import without_secrets
 from pairvpr.where import Map
 
@@ -81,8 +81,11 @@ class Export:
         return names[0], names[1]
 
     def _final(self, row: Mapping[str, Any]) -> list[tuple[int, float]]:
-        """Ids and scores of the first answers, best first."""
-        return list(zip(*final_answers(row), strict=True))[: self.num_answers]
+        """Ids and scores of the first answers, best first; more is better, so a squared distance is negative."""
+        sign = -1 if self.run.order.is_retrieval else 1
+        return [(image_id, sign * score) for image_id, score in zip(*self.run.order.of(row), strict=True)][
+            : self.num_answers
+        ]
 
     def _pairs(self, row: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
         queries, database = self._folders

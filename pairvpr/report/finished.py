@@ -11,6 +11,7 @@ from pairvpr.data import sealed, storage
 from pairvpr.data.claim import FILE as SETTINGS_FILE
 from pairvpr.data.manifest import Manifest
 from pairvpr.errors import UserError
+from pairvpr.evaluation.predictions_file import FinalOrder, final_order_of
 from pairvpr.evaluation.run_index import index_places, photos_of_run
 
 STEPS = (
@@ -35,6 +36,11 @@ class FinishedRun:
     def predictions(self) -> str:
         """Path or URL of its predictions."""
         return storage.join(self.url, "predictions.parquet")
+
+    @property
+    def order(self) -> FinalOrder:
+        """Which of its answers are the final ones."""
+        return final_order_of(self.metrics)
 
     @cached_property
     def database(self) -> Manifest:
@@ -95,5 +101,6 @@ def _check(metrics: Mapping[str, Any], url: str) -> None:
         raise UserError(f"{file}: no entry {', '.join(missing)}; expected the metrics.json of a run")
     tables = ("protocol", "model", "seconds_per_query", *(["recall"] if metrics["recall"] is not None else []))
     wrong = [name for name in tables if not isinstance(metrics[name], dict)]
-    if wrong or not isinstance(metrics["benchmark"], str):
+    decision = metrics.get("decision") or {"rule": None}
+    if wrong or not isinstance(metrics["benchmark"], str) or not isinstance(decision, dict) or "rule" not in decision:
         raise UserError(f"{file}: damaged; expected the metrics.json of a run")

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pairvpr.evaluation.predictions_file import FinalOrder
 from pairvpr.report.finished import FinishedRun
-from pairvpr.report.outcomes import KINDS, Outcomes, final_answers, rows_of
+from pairvpr.report.outcomes import KINDS, Outcomes, rows_of
 
 NUM_ANSWERS = 3
 """Answers that are pictured before and after re-ranking."""
@@ -87,7 +88,7 @@ def shown_queries(
             tags=[name for name, mask in tags.items() if mask[row["query_id"]]],
             confidence=row["confidence"],
             error=_finite(float(error_m[row["query_id"]])),
-            **_answers(row, photos, utm_m, queries_m[row["query_id"]]),
+            **_answers(row, run.order, photos, utm_m, queries_m[row["query_id"]]),
         )
         for row in rows
     ]
@@ -96,13 +97,13 @@ def shown_queries(
 def shown_between(
     first: FinishedRun, second: FinishedRun, chosen: NDArray[np.int64], photos: Photos, change: str
 ) -> list[ShownQuery]:
-    """The queries `chosen` (ascending ids) of two runs of one test, with the re-ranked answers of either."""
+    """The queries `chosen` (ascending ids) of two runs of one test, with the final answers of either."""
     utm_m, queries_m = second.database.utm_m, second.queries.utm_m
     shown = []
     for before, after in zip(rows_of(first, chosen), rows_of(second, chosen), strict=True):
         query = after["query_id"]
         view = _View(after["positives"], photos, utm_m, queries_m[query])
-        final = view.answers(after["reranked"], after["pair_scores"])
+        final = view.answers(*second.order.of(after))
         shown.append(
             ShownQuery(
                 id=query,
@@ -111,7 +112,7 @@ def shown_between(
                 tags=[change],
                 confidence=after["confidence"],
                 error=final[0].metres if final else None,
-                retrieved=view.answers(before["reranked"], before["pair_scores"]),
+                retrieved=view.answers(*first.order.of(before)),
                 final=final,
                 truth=view.truth(after["candidates"]),
             )
@@ -120,13 +121,13 @@ def shown_between(
 
 
 def _answers(
-    row: Mapping[str, Any], photos: Photos, utm_m: NDArray[np.float64], query_m: NDArray[np.float64]
+    row: Mapping[str, Any], order: FinalOrder, photos: Photos, utm_m: NDArray[np.float64], query_m: NDArray[np.float64]
 ) -> dict[str, Any]:
     """`retrieved`, `final` and `truth` of a row of predictions.parquet."""
     view = _View(row["positives"], photos, utm_m, query_m)
     return {
         "retrieved": view.answers(row["candidates"], row["squared_distances"]),
-        "final": view.answers(*final_answers(row)),
+        "final": view.answers(*order.of(row)),
         "truth": view.truth(row["candidates"]),
     }
 

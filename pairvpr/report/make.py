@@ -91,9 +91,8 @@ def report_page(
 
 def gallery_content(outcomes: Outcomes, queries: Sequence[ShownQuery], photos: Photos) -> dict[str, Any]:
     """What the page's script draws the gallery from."""
-    final = ["Decided", "evidence"] if outcomes.was_decided else ["Re-ranked", "score"]
     return {
-        "rankings": [["By descriptor", "d²"], final],
+        "rankings": [["By descriptor", "d²"], [outcomes.order.label, outcomes.order.unit]],
         "numQueries": len(outcomes),
         "filters": [
             {"name": name, "label": label, "total": int(mask.sum())} for name, (label, mask) in outcomes.tags().items()
@@ -124,9 +123,9 @@ def all_errors(run: FinishedRun, outcomes: Outcomes) -> list[sections.Errors]:
     utm_m, queries_m = run.database.utm_m, run.queries.utm_m
     rankings: list[tuple[str, NDArray[np.float64]]] = [
         ("By descriptor", best_positions(outcomes.first_global, utm_m)),
-        ("Re-ranked", best_positions(outcomes.first_reranked, utm_m)),
+        *([] if outcomes.order.is_retrieval else [("Re-ranked", best_positions(outcomes.first_reranked, utm_m))]),
     ]
-    if outcomes.was_decided:
+    if outcomes.order.is_decided:
         rankings += [("Decided", best_positions(outcomes.first_final, utm_m)), ("Estimated", outcomes.estimated_m)]
     found = []
     for label, answered_m in rankings:

@@ -5,7 +5,7 @@ Q queries, K re-ranked candidates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 from pairvpr.data.sealed import DamagedFileError
 from pairvpr.evaluation.position_errors import errors_m
-from pairvpr.evaluation.predictions_file import EXPECTED, prediction_batches
+from pairvpr.evaluation.predictions_file import EXPECTED, FinalOrder, prediction_batches
 from pairvpr.report.finished import FinishedRun
 
-COLUMNS = (
-    *("query_id", "candidates", "reranked", "pair_scores", "positives", "confidence", "in_map"),
-    *("decided", "estimated_east_m", "estimated_north_m"),
-)
+COLUMNS = ("query_id", "candidates", "reranked", "pair_scores", "positives", "confidence", "in_map")
+ESTIMATE = ("estimated_east_m", "estimated_north_m")
+DECIDED_COLUMNS = ("decided", *ESTIMATE)
+"""Further columns of a run with a decision."""
 NOBODY = -1
 """Id of an answer where there is none."""
 
@@ -54,6 +54,8 @@ class Outcomes:
     """All queries of a run, in query order; arrays are (Q,), positions and places (Q, 2)."""
 
     has_truth: bool
+    order: FinalOrder
+    """Which answers are the final ones."""
     kind: NDArray[np.uint8]
     """Position in `KINDS`."""
     corrected: NDArray[np.bool_]
@@ -76,11 +78,6 @@ class Outcomes:
     def __len__(self) -> int:
         return len(self.kind)
 
-    @property
-    def was_decided(self) -> bool:
-        """Whether more than the pair score ordered the answers."""
-        return not np.array_equal(self.first_final, self.first_reranked) or bool(np.isfinite(self.estimated_m).any())
-
     def is_kind(self, kind: Kind) -> NDArray[np.bool_]:
         """(Q,) which queries are of a kind."""
         return self.kind == KINDS.index(kind)
@@ -102,9 +99,9 @@ def read_outcomes(run: FinishedRun) -> Outcomes:
     """What became of all queries of a run. Raises `UserError` for a file of predictions of another run."""
     parts: list[dict[str, NDArray[Any]]] = []
     has_truth = True
-    for batch in prediction_batches(run.predictions, COLUMNS):
+    for batch in prediction_batches(run.predictions, _columns(run.order)):
         has_truth &= batch.column("positives").null_count == 0
-        parts.append(_of_batch(batch))
+        parts.append(_of_batch(batch, run.order))
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
     expected = run.metrics["protocol"].get("num_queries")
     number = len(whole["kind"]) if whole else 0
@@ -116,25 +113,28 @@ def read_outcomes(run: FinishedRun) -> Outcomes:
     most = max((int(whole[name].max(initial=NOBODY)) for name in whole if name.startswith("first_")), default=NOBODY)
     if most >= len(run.database):
         raise DamagedFileError(run.predictions, f"photo {most} of {len(run.database)}", EXPECTED)
-    return Outcomes(has_truth=has_truth, **whole)
+    return Outcomes(has_truth=has_truth, order=run.order, **whole)
 
 
-def _of_batch(batch: pa.RecordBatch) -> dict[str, NDArray[Any]]:
+def _columns(order: FinalOrder) -> tuple[str, ...]:
+    return (*COLUMNS, *DECIDED_COLUMNS) if order.is_decided else COLUMNS
+
+
+def _of_batch(batch: pa.RecordBatch, order: FinalOrder) -> dict[str, NDArray[Any]]:
     """The arrays of `Outcomes` for some queries, and their ids."""
     truth = batch.column("positives").null_count == 0
     reranked, positives = _Lists(batch, "reranked"), _Lists(batch, "positives")
-    final = _Lists(batch, "decided") if "decided" in batch.schema.names else reranked
+    final = _Lists(batch, order.ids)
     first_global, first_final = _Lists(batch, "candidates").first(), final.first()
     was_right, is_right = positives.holds(first_global), positives.holds(first_final)
     kind = np.full(len(batch), KINDS.index(Kind.answered), np.uint8)
     if truth:
         kind[:] = KINDS.index(Kind.out_of_reach)
-        kind[positives.any_in(reranked)] = KINDS.index(Kind.missed)
+        kind[positives.any_in(final)] = KINDS.index(Kind.missed)
         kind[positives.lengths == 0] = KINDS.index(Kind.no_match)
         kind[is_right] = KINDS.index(Kind.right)
     kind[first_final == NOBODY] = KINDS.index(Kind.unreadable)
-    there = batch.schema.names
-    axes = [_floats(batch, name) if name in there else np.full(len(batch), np.nan) for name in COLUMNS[-2:]]
+    axes = [_floats(batch, name) if order.is_decided else np.full(len(batch), np.nan) for name in ESTIMATE]
     in_map = batch.column("in_map").fill_null(True).to_numpy(zero_copy_only=False)
     return {
         "query_id": batch.column("query_id").to_numpy(),
@@ -198,14 +198,9 @@ def error_of(run: FinishedRun, ids: NDArray[np.int64]) -> NDArray[np.float64]:
     return errors_m(best_positions(ids, run.database.utm_m), run.queries.utm_m)
 
 
-def final_answers(row: Mapping[str, Any]) -> tuple[Sequence[int], Sequence[float]]:
-    """Ids and scores of a row's answers in their final order: a decision's and its evidence, or the pair scores'."""
-    return (row["reranked"], row["pair_scores"]) if row.get("decided") is None else (row["decided"], row["evidence"])
-
-
 def rows_of(run: FinishedRun, chosen: NDArray[np.int64]) -> Iterator[dict[str, Any]]:
     """The rows of predictions.parquet of queries `chosen` (n,), ascending, as plain values."""
-    columns = (*COLUMNS, "query_path", "squared_distances", "evidence", "estimated_spread_m")
+    columns = (*_columns(run.order), "query_path", "squared_distances", *(["evidence"] if run.order.is_decided else []))
     first = 0
     for batch in prediction_batches(run.predictions, columns):
         inside = chosen[np.searchsorted(chosen, first) : np.searchsorted(chosen, first + len(batch))] - first

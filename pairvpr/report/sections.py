@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pairvpr.evaluation.position_errors import ERROR_RADII_M
+from pairvpr.evaluation.predictions_file import final_recall
 from pairvpr.report.charts import PERCENT, Axis, Line, bar_chart, bars, diagonal, line_chart
 from pairvpr.report.finished import FinishedRun
 
@@ -71,21 +72,12 @@ def figures(run: FinishedRun, errors: Sequence[Errors]) -> str:
     """The few numbers that most people came for."""
     metrics, cells = run.metrics, []
     if metrics["recall"] is not None:
-        last = metrics.get("decision") or {}
-        final = last.get("recall") or metrics["recall"]["reranked"]
-        cells.append(
-            ("Recall@1", _percent(final.get("1")), f"{_percent(metrics['recall']['global'].get('1'))} by descriptor")
-        )
-        cells.append(
-            ("Recall@5", _percent(final.get("5")), f"{_percent(metrics['recall']['global'].get('5'))} by descriptor")
-        )
-        cells.append(
-            (
-                "Candidate ceiling",
-                _percent(metrics.get("candidate_ceiling")),
-                f"within {metrics['num_candidates']} candidates",
-            )
-        )
+        final, by_descriptor = final_recall(metrics), metrics["recall"]["global"]
+        for n in ("1", "5"):
+            cells.append((f"Recall@{n}", _percent(final.get(n)), f"{_percent(by_descriptor.get(n))} by descriptor"))
+        if metrics["num_candidates"]:
+            ceiling = _percent(metrics.get("candidate_ceiling"))
+            cells.append(("Candidate ceiling", ceiling, f"within {metrics['num_candidates']} candidates"))
     if errors:
         its = errors[-1].summary
         median = "beyond measure" if its["median_m"] is None else f"{its['median_m']:,.1f} m"
@@ -105,7 +97,9 @@ def figures(run: FinishedRun, errors: Sequence[Errors]) -> str:
 def recall_section(metrics: Mapping[str, Any]) -> str:
     """Recall curves with the candidate ceiling, and their numbers."""
     recall, num_candidates = metrics["recall"], metrics["num_candidates"]
-    rows = [("Global descriptor", recall["global"]), (f"Re-ranked, K = {num_candidates}", recall["reranked"])]
+    rows = [("Global descriptor", recall["global"])]
+    if num_candidates:
+        rows.append((f"Re-ranked, K = {num_candidates}", recall["reranked"]))
     decided = metrics.get("decision")
     if decided and decided.get("recall"):
         rows.append((f"Decided, {decided['rule']}", decided["recall"]))

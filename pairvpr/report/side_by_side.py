@@ -49,7 +49,9 @@ def write_comparison(urls: Sequence[str], output: str) -> None:
         "sections": sections.comparison_section(compare.rows_of(tested), compare.paired(*tested)),
         "about": "",
     }
-    text = page(f"{second.metrics['benchmark']} - two runs", parts, _content(queries, photos, changed))
+    content = {"rankings": [["First run", first.order.unit], ["Second run", second.order.unit]]}
+    content |= _content(queries, photos, changed)
+    text = page(f"{second.metrics['benchmark']} - two runs", parts, content)
     try:
         storage.write_bytes(output, text.encode())
     except OSError as error:
@@ -66,7 +68,6 @@ def _masthead(first: FinishedRun, second: FinishedRun) -> str:
 def _content(queries: Sequence[ShownQuery], photos: Photos, changed: dict[str, NDArray[np.bool_]]) -> dict[str, Any]:
     """What the page's script draws the gallery from; there is no map."""
     return {
-        "rankings": [["First run", "score"], ["Second run", "score"]],
         "numQueries": sum(int(mask.sum()) for mask in changed.values()),
         "filters": [{"name": name, "label": label, "total": int(changed[name].sum())} for name, label, _ in CHANGES],
         "kinds": [{"name": name, "label": label, "right": right} for name, label, right in CHANGES],

@@ -70,13 +70,15 @@ def make_run(
     has_truth: bool = True,
     has_positions: bool = True,
     decision: Decision | None = None,
+    num_candidates: int = NUM_CANDIDATES,
     photos: str | None = None,
     paths: Sequence[str] = (),
 ) -> MadeUpRun:
     """Queries stand near database photos, some far from all; retrieval and re-ranking are right now and then.
 
-    A `decision` orders the answers. `paths` are the names of the first database photos; `order_seed` draws other scores
-    for the same test. The photos themselves are not there: `draw_photos` makes them, below `photos` (path or URL).
+    A `decision` orders the answers. With `num_candidates` 0 nothing is re-ranked. `paths` are the names of the first
+    database photos; `order_seed` draws other scores for the same test. The photos themselves are not there:
+    `draw_photos` makes them, below `photos` (path or URL).
     """
     rng = np.random.default_rng(seed)
     database_m = 1000.0 + rng.uniform(0, 300, (num_database, 2))
@@ -100,31 +102,32 @@ def make_run(
         },
         query_subtasks={"d2n": np.arange(0, num_queries, 4), "o2n": np.arange(0, num_queries, 2)},
     )
-    answers = _answers(near, rng if order_seed is None else np.random.default_rng(order_seed))
-    facts = FACTS
+    answers = _answers(near, rng if order_seed is None else np.random.default_rng(order_seed), num_candidates)
+    facts = replace(FACTS, num_candidates=num_candidates)
     if decision is not None:
         answers = decided(answers, Decider(decision, benchmark.database.utm_m))
-        facts = replace(FACTS, decision=DecisionRule.consensus)
+        facts = replace(facts, decision=DecisionRule.consensus)
     content = metrics(benchmark, answers, small_model_config(), facts)
     write_files(folder, benchmark, content)
     write_predictions(str(folder / "predictions.parquet"), predictions_table(benchmark, answers, FACTS.judge))
     return MadeUpRun(str(folder), benchmark, answers, content)
 
 
-def _answers(near: NDArray[np.bool_], rng: np.random.Generator) -> list[Answer]:
+def _answers(near: NDArray[np.bool_], rng: np.random.Generator, num_candidates: int) -> list[Answer]:
     """The last query could not be read."""
     answers = []
     for query, row in enumerate(near):
         distances = np.sort(rng.uniform(0, 2, near.shape[1])).astype(np.float32)
         candidates = np.argsort(rng.uniform(0, 1, near.shape[1]) - 0.5 * row)
         scores = rng.normal(0, 2, NUM_CANDIDATES) + 2.5 * row[candidates[:NUM_CANDIDATES]]
+        scores = scores[:num_candidates]
         order = np.argsort(-scores)
         answers.append(
             Answer(
                 query,
                 candidates.astype(np.int64),
                 distances,
-                candidates[:NUM_CANDIDATES][order].astype(np.int64),
+                candidates[:num_candidates][order].astype(np.int64),
                 scores[order].astype(np.float32),
             )
         )

@@ -105,6 +105,21 @@ def test_csv_has_a_row_for_each_answer(made: MadeUpRun) -> None:
         assert at_m == pytest.approx(made.benchmark.database.utm_m[image_id], abs=0.01)
 
 
+def test_without_re_ranking_the_order_of_retrieval_is_exported(tmp_path: Path) -> None:
+    made = make_run(tmp_path / "OUT", num_candidates=0)
+    lines = Path(export(made.folder, "hloc", num_answers=4)).read_text().splitlines()
+    database = made.benchmark.database
+    expected = [database.path(int(image_id)) for answer in made.answers for image_id in answer.candidates[:4]]
+    assert [line.split()[1] for line in lines] == [f"database/{path}" for path in expected]
+    assert len(expected) == 4 * 39
+    with Path(export(made.folder, "csv", num_answers=4)).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    distances = [float(value) for answer in made.answers for value in answer.squared_distances[:4]]
+    assert [float(row["score"]) for row in rows] == [-value for value in distances]
+    right = [float(row["right"] == "True") for row in rows if row["rank"] == "1"]
+    assert 100 * sum(right) / len(made.answers) == pytest.approx(made.metrics["recall"]["global"]["1"])
+
+
 def test_the_zone_is_that_of_the_names(tmp_path: Path) -> None:
     """Names that state zone 33, and metres that are theirs."""
     rng = np.random.default_rng(0)

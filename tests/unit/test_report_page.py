@@ -114,6 +114,25 @@ def test_a_decision_has_its_columns(tmp_path: Path) -> None:
         assert shown == [made.benchmark.database.path(int(i)) for i in final[query["id"]][:3]]
 
 
+def test_without_re_ranking_the_order_of_retrieval_is_the_final_one(tmp_path: Path) -> None:
+    made = make_run(tmp_path / "OUT", num_candidates=0)
+    text = Path(make_report(ReportConfig(run=made.folder))).read_text()
+    rows, recall = Tables(text).rows, made.metrics["recall"]["global"]
+    assert [cells[0] for cells in rows["recall"][1:]] == ["Global descriptor"]
+    assert [cells[0] for cells in rows["distances"][1:]] == ["By descriptor"]
+    found = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", text))
+    assert found["Recall@1"] == f"{recall['1']:.1f} %"
+    assert "Candidate ceiling" not in found
+    data = json.loads(re.findall(r'id="data">(.*?)</script>', text, re.S)[0])
+    assert data["rankings"][1] == ["Final, by descriptor", "d²"]
+    total = {its["name"]: its["total"] for its in data["filters"]}
+    assert 100 * total["right"] / len(made.answers) == pytest.approx(recall["1"])
+    assert total["unreadable"] == made.metrics["rejected_images"]["queries"]
+    assert not {"corrected", "broken"} & set(total)
+    for query in data["queries"]:
+        assert query["final"] == query["retrieved"]
+
+
 def test_the_distances_are_those_of_the_answers(made: MadeUpRun) -> None:
     rows = Tables(Path(make_report(ReportConfig(run=made.folder))).read_text()).rows["distances"]
     utm_m, queries_m = made.benchmark.database.utm_m, made.benchmark.queries.utm_m

@@ -24,7 +24,9 @@
     unsure: ["least confident first", (query) => last(confidence(query), 1)],
     far: ["farthest from the truth first", (query) => last(query.error, -1)],
   };
-  const confidence = (query) => (query.confidence !== null ? query.confidence : query.final.length ? query.final[0].score : null);
+  const sign = data.rankings[1][1] === "d²" ? -1 : 1; // of distances, less is better
+  const best = (query) => (query.final.length && query.final[0].score !== null ? sign * query.final[0].score : null);
+  const confidence = (query) => (query.confidence !== null ? query.confidence : best(query));
   if (!data.queries.some((query) => query.error !== null)) delete sorts.far;
   let filter = "all";
   let shown = [];
