@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pairvpr.data import sealed, storage
 from pairvpr.data.claim import FILE as SETTINGS_FILE
 from pairvpr.data.manifest import Manifest
 from pairvpr.errors import UserError
 from pairvpr.evaluation.predictions_file import FinalOrder, final_order_of
 from pairvpr.evaluation.run_index import index_places, photos_of_run
+from pairvpr.index.descriptor_shards import REJECTED, read_rejected
 
 STEPS = (
     ("queries/described.json", "describing the queries"),
@@ -59,6 +63,16 @@ class FinishedRun:
             return Manifest.read(url, self.settings["queries"]["root"])
         except FileNotFoundError as error:
             raise UserError(f"{url}: no such file, which has the names of the queries; expected a whole run") from error
+
+    @cached_property
+    def rejected_queries(self) -> NDArray[np.bool_]:
+        """(Q,) which query photos could not be read when they were described."""
+        found = np.zeros(len(self.queries), np.bool_)
+        directory = storage.join(self.url, "queries")
+        if storage.exists(storage.join(directory, REJECTED)):
+            ids = self.queries.ids_of(read_rejected(directory).column("path"))
+            found[ids[ids >= 0]] = True
+        return found
 
 
 def open_run(url: str) -> FinishedRun:

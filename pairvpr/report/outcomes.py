@@ -34,6 +34,7 @@ class Kind(StrEnum):
     missed = "missed"
     out_of_reach = "out_of_reach"
     no_match = "no_match"
+    no_candidates = "no_candidates"
     unreadable = "unreadable"
     answered = "answered"
 
@@ -44,6 +45,7 @@ MEANING = {
     Kind.missed: "Missed among candidates",
     Kind.out_of_reach: "Out of retrieval's reach",
     Kind.no_match: "Nothing to find",
+    Kind.no_candidates: "No candidates",
     Kind.unreadable: "Unreadable",
     Kind.answered: "Answered",
 }
@@ -113,6 +115,8 @@ def read_outcomes(run: FinishedRun) -> Outcomes:
     most = max((int(whole[name].max(initial=NOBODY)) for name in whole if name.startswith("first_")), default=NOBODY)
     if most >= len(run.database):
         raise DamagedFileError(run.predictions, f"photo {most} of {len(run.database)}", EXPECTED)
+    if whole:
+        whole["kind"][run.rejected_queries] = KINDS.index(Kind.unreadable)
     return Outcomes(has_truth=has_truth, order=run.order, **whole)
 
 
@@ -121,7 +125,7 @@ def _columns(order: FinalOrder) -> tuple[str, ...]:
 
 
 def _of_batch(batch: pa.RecordBatch, order: FinalOrder) -> dict[str, NDArray[Any]]:
-    """The arrays of `Outcomes` for some queries, and their ids."""
+    """The arrays of `Outcomes` for some queries, and their ids; photos that were never read have no candidates."""
     truth = batch.column("positives").null_count == 0
     reranked, positives = _Lists(batch, "reranked"), _Lists(batch, "positives")
     final = _Lists(batch, order.ids)
@@ -133,7 +137,9 @@ def _of_batch(batch: pa.RecordBatch, order: FinalOrder) -> dict[str, NDArray[Any
         kind[positives.any_in(final)] = KINDS.index(Kind.missed)
         kind[positives.lengths == 0] = KINDS.index(Kind.no_match)
         kind[is_right] = KINDS.index(Kind.right)
-    kind[first_final == NOBODY] = KINDS.index(Kind.unreadable)
+    kind[first_final == NOBODY] = KINDS.index(Kind.no_candidates)
+    # With candidates and without an answer: the photo was gone when its pairs were to be scored.
+    kind[(first_final == NOBODY) & (first_global != NOBODY)] = KINDS.index(Kind.unreadable)
     axes = [_floats(batch, name) if order.is_decided else np.full(len(batch), np.nan) for name in ESTIMATE]
     in_map = batch.column("in_map").fill_null(True).to_numpy(zero_copy_only=False)
     return {

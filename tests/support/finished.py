@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -18,6 +19,7 @@ from pairvpr.data.manifest import Benchmark, Manifest
 from pairvpr.evaluation.confidence import Judge
 from pairvpr.evaluation.predictions import predictions_table, write_predictions
 from pairvpr.evaluation.report import RunFacts, metrics
+from pairvpr.index.descriptor_shards import REJECTED, REJECTED_SCHEMA
 from pairvpr.retrieval.decision import Decider, Decision, Votes, Weights
 from pairvpr.retrieval.pipeline import Answer, decided
 from tests.support.index import write_index
@@ -71,12 +73,15 @@ def make_run(
     has_positions: bool = True,
     decision: Decision | None = None,
     num_candidates: int = NUM_CANDIDATES,
+    without_candidates: Sequence[int] = (),
+    gone: Sequence[int] = (),
     photos: str | None = None,
     paths: Sequence[str] = (),
 ) -> MadeUpRun:
     """Queries stand near database photos, some far from all; retrieval and re-ranking are right now and then.
 
-    A `decision` orders the answers. With `num_candidates` 0 nothing is re-ranked. `paths` are the names of the first
+    A `decision` orders the answers. With `num_candidates` 0 nothing is re-ranked. Queries `without_candidates`
+    found nothing, the photos of `gone` ones were gone before they were re-ranked. `paths` are the names of the first
     database photos; `order_seed` draws other scores for the same test. The photos themselves are not there:
     `draw_photos` makes them, below `photos` (path or URL).
     """
@@ -103,12 +108,17 @@ def make_run(
         query_subtasks={"d2n": np.arange(0, num_queries, 4), "o2n": np.arange(0, num_queries, 2)},
     )
     answers = _answers(near, rng if order_seed is None else np.random.default_rng(order_seed), num_candidates)
-    facts = replace(FACTS, num_candidates=num_candidates)
+    nothing, none = np.empty(0, np.int64), np.empty(0, np.float32)
+    for query in without_candidates:
+        answers[query] = Answer(query, nothing, none, nothing, none)
+    for query in gone:
+        answers[query] = replace(answers[query], reranked=nothing, pair_scores=none)
+    facts = replace(FACTS, num_candidates=num_candidates, num_rejected_queries=1 + len(gone))
     if decision is not None:
         answers = decided(answers, Decider(decision, benchmark.database.utm_m))
         facts = replace(facts, decision=DecisionRule.consensus)
     content = metrics(benchmark, answers, small_model_config(), facts)
-    write_files(folder, benchmark, content)
+    write_files(folder, benchmark, content, benchmark.queries.paths[-1:])
     write_predictions(str(folder / "predictions.parquet"), predictions_table(benchmark, answers, FACTS.judge))
     return MadeUpRun(str(folder), benchmark, answers, content)
 
@@ -136,12 +146,14 @@ def _answers(near: NDArray[np.bool_], rng: np.random.Generator, num_candidates: 
     return answers
 
 
-def write_files(folder: Path, benchmark: Benchmark, content: dict[str, Any]) -> None:
-    """All files of a finished run but its predictions."""
+def write_files(folder: Path, benchmark: Benchmark, content: dict[str, Any], rejected: Sequence[str] = ()) -> None:
+    """All files of a finished run but its predictions; the queries `rejected` could not be read."""
     index = str(folder / "index")
     write_index(index, [], np.eye(len(benchmark.database), 4, dtype=np.float32) + 0.1, images=benchmark.database)
     (folder / "queries").mkdir()
     benchmark.queries.write(str(folder / "queries" / "images.parquet"))
+    rows = [{"path": path, "error": "cut short"} for path in rejected]
+    sealed.write_parquet(str(folder / "queries" / REJECTED), pa.Table.from_pylist(rows, REJECTED_SCHEMA))
     sealed.write_json(str(folder / "queries" / "described.json"), {})
     settings = {"queries": {"root": benchmark.queries.root}, "index": {"path": index}, "model": {}}
     sealed.write_json(str(folder / "settings.json"), settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from pairvpr.errors import UserError
 from pairvpr.report.choose import pictured, spread, thinned
 from pairvpr.report.finished import open_run
 from pairvpr.report.outcomes import KINDS, Kind, error_of, read_outcomes
-from tests.support.finished import MadeUpRun, make_run
+from tests.support.finished import DECISION, MadeUpRun, make_run
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_each_query_is_what_a_loop_over_its_answers_says(made: MadeUpRun) -> Non
         assert KINDS[outcomes.kind[query]] is expected
         first = [ids[0] in near if len(ids) else False for ids in (answer.candidates, answer.reranked)]
         assert [outcomes.corrected[query], outcomes.broken[query]] == [first == [False, True], first == [True, False]]
-    assert {KINDS[kind] for kind in outcomes.kind} == set(Kind) - {Kind.answered}
+    assert {KINDS[kind] for kind in outcomes.kind} == set(Kind) - {Kind.answered, Kind.no_candidates}
 
 
 def test_counts_are_those_of_metrics_json(made: MadeUpRun) -> None:
@@ -66,6 +67,26 @@ def test_without_truth_queries_are_answered(tmp_path: Path) -> None:
     assert np.isnan(error_of(open_run(made.folder), outcomes.first_final)).all()
 
 
+@pytest.mark.parametrize("has_truth", [True, False])
+@pytest.mark.parametrize("how", [{}, {"decision": DECISION}, {"num_candidates": 0}], ids=["pair", "consensus", "K=0"])
+def test_what_found_nothing_and_what_could_not_be_read_are_two_kinds(
+    tmp_path: Path, how: dict[str, Any], has_truth: bool
+) -> None:
+    """As a filter leaves a query, and as a photo that goes away during the run does; both counts are the run's."""
+    gone = [] if "num_candidates" in how else [5, 6]
+    made = make_run(tmp_path / "OUT", without_candidates=[0, 3, 4], gone=gone, has_truth=has_truth, **how)
+    outcomes = read_outcomes(open_run(made.folder))
+    assert np.flatnonzero(outcomes.is_kind(Kind.no_candidates)).tolist() == [0, 3, 4]
+    assert np.flatnonzero(outcomes.is_kind(Kind.unreadable)).tolist() == [*gone, 39]
+    assert outcomes.is_kind(Kind.unreadable).sum() == made.metrics["rejected_images"]["queries"]
+    label, shown = outcomes.tags()["no_candidates"]
+    assert (label, np.flatnonzero(shown).tolist()) == ("No candidates", [0, 3, 4])
+    if has_truth:
+        recall = made.metrics["recall"]["global" if "num_candidates" in how else "reranked"]
+        recall = made.metrics["decision"]["recall"] if "decision" in how else recall
+        assert 100 * outcomes.is_kind(Kind.right).mean() == pytest.approx(recall["1"])
+
+
 @pytest.mark.parametrize("number", [0, 1, 7, 60, 299])
 def test_few_failures_are_all_pictured_before_many_right_ones(made: MadeUpRun, number: int) -> None:
     outcomes = read_outcomes(open_run(made.folder))
@@ -74,7 +95,7 @@ def test_few_failures_are_all_pictured_before_many_right_ones(made: MadeUpRun, n
     assert (np.diff(chosen) > 0).all()
     if number == 60:  # the one that can't be read, and an equal share of the others
         kinds = {KINDS[kind] for kind in outcomes.kind[chosen]}
-        assert kinds == set(Kind) - {Kind.answered}
+        assert kinds == set(Kind) - {Kind.answered, Kind.no_candidates}
         assert {"corrected", "broken", "refused"} <= outcomes.tags().keys()
         assert outcomes.broken[chosen].sum() >= min(outcomes.broken.sum(), 6)
 
@@ -130,6 +151,9 @@ def test_predictions_of_another_run_and_damaged_ones_are_refused(tmp_path: Path)
     file.write_bytes((Path(theirs.folder) / "predictions.parquet").read_bytes())
     with pytest.raises(UserError, match=r"30 queries, 40 in metrics\.json"):
         read_outcomes(open_run(ours.folder))
+    (Path(theirs.folder) / "predictions.parquet").write_bytes(whole)
+    with pytest.raises(UserError, match=r"40 queries, 30 in metrics\.json"):
+        read_outcomes(open_run(theirs.folder))
     for place in (4, len(whole) // 2, len(whole) - 40):
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         with pytest.raises(UserError, match="damaged"):
