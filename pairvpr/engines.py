@@ -178,7 +178,7 @@ class LocalNetwork:
     def describe(self, photos: Sequence[Asked], deadline: Deadline) -> Described:
         """See `Network.describe`. A single photo needs one forward pass of Pair-VPR's own network for everything."""
         own = self._describer if isinstance(self._describer, Describer) else None
-        with torch_threads_kept():
+        with torch_threads(self._describe.num_threads_per_actor):
             if own and len(photos) == 1 and self._describe.num_threads_per_actor == self._rerank.num_threads_per_actor:
                 return self._described_alone(own, photos[0], deadline)
             places, rows, broken = [np.empty(0, np.int64)], [self._no_descriptors], dict[int, PhotoError]()
@@ -248,7 +248,7 @@ class LocalNetwork:
             queries.reasons,
             database.reasons,
         )
-        with torch_threads_kept():
+        with torch_threads(self._rerank.num_threads_per_actor):
             scored = {answer.query_id: answer for unit in units for answer in reranker.rerank(unit)}
         if database.reasons:
             check_photos_are_seen(generation.photos)
@@ -272,13 +272,13 @@ class LocalNetwork:
 
     def pair_score(self, photo: Asked, other: Asked, deadline: Deadline) -> float:
         """See `Network.pair_score`."""
-        with torch_threads_kept():
+        with torch_threads(self._rerank.num_threads_per_actor):
             return self._score_of(*self._embedded_pair(photo, other, deadline))
 
     @torch.inference_mode()
     def explained(self, photo: Asked, other: Asked, deadline: Deadline) -> Explained:
         """See `Network.explained`."""
-        with torch_threads_kept():
+        with torch_threads(self._rerank.num_threads_per_actor):
             first, second = self._embedded_pair(photo, other, deadline)
             grids = attention_grids(self._pair_describer.model, first[None], second[None])
             deadline.check()
@@ -383,9 +383,10 @@ def effort_of(manifest: IndexManifest, search: SearchConfig) -> Effort:
 
 
 @contextmanager
-def torch_threads_kept() -> Iterator[None]:
-    """Restores the calling thread's number of torch threads after the block."""
+def torch_threads(num_threads: int) -> Iterator[None]:
+    """torch uses `num_threads` inside the block; after it, the calling thread has the number that it had before."""
     before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
     try:
         yield
     finally:

@@ -38,7 +38,7 @@ from pairvpr.config.schema import (
 from pairvpr.data import storage
 from pairvpr.data.local_cache import LocalCache, cache_directory
 from pairvpr.deadline import Deadline
-from pairvpr.engines import Described, Explained, LocalNetwork, LocalShards, Network, Shards, torch_threads_kept
+from pairvpr.engines import Described, Explained, LocalNetwork, LocalShards, Network, Shards, torch_threads
 from pairvpr.errors import PhotoError, UserError
 from pairvpr.evaluation.confidence import Rules, calibrated, check_positions_of_votes, unlike_the_network
 from pairvpr.index.filters import Filters, Places
@@ -186,7 +186,7 @@ class Localizer:
             describer = Describer(build_model(network, load_weights(network, found), on), section.num_threads_per_actor)
         else:
             describer = UserDescriber.built(first.user_network, on, section.num_threads_per_actor)
-        with torch_threads_kept():
+        with torch_threads(section.num_threads_per_actor):
             build_small_index(
                 _path("photos", photos),
                 directory,

@@ -22,6 +22,7 @@ from pairvpr.data.local_cache import LocalCache
 from pairvpr.errors import UserError
 from pairvpr.index import choose, descriptor_shards
 from pairvpr.index.generations import StoredFile
+from pairvpr.index.threads import faiss_threads
 
 ROWS_PER_RUN = 8
 """Consecutive rows per run of a sample: remote files are read run by run."""
@@ -106,13 +107,13 @@ def _members(runs: Sequence[range]) -> NDArray[np.int64]:
 
 def train(spec: IndexSpec, sample: NDArray[np.float32], num_threads: int) -> Any:
     """An empty index trained on `sample` (m, G). The same sample and number of threads give the same bytes."""
-    faiss.omp_set_num_threads(num_threads)
     index: Any = faiss.index_factory(sample.shape[1], spec.factory, faiss.METRIC_L2)
     if spec.num_lists:
         index.cp.seed, index.cp.niter = TRAINING_SEED, choose.NUM_ITERATIONS
         index.cp.min_points_per_centroid = 1
         index.cp.max_points_per_centroid = max(1, len(sample) // spec.num_lists + 1)
-    index.train(sample)
+    with faiss_threads(num_threads):
+        index.train(sample)
     return index
 
 
@@ -130,7 +131,6 @@ def build_shard(
 
     The same descriptors give the same bytes, so doing it twice, or at once in two places, is harmless.
     """
-    faiss.omp_set_num_threads(num_threads)
     rows = descriptor_shards.load_array(rows_file, np.float32, 2, directory, mmap_mode="r")
     index: Any = faiss.index_factory(rows.shape[1], spec.factory) if trained is None else faiss.clone_index(trained)
     if index.d != rows.shape[1]:
@@ -138,8 +138,9 @@ def build_shard(
             f"{storage.join(directory, path)}: {rows.shape[1]} values per row, but the index has {index.d}; "
             "build the index again"
         )
-    for piece in rows_of_file(rows_file):
-        index.add(piece)
+    with faiss_threads(num_threads):
+        for piece in rows_of_file(rows_file):
+            index.add(piece)
     if spec.num_lists:
         index.quantizer.reset()  # all shards share the centres, which `OpenIndex` puts back
     return write_faiss(directory, path, index)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pairvpr.index.merge import Found, merge_top_k
 from pairvpr.index.search import Effort
+from pairvpr.index.threads import faiss_threads
 
 K = 100
 RESCORED_STEPS = (200, 400, 800, 1600)
@@ -51,12 +52,13 @@ def exact_nearest(
     num_threads: int,
 ) -> Found:
     """The k nearest live rows among mapped rows (n, G), read piece by piece."""
-    faiss.omp_set_num_threads(num_threads)
     best: Found = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
     for first in range(0, len(rows), ROWS_AT_ONCE):
         kept = first + np.flatnonzero(is_live[first : first + ROWS_AT_ONCE])
         if len(kept):
-            distances, found = faiss.knn(queries, np.ascontiguousarray(rows[kept]), min(k, len(kept)))
+            some = np.ascontiguousarray(rows[kept])
+            with faiss_threads(num_threads):
+                distances, found = faiss.knn(queries, some, min(k, len(kept)))
             best = merge_top_k([best, (distances, ids[kept[found]])], k)
     return best
 

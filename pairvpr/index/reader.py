@@ -21,6 +21,7 @@ from pairvpr.index.filters import Filters, Places
 from pairvpr.index.generations import IndexManifest, ShardEntry, StoredFile
 from pairvpr.index.merge import Found, merge_top_k
 from pairvpr.index.search import Effort, Shard, rescore, search, search_filtered
+from pairvpr.index.threads import faiss_threads
 
 LEAST_RESCORED_PER_RESULT = 2
 
@@ -73,9 +74,9 @@ class OpenIndex:
         """The lists (Q, probes) that a query visits in every shard, and their centroids' distances, nearest first."""
         if not self.spec.num_lists:
             return None
-        faiss.omp_set_num_threads(num_threads)
         num_probes = min(effort.num_probes, self.spec.num_lists)
-        return self._trained.quantizer.search(np.ascontiguousarray(queries, np.float32), num_probes)
+        with faiss_threads(num_threads):
+            return self._trained.quantizer.search(np.ascontiguousarray(queries, np.float32), num_probes)
 
     def shard(self, number: int) -> Shard:
         """Open a shard. Raises `UserError`, naming the file, if its bytes have changed or contradict the manifest."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pairvpr.errors import UserError
 from pairvpr.index.filters import Filters, Places, allowed
 from pairvpr.index.merge import Found, merge_top_k
+from pairvpr.index.threads import faiss_threads
 
 faiss: Any = faiss_module  # its types lack what its Python wrappers add
 
@@ -85,18 +86,18 @@ def search(
     distances; `rescore` gives the exact ones.
     """
     assert np.isfinite(queries).all(), "a description refuses descriptors that are no numbers"
-    faiss.omp_set_num_threads(num_threads)
     num_wanted = min(k, shard.num_live if is_allowed is None else int((is_allowed & ~_removed(shard)).sum()))
     distances = np.empty((len(queries), num_wanted), np.float32)
     ids = np.empty((len(queries), num_wanted), np.int64)
     if num_wanted:
         selector = None if is_allowed is None else _selector(is_allowed & ~_removed(shard))
+        wanted = _Wanted(num_wanted, min(at_least or k, num_wanted), selector)
         for first in range(0, len(queries), QUERIES_PER_CALL):
             block = slice(first, first + QUERIES_PER_CALL)
             some = np.ascontiguousarray(queries[block], np.float32)
-            wanted = _Wanted(num_wanted, min(at_least or k, num_wanted), selector)
             here = None if visits is None else (visits[0][block], visits[1][block])
-            distances[block], ids[block] = _search_block(shard, some, wanted, effort.num_probes, here)
+            with faiss_threads(num_threads):
+                distances[block], ids[block] = _search_block(shard, some, wanted, effort.num_probes, here)
     return distances, ids
 
 
@@ -307,7 +308,6 @@ def rescore(
 
     `descriptors` (n, G) may be mapped: only the rows that are needed are read.
     """
-    faiss.omp_set_num_threads(num_threads)
     distances = np.full(short_lists.shape, np.inf, np.float32)
     if len(ids):
         query_of, place = np.nonzero((short_lists >= ids[0]) & (short_lists <= ids[-1]))
@@ -315,5 +315,6 @@ def rescore(
         rows = np.searchsorted(ids, wanted)
         is_here = ids[rows] == wanted
         query_of, place, rows = query_of[is_here], place[is_here], rows[is_here]
-        distances[query_of, place] = _pair_distances(queries, query_of, faiss.swig_ptr(descriptors), rows)
+        with faiss_threads(num_threads):
+            distances[query_of, place] = _pair_distances(queries, query_of, faiss.swig_ptr(descriptors), rows)
     return distances

@@ -12,6 +12,7 @@ from pairvpr.config.schema import IndexKind
 from pairvpr.index import choose
 from pairvpr.index.plan_cost import CpuRates
 from pairvpr.index.search import QUERY_BITS
+from pairvpr.index.threads import faiss_threads
 
 NUM_ROWS, NUM_QUERIES = 16_384, 256
 NUM_ROUNDS = 3
@@ -20,9 +21,7 @@ K = 100
 
 def measured_cpu_rates(descriptor_dim: int, kinds: Sequence[IndexKind]) -> CpuRates:
     """The best of some rounds, with one thread. Codes are scanned without lists, query by query as in a list."""
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
+    with faiss_threads(1):
         rows = np.random.default_rng(0).standard_normal((NUM_ROWS, descriptor_dim), np.float32)
         queries, centres = rows[:NUM_QUERIES], faiss.IndexFlatL2(descriptor_dim)
         centres.add(rows)  # type: ignore[call-arg]
@@ -37,8 +36,6 @@ def measured_cpu_rates(descriptor_dim: int, kinds: Sequence[IndexKind]) -> CpuRa
             seconds = _best_s(lambda index=index: index.search(queries, K))  # type: ignore[call-arg]
             scanned[kind] = NUM_ROWS * NUM_QUERIES / seconds
         return CpuRates(centres=NUM_ROWS * NUM_QUERIES / assigned_s, scanned=scanned, added=added)
-    finally:
-        faiss.omp_set_num_threads(before)
 
 
 def _best_s(work: Callable[[], object]) -> float:
