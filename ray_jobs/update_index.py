@@ -31,7 +31,7 @@ from pairvpr.data.manifest import Manifest, folder_manifest
 from pairvpr.data.photo_listing import IMAGE_SUFFIXES, photos_among
 from pairvpr.data.problems import Problems
 from pairvpr.data.spellings import NO_PHOTO, SEVERAL, Spellings, no_photo_text
-from pairvpr.data.tables import TableFile, find_photos
+from pairvpr.data.tables import TableFile
 from pairvpr.distributed.describe import Description, describe, source_of
 from pairvpr.distributed.index import RayRunner
 from pairvpr.distributed.runtime import ModelSource, ray_session
@@ -44,6 +44,7 @@ from pairvpr.index.generations import (
     read_images,
     read_manifest,
 )
+from pairvpr.index.live import LivePhotos
 from pairvpr.index.make import is_wanted, next_generation
 from pairvpr.index.reader import removed_ids
 from pairvpr.index.settings import index_settings
@@ -117,7 +118,7 @@ def update_index(config: UpdateIndexConfig) -> IndexManifest:
         commit(directory, draft)
     remove_leftovers(directory, draft)
     num_added = draft.num_images - manifest.num_images - (draft.num_rejected - manifest.num_rejected)
-    num_gone = draft.num_removed - manifest.num_removed
+    num_gone = len(images.path_column.take(pa.array(gone)).unique())
     say(f"{about_generation(draft)}: {num_added:,} added, {num_gone:,} removed or replaced")
     return draft
 
@@ -227,15 +228,13 @@ def _alone(directory: str, manifest: IndexManifest) -> Iterator[None]:
 def _gone(
     config: UpdateIndexConfig, images: Manifest, removed: NDArray[np.int64], added: Manifest | None
 ) -> NDArray[np.int64]:
-    """Ids to remove, ascending: those of `remove`, and those whose paths are added again."""
-    live = np.setdiff1d(np.arange(len(images)), removed, assume_unique=True)
-    there = images.only(live)
+    """Ids to remove, ascending: those of `remove`, and all whose paths are added again."""
+    live = LivePhotos(images, removed)
     gone = [np.empty(0, np.int64)]
     if config.remove is not None:
-        gone.append(live[_found(config.remove, there, images)])
+        gone.append(_found(config.remove, live))
     if added is not None:
-        again = there.ids_of(added.path_column)
-        again = live[again[again >= 0]]
+        again = live.ids_at(added.path_column)
         both = np.intersect1d(gone[-1], again)
         if len(both):
             raise UserError(f"add and remove both name {images.path(int(both[0]))}; expected each photo in one of them")
@@ -243,30 +242,26 @@ def _gone(
     return np.unique(np.concatenate(gone))
 
 
-def _found(remove: str, there: Manifest, images: Manifest) -> NDArray[np.int64]:
-    """Positions in `there` (the live `images`) of the photos that `remove` names, without those removed earlier."""
+def _found(remove: str, live: LivePhotos) -> NDArray[np.int64]:
+    """Live ids of the photos that `remove` names; those removed earlier have none."""
+    root = live.images.root
     if remove.lower().endswith(LIST_SUFFIXES):
-        paths = pa.chunked_array([pa.array(_listed(remove, "remove", there.root), pa.string())])
-        rows = find_photos(paths, there)
-        unknown = paths.filter(pa.array((rows == NO_PHOTO) & (find_photos(paths, images) == NO_PHOTO)))
+        names = pa.chunked_array([pa.array(_listed(remove, "remove", root), pa.string())])
+        ids, found = live.ids_named(names)
+        unknown = names.filter(pa.array(found == NO_PHOTO))
         if len(unknown):
             raise UserError(
                 f"remove={remove}: {unknown[0]} is not in the index ({len(unknown) - 1:,} more are not, either); "
-                "expected "
-                f"paths relative to {there.root}"
+                f"expected paths relative to {root}"
             )
-        several = np.flatnonzero(rows == SEVERAL)
+        several = np.flatnonzero(found == SEVERAL)
         if len(several):
-            raise UserError(f"remove={remove}: {no_photo_text(paths[int(several[0])].as_py(), SEVERAL, there.root)}")
-        return np.unique(rows[rows >= 0])
-    folder = _below_root(remove, "remove", there.root)
-    if not _below(images, folder).any():
-        raise UserError(f"remove={remove}: it contains no photo of the index; expected a folder of {there.root}")
-    return np.flatnonzero(_below(there, folder))
-
-
-def _below(photos: Manifest, folder: str) -> NDArray[np.bool_]:
-    return pc.starts_with(photos.path_column, pattern=folder).to_numpy()
+            raise UserError(f"remove={remove}: {no_photo_text(names[int(several[0])].as_py(), SEVERAL, root)}")
+        return ids
+    folder = _below_root(remove, "remove", root)
+    if not pc.any(pc.starts_with(live.images.path_column, pattern=folder)).as_py():
+        raise UserError(f"remove={remove}: it contains no photo of the index; expected a folder of {root}")
+    return live.ids_below(folder)
 
 
 def _less_unreadable(gone: NDArray[np.int64], images: Manifest, added: Manifest, described: str) -> NDArray[np.int64]:
