@@ -106,7 +106,7 @@ def _run(config: QueryConfig, index: str, manifest: IndexManifest) -> Run:
         num_shards=len(manifest.shards),
         output=storage.absolute(config.output),
         calibration=calibrated(config.rerank),
-        given=given_candidates(config.rerank, benchmark),
+        given=given_candidates(config.rerank, benchmark, (index, manifest)),
     )
 
 

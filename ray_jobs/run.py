@@ -36,6 +36,8 @@ from pairvpr.evaluation.confidence import (
     unlike_the_network,
 )
 from pairvpr.index.generations import IndexManifest, read_images, read_manifest
+from pairvpr.index.live import LivePhotos
+from pairvpr.index.reader import live_ids, removed_ids
 from pairvpr.index.settings import index_settings
 from pairvpr.models.weights import WeightsSource, find_weights
 from pairvpr.retrieval.decision import Decision
@@ -177,7 +179,7 @@ def check_photos(run: Run) -> None:
         return
     database = run.benchmark.database
     there = {
-        "generation's updates": len(manifest.images) - 1 + len(manifest.removed),
+        "generation's updates": manifest.num_updates,
         "images_root": manifest.images_root,
         "num_images": manifest.num_images,
         "num_shards": len(manifest.shards),
@@ -219,13 +221,20 @@ def check_dense_store(run: Run) -> None:
     check_store(wanted)
 
 
-def given_candidates(config: RerankConfig, benchmark: Benchmark) -> GivenCandidates | None:
-    """What rerank.candidates holds for the photos of a benchmark; None where it is not set. Raises `UserError`."""
+def given_candidates(
+    config: RerankConfig, benchmark: Benchmark, index: tuple[str, IndexManifest] | None = None
+) -> GivenCandidates | None:
+    """What rerank.candidates holds for the photos of a benchmark; None where it is not set. Raises `UserError`.
+
+    Where the database is that of an `index` (its directory and generation), names stand for photos that it still has.
+    """
     if config.candidates is None:
         return None
     about = config.candidates, "rerank.candidates"
-    pairs = read_pairs(*about)
-    return GivenCandidates(candidates_of(pairs, *about, benchmark.queries, benchmark.database), pairs.sha256)
+    pairs, database, live = read_pairs(*about), benchmark.database, None
+    if index is not None and index[1].num_updates:
+        live = LivePhotos(database, removed_ids(*index)).by_preference(live_ids(*index))
+    return GivenCandidates(candidates_of(pairs, *about, benchmark.queries, database, live), pairs.sha256)
 
 
 def first_stage(config: DescribingConfig, num_candidates: int = 0) -> tuple[FirstStage, WeightsSource | None]:

@@ -74,14 +74,26 @@ def hloc_lines(pairs: Iterable[tuple[str, str] | tuple[str, str, float]]) -> byt
     return "".join(f"{line}\n" for line in lines).encode()
 
 
-def candidates_of(pairs: Pairs, url: str, key: str, queries: Manifest, database: Manifest) -> dict[int, NDArray[Any]]:
+def candidates_of(
+    pairs: Pairs,
+    url: str,
+    key: str,
+    queries: Manifest,
+    database: Manifest,
+    live: NDArray[np.int64] | None = None,
+) -> dict[int, NDArray[Any]]:
     """Ids (int64) of each query's candidates, best first, by the ids of the queries that have some.
 
     A name is relative to the folder of its photos or, where all names of that kind are, to the folder that holds both.
+    `live`, if given, are the ids of the database photos that can be named; of several at one path the first is meant.
     Raises `UserError`, naming the first, for photos that are not there and for a pair that is there twice.
     """
     query_ids = _ids(pairs.queries, queries, database.root, f"{key}={url}: the query")
-    image_ids = _ids(pairs.database, database, queries.root, f"{key}={url}: the database photo")
+    what = f"{key}={url}: the database photo"
+    if live is None:
+        image_ids = _ids(pairs.database, database, queries.root, what)
+    else:
+        image_ids = live[_ids(pairs.database, database.only(live), queries.root, what, "in the index of")]
     # Stable: equal ones, and those without scores, stay in the order of the file.
     order = np.argsort(query_ids, kind="stable")
     if pairs.scores is not None:
@@ -98,8 +110,10 @@ def candidates_of(pairs: Pairs, url: str, key: str, queries: Manifest, database:
     return {int(query_id): piece for query_id, piece in zip(asked, pieces, strict=True)}
 
 
-def _ids(names: pa.ChunkedArray, photos: Manifest, other_root: str, what: str) -> NDArray[np.int64]:
-    """(P,) ids of the photos of these names."""
+def _ids(
+    names: pa.ChunkedArray, photos: Manifest, other_root: str, what: str, where: str = "below"
+) -> NDArray[np.int64]:
+    """(P,) ids of the photos of these names. Raises `UserError` for `what` is not `where`."""
     ids = photos.ids_of(names)
     if (ids < 0).any():
         below = _below_common_folder(photos.root, other_root)
@@ -109,7 +123,7 @@ def _ids(names: pa.ChunkedArray, photos: Manifest, other_root: str, what: str) -
         unknown = pc.unique(names.filter(pa.array(ids < 0)))
         more = f" (nor are {len(unknown) - 1:,} more)" if len(unknown) > 1 else ""
         raise UserError(
-            f"{what} {unknown[0]} is not below {photos.root}{more}; expected names of photos relative to it"
+            f"{what} {unknown[0]} is not {where} {photos.root}{more}; expected names of photos relative to it"
         )
     return ids
 

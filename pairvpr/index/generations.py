@@ -136,6 +136,11 @@ class IndexManifest:
         return None if self.reduction is None else self.descriptor_dim
 
     @property
+    def num_updates(self) -> int:
+        """How often photos were added or removed."""
+        return len(self.images) - 1 + len(self.removed)
+
+    @property
     def num_live(self) -> int:
         """Photos that a search can find."""
         return sum(entry.num_rows - entry.num_removed for entry in self.shards)

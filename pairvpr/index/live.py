@@ -44,5 +44,13 @@ class LivePhotos:
         found = find_photos(names, photos)
         return self.ids_at(photos.path_column.take(pa.array(found[found >= 0]))), found
 
+    def by_preference(self, found: NDArray[np.int64]) -> NDArray[np.int64]:
+        """All live ids (int64), so that of several at one path the first is the one that stands for it.
+
+        That is the last of those that a search finds (`found`, ascending), or of the others if it finds none.
+        """
+        live = np.setdiff1d(np.arange(len(self.images)), self.removed, assume_unique=True)
+        return np.concatenate([found[::-1], np.setdiff1d(live, found, assume_unique=True)[::-1]])
+
     def _live(self, is_meant: pa.ChunkedArray) -> NDArray[np.int64]:
         return np.setdiff1d(np.flatnonzero(is_meant.to_numpy()), self.removed, assume_unique=True)
