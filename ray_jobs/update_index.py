@@ -26,7 +26,7 @@ from pairvpr.config.schema import UpdateIndexConfig
 from pairvpr.data import stamps, storage
 from pairvpr.data.claim import check_writable
 from pairvpr.data.descriptor_file import check_photos_of_file
-from pairvpr.data.located import located
+from pairvpr.data.located import located_as_in
 from pairvpr.data.manifest import Manifest, folder_manifest
 from pairvpr.data.photo_listing import IMAGE_SUFFIXES, photos_among
 from pairvpr.data.problems import Problems
@@ -172,7 +172,7 @@ def _prefix(
 
 
 def _added(config: UpdateIndexConfig, images: Manifest) -> Manifest | None:
-    """The photos to add, by their paths below the root of the index's photos."""
+    """The photos to add, by their paths below the root of the index's photos, with positions where it has some."""
     if config.add is None:
         return None
     if config.add.lower().endswith(LIST_SUFFIXES):
@@ -180,7 +180,8 @@ def _added(config: UpdateIndexConfig, images: Manifest) -> Manifest | None:
     else:
         folder = _below_root(config.add, "add", images.root)
         paths = [f"{folder}{path}" for path in folder_manifest(config.add, "add").paths]
-    return located(Manifest.of(images.root, sorted(set(paths))), config, "add", images)
+    added = Manifest.of(images.root, sorted(set(paths)))
+    return added if config.without_positions else located_as_in(images, added, config, "add", config.add)
 
 
 def _as_spelt_there(paths: Sequence[str], root: str) -> list[str]:

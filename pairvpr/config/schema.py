@@ -707,6 +707,8 @@ class UpdateIndexConfig(PositionsConfig):
     """Subfolder of the index's photos, or a list of photos in it (.txt: one per line; .csv, .parquet: column path)."""
     remove: str | None = None
     """Photos to remove, given in the same way; they need not exist any more."""
+    without_positions: bool = False
+    """Add photos of unknown positions to an index with positions; no filter on positions finds them then."""
     compact: bool = False
     """Rewrite shards with many removed photos (more than index.compact_share) without them."""
     single_writer: bool = False
@@ -723,6 +725,11 @@ class UpdateIndexConfig(PositionsConfig):
         require(
             self.add is not None or self.remove is not None or self.compact or self.index.kind is not None,
             "nothing to do: expected one or more of add=..., remove=..., compact=true, index.kind=...",
+        )
+        require(
+            not self.without_positions or (self.add is not None and self.positions is None),
+            f"without_positions=true, add={self.add}, positions={self.positions}: expected it with add=... and without "
+            "positions=...",
         )
 
 

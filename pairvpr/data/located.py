@@ -7,6 +7,7 @@ from pairvpr.config.schema import PositionsConfig
 from pairvpr.data.manifest import Manifest
 from pairvpr.data.positions import (
     PositionsTable,
+    are_from_names,
     positions_from_exif,
     positions_from_names,
     positions_from_tables,
@@ -15,6 +16,7 @@ from pairvpr.data.positions import (
 )
 from pairvpr.data.problems import Problems
 from pairvpr.errors import UserError
+from pairvpr.terminal import say
 
 
 def located(photos: Manifest, config: PositionsConfig, key: str, index: Manifest | None = None) -> Manifest:
@@ -48,4 +50,24 @@ def located(photos: Manifest, config: PositionsConfig, key: str, index: Manifest
             f"positions={config.positions}: latitude and longitude, but the UTM zone of the index's metres is unknown; "
             "expected a table of metres in that zone"
         )
+    return placed.in_zone(index.zone)
+
+
+def located_as_in(index: Manifest, photos: Manifest, config: PositionsConfig, key: str, given: str) -> Manifest:
+    """`located` in an index; where `config` has no source and the index has positions, from the source of these.
+
+    An index does not record its source, but positions that all are those of the photos' names come from there.
+    Raises `UserError` as `located` does, and, naming the setting `key` and what it was `given`, where the source is
+    another one or the photos' names have no coordinates.
+    """
+    if config.positions is not None or not index.has_positions:
+        return located(photos, config, key, index)
+    zone = index.zone or zone_of_names(index)
+    placed = positions_from_names(photos, key, Problems(), zone)
+    if len(placed) < len(photos) or not are_from_names(index, zone):
+        raise UserError(
+            f"{key}={given}: the index knows where its photos were taken, and not where these were; expected "
+            "positions=names, positions=exif, positions=table with positions_table=FILE, or without_positions=true"
+        )
+    say(f"{key}: positions are read from the photos' names, as those of the index are")
     return placed.in_zone(index.zone)

@@ -40,6 +40,7 @@ _ZONE = r"(?s)^(?:.*/)?@[^/@]*@[^/@]*@0?(?P<zone>[1-9]|[1-5]\d|60)@(?P<band>[C-H
 _PAIR = r"(?P<first>-?\d+(?:\.\d+)?)@(?P<second>-?\d+(?:\.\d+)?)"
 _METRES = rf"(?s)^(?:.*/)?@{_PAIR}@[^/]*$"
 _DEGREES = rf"(?s)^(?:.*/)?@[^/@]*@[^/@]*@[^/@]*@[^/@]*@{_PAIR}@[^/]*$"
+_SAME_M = 1e-3
 _METRES_AGREE_M = 1.0
 """How far a photo's metres may lie from those in its name, if these are where they come from."""
 _DEGREES_AGREE_M = 50.0
@@ -82,6 +83,20 @@ def positions_from_names(photos: Manifest, key: str, problems: Problems, zone: U
 def zone_of_names(photos: Manifest) -> UtmZone | None:
     """The zone of most of the photos' names; None if no name gives one."""
     return _most_stated(_stated_zones(photos))
+
+
+def are_from_names(photos: Manifest, zone: UtmZone | None) -> bool:
+    """Whether all known positions and headings are those that the photos' names state, in `zone` if it is given.
+
+    False where no position is known.
+    """
+    known = photos.take(np.flatnonzero(~np.isnan(photos.utm_m[:, 0])))
+    named = positions_from_names(known, "", Problems(), zone)
+    return (
+        len(named) == len(known) > 0
+        and np.allclose(named.utm_m, known.utm_m, rtol=0.0, atol=_SAME_M)
+        and np.allclose(named.heading_deg, known.heading_deg, equal_nan=True)
+    )
 
 
 def zone_of_metres(photos: Manifest) -> UtmZone | None:
