@@ -15,6 +15,7 @@ from pairvpr.data.positions import (
     zone_of_names,
 )
 from pairvpr.data.problems import Problems
+from pairvpr.data.utm import UtmZone
 from pairvpr.errors import UserError
 from pairvpr.terminal import say
 
@@ -33,7 +34,7 @@ def located(photos: Manifest, config: PositionsConfig, key: str, index: Manifest
     problems, zone = Problems(), None
     match config.positions:
         case PositionSource.names:
-            zone = None if index is None else index.zone or zone_of_names(index)
+            zone = None if index is None else _zone_for_names(index, photos, key)
             placed = positions_from_names(photos, key, problems, zone)
         case PositionSource.table:
             zone = None if index is None else zone_of_metres(index)
@@ -53,6 +54,22 @@ def located(photos: Manifest, config: PositionsConfig, key: str, index: Manifest
     return placed.in_zone(index.zone)
 
 
+def _zone_for_names(index: Manifest, photos: Manifest, key: str) -> UtmZone | None:
+    """The zone of an index's metres, or of its names if it has no metres.
+
+    Raises `UserError` if it is unknown and the photos' names state one.
+    """
+    if not index.has_positions:
+        return zone_of_names(index)
+    zone, stated = zone_of_metres(index), zone_of_names(photos)
+    if zone is None and stated is not None:
+        raise UserError(
+            f"{key}: names state UTM zone {stated.number}, but the zone of the index's metres is unknown; expected a "
+            "table of metres in that zone"
+        )
+    return zone
+
+
 def located_as_in(index: Manifest, photos: Manifest, config: PositionsConfig, key: str, given: str) -> Manifest:
     """`located` in an index; where `config` has no source and the index has positions, from the source of these.
 
@@ -62,7 +79,7 @@ def located_as_in(index: Manifest, photos: Manifest, config: PositionsConfig, ke
     """
     if config.positions is not None or not index.has_positions:
         return located(photos, config, key, index)
-    zone = index.zone or zone_of_names(index)
+    zone = _zone_for_names(index, photos, key)
     placed = positions_from_names(photos, key, Problems(), zone)
     if len(placed) < len(photos) or not are_from_names(index, zone):
         raise UserError(

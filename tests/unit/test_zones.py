@@ -151,3 +151,19 @@ def test_parts_of_an_index_in_two_zones_are_refused(tmp_path: Path) -> None:
     for other in (east, east.in_zone(None)):
         with pytest.raises(UserError, match=r"1\.parquet: its metres are of another UTM zone than the index's"):
             read(images, other)
+
+
+def test_names_that_state_a_zone_join_no_metres_of_an_unknown_one(tmp_path: Path) -> None:
+    """Metres of a table in zone 33, whose photos have names of zone 32, or none."""
+    east_m, north_m = metres(12.0001, WEST)
+    name = f"@{east_m:.2f}@{north_m:.2f}@32@U@x.jpg"
+    lines = f"path,utm_east,utm_north\n{name},309000,5334000\n"
+    (tmp_path / "east.csv").write_text(lines)
+    in_east = PositionsConfig(positions=PositionSource.table, positions_table=f"{tmp_path}/east.csv")
+    for index in (
+        located(Manifest.of("root", [name]), in_east, "database"),
+        located(photos({"a.jpg": 12.0}), table(tmp_path, "a.csv", {"a.jpg": 12.0}, UtmZone(33, south=False)), "k"),
+    ):
+        assert zone_of_metres(index) is None
+        with pytest.raises(UserError, match="names state UTM zone 32, but the zone of the index's metres is unknown"):
+            located(Manifest.of("new", [name]), PositionsConfig(positions=PositionSource.names), "add", index)
