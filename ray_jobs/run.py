@@ -38,7 +38,7 @@ from pairvpr.evaluation.confidence import (
 from pairvpr.index.generations import IndexManifest, read_images, read_manifest
 from pairvpr.index.live import LivePhotos
 from pairvpr.index.reader import live_ids, removed_ids
-from pairvpr.index.settings import index_settings
+from pairvpr.index.settings import POSITIONS_SHA256, index_settings, position_settings
 from pairvpr.models.weights import WeightsSource, find_weights
 from pairvpr.retrieval.decision import Decision
 from pairvpr.retrieval.dense_store import Layout
@@ -111,9 +111,11 @@ class Run:
         )
 
     def index_settings(self) -> dict[str, Any]:
-        """The settings that decide the bytes of the index."""
+        """The settings that decide the bytes of the index, and of its photos' positions."""
         reduce_to = self.config.index.reduce_to if isinstance(self.config, EvaluateConfig) else None
-        return index_settings(self.benchmark.database, self.num_shards, self.first.settings, reduce_to)
+        database = self.benchmark.database
+        positions = position_settings(database) if database.has_positions else {}
+        return index_settings(database, self.num_shards, self.first.settings, reduce_to) | positions
 
     def model_settings(self) -> dict[str, Any]:
         """The settings of the network that scores pairs."""
@@ -166,10 +168,14 @@ class Run:
         return {name: value for name, value in values.items() if value is not None}
 
 
+MAY_LACK = (POSITIONS_SHA256,)
+"""Of evaluate's settings: earlier versions did not write them."""
+
+
 def check_claims(run: Run) -> None:
-    check_claim(run.output, run.settings(), "output")
+    check_claim(run.output, run.settings(), "output", may_lack=MAY_LACK)
     if run.given is None:
-        check_claim(run.index, run.index_settings(), "index.path")
+        check_claim(run.index, run.index_settings(), "index.path", may_lack=MAY_LACK)
 
 
 def check_photos(run: Run) -> None:

@@ -20,11 +20,17 @@ SECONDS_TO_WAIT = 10.0
 SECONDS_BETWEEN_LOOKS = 0.2
 
 
-def check_claim(directory: str, settings: Mapping[str, Any], key: str, ignored: Collection[str] = ()) -> None:
+def check_claim(
+    directory: str,
+    settings: Mapping[str, Any],
+    key: str,
+    ignored: Collection[str] = (),
+    may_lack: Collection[str] = (),
+) -> None:
     """Raise `UserError`, naming the setting `key` and what differs, if other settings made `directory`.
 
-    Also if it is not a directory, or its settings can't be read. Settings whose dotted names are `ignored` may differ.
-    Nothing is written.
+    Also if it is not a directory, or its settings can't be read. Settings whose dotted names are `ignored` may differ,
+    and those that it `may_lack`, because earlier versions did not write them, may be absent there. Nothing is written.
     """
     made_by = sealed.read_json(
         storage.join(directory, FILE), f"expected another {key}: what made this one is not known"
@@ -33,7 +39,8 @@ def check_claim(directory: str, settings: Mapping[str, Any], key: str, ignored: 
         if storage.is_local(directory):
             _nearest_directory(directory, key)
         return
-    found = differences(made_by, plain_without_secrets(dict(settings)), ignored)
+    absent = {name for name in may_lack if name not in made_by}
+    found = differences(made_by, plain_without_secrets(dict(settings)), absent.union(ignored))
     if found:
         raise UserError(
             f"{key}={directory} was made with different settings: {'; '.join(found)}; "
@@ -66,7 +73,7 @@ def check_writable_file(file: str, key: str, content: str) -> None:
     check_writable(str(path.parent), key)
 
 
-def claim(directory: str, settings: Mapping[str, Any], key: str) -> None:
+def claim(directory: str, settings: Mapping[str, Any], key: str, may_lack: Collection[str] = ()) -> None:
     """Write the settings into a directory that has none yet; from others, delete temporary files of killed writers.
 
     Of several simultaneous claims with different settings, at most one succeeds. Raises `UserError` as the two checks
@@ -84,7 +91,7 @@ def claim(directory: str, settings: Mapping[str, Any], key: str) -> None:
                 _announced(directory, settings, key)
     except OSError as error:
         raise UserError(f"{key}={directory}: can't be written: {storage.reason(error)}") from error
-    check_claim(directory, settings, key)
+    check_claim(directory, settings, key, may_lack=may_lack)
 
 
 def _announced(directory: str, settings: Mapping[str, Any], key: str) -> None:

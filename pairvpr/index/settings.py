@@ -28,7 +28,10 @@ def index_settings(
     }
 
 
+POSITIONS_SHA256 = "positions_sha256"
+
+
 def position_settings(database: Manifest) -> dict[str, Any]:
     """The same for the positions of an index's photos, if it is built with positions."""
     places = database.utm_m.tobytes() + database.heading_deg.tobytes()
-    return {"positions_sha256": hashlib.sha256(places).hexdigest()}
+    return {POSITIONS_SHA256: hashlib.sha256(places).hexdigest()}

@@ -26,7 +26,7 @@ from pairvpr.config.schema import (
     OpenIndexConfig,
     QueryConfig,
 )
-from pairvpr.data import storage
+from pairvpr.data import sealed, storage
 from pairvpr.data.claim import claim
 from pairvpr.data.manifest import folder_manifest
 from pairvpr.errors import IncompleteRunError, UserError
@@ -174,6 +174,33 @@ def test_a_finished_index_of_photos_with_other_names_is_refused(config: Evaluate
     storage.remove_file(storage.join(run.index, "settings.json"))
     (tmp_path / "database" / "c.png").rename(tmp_path / "database" / "d.png")
     assert "paths_sha256" in mistake(lambda: prepare([config]))
+
+
+def test_photos_that_have_moved_are_another_run(config: EvaluateConfig, tmp_path: Path) -> None:
+    """Also where no positive changes: the index keeps positions. Settings of earlier versions don't say them."""
+
+    def placed(east_m: int) -> EvaluateConfig:
+        for part, names in (("database", "abc"), ("queries", "q")):
+            rows = [f"{name}.png,{east_m if name == 'c' else 100},200" for name in names]
+            (tmp_path / f"{part}.csv").write_text("\n".join(["path,utm_east,utm_north", *rows]))
+        assert isinstance(config.benchmark, FoldersConfig)
+        tables = {"database_table": f"{tmp_path}/database.csv", "queries_table": f"{tmp_path}/queries.csv"}
+        return replace(config, benchmark=replace(config.benchmark, positions=PositionSource.table, **tables))
+
+    (run,) = prepare([placed(100_000)])
+    finish_index(run)
+    claim(run.output, run.settings(), "output")
+    assert prepare([placed(100_000)])[0].settings() == run.settings()
+    moved = placed(200_000)
+    assert "out was made with different settings: positions_sha256" in mistake(lambda: prepare([moved]))
+    other = replace(moved, output=f"{tmp_path}/other")
+    assert "index was made with different settings: positions_sha256" in mistake(lambda: prepare([other]))
+    for directory in (run.output, run.index):
+        settings = sealed.read_json(f"{directory}/settings.json", "")
+        assert settings is not None
+        storage.remove_file(f"{directory}/settings.json")
+        claim(directory, {name: its for name, its in settings.items() if name != "positions_sha256"}, "k")
+    prepare([moved])
 
 
 def test_what_is_reported_does_not_keep_a_run_from_being_resumed(config: EvaluateConfig) -> None:
