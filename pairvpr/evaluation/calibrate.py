@@ -45,7 +45,6 @@ from pairvpr.evaluation.fit_decision import (
 from pairvpr.evaluation.predictions_file import read_predictions
 from pairvpr.evaluation.run_index import photos_of_run
 from pairvpr.retrieval.decision import Decision
-from pairvpr.secrets import without_secrets
 
 NUM_BLOCKS = 20
 FEWEST_QUERIES = 50
@@ -102,7 +101,7 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
         rule: decision_report(fit, fitted.queries, held_out.queries, round_size) for rule, fit in fits.items()
     }
     content = found.content() | {"max_loss": config.max_loss, "held_out": held_out_content}
-    print(without_secrets("\n".join(_text(content, run.url))))
+    print("\n".join(_text(content, run.name)))
     try:
         sealed.write_json(config.output, content)
     except OSError as error:
@@ -344,14 +343,14 @@ def _curve_table(points: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _text(content: Mapping[str, Any], url: str) -> list[str]:
+def _text(content: Mapping[str, Any], name: str) -> list[str]:
     """The content of the file as text."""
     held_out = content["held_out"]
     curve = [CurvePoint(**row) for row in held_out["curve"]]
     chosen, full = CurvePoint(**held_out["at_stop_margin"]), curve[-1]
     lines = [
         f"{content['benchmark']}: fitted to {content['num_queries']:,} queries, the rest is about "
-        f"{held_out['num_queries']:,} others of {url}",
+        f"{held_out['num_queries']:,} others of {name}",
         "",
         f"temperature {content['temperature']:.3f}, midpoint {content['midpoint']:.3f}: expected calibration error "
         + ", ".join(

@@ -26,6 +26,7 @@ from pairvpr.evaluation.bootstrap import bootstrap_interval, sign_test
 from pairvpr.evaluation.predictions_file import RERANKED, FinalOrder, final_order_of, prediction_batches
 from pairvpr.evaluation.recall import first_hits
 from pairvpr.evaluation.tables import FORMATS, note, table
+from pairvpr.secrets import without_secrets
 
 pc: Any = compute  # its functions are generated at run time, so their types are unknown
 
@@ -37,10 +38,18 @@ NEEDED = ("benchmark", "protocol", "model", "recall", "candidate_ceiling", "num_
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """An evaluation with ground truth: its directory as given by the user, and the content of its metrics.json."""
+    """An evaluation with ground truth: its directory as given by the user, and the content of its metrics.json.
+
+    `url` is for reading files; texts show `name`.
+    """
 
     url: str
     metrics: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Its URL as texts show it, without a password."""
+        return without_secrets(self.url)
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -124,7 +133,7 @@ def _different_tests(first: MeasuredRun, other: MeasuredRun) -> UserError:
     )
     names = dict.fromkeys(run.metrics["benchmark"] for run in (first, other))
     return UserError(
-        f"{' and '.join(names)}: {first.url} (here) and {other.url} (there) are different tests, so "
+        f"{' and '.join(names)}: {first.name} (here) and {other.name} (there) are different tests, so "
         f"their numbers can't be compared: {found}"
     )
 
@@ -168,7 +177,7 @@ def _row(run: MeasuredRun, steps: Sequence[str]) -> list[str]:
     of_step = {"global": recall["global"], "re-ranked": recall["reranked"], "decided": decided}
     recalls = [of_step[step].get(n) for step in steps for n in SHOWN_N]
     return [
-        run.url,
+        run.name,
         f"{model['name']}{' (untrained)' if model.get('untrained') else ''}",
         model["weights_sha256"][:DIGEST_LENGTH],
         str(run.metrics["num_candidates"]),
@@ -195,8 +204,8 @@ def paired(first: MeasuredRun, second: MeasuredRun) -> list[str]:
 def _from_to(first: MeasuredRun, second: MeasuredRun) -> str:
     """Both runs by name, with what their final answers are."""
     if first.order == second.order:
-        return f"from {first.url} to {second.url}, {first.order.words}"
-    return f"from {first.url} ({first.order.words}) to {second.url} ({second.order.words})"
+        return f"from {first.name} to {second.name}, {first.order.words}"
+    return f"from {first.name} ({first.order.words}) to {second.name} ({second.order.words})"
 
 
 def first_answer_is_right(run: MeasuredRun) -> NDArray[np.bool_]:

@@ -17,6 +17,7 @@ from pairvpr.errors import UserError
 from pairvpr.evaluation.predictions_file import FinalOrder, final_order_of
 from pairvpr.evaluation.run_index import index_places, photos_of_run
 from pairvpr.index.descriptor_shards import REJECTED, read_rejected
+from pairvpr.secrets import without_secrets
 
 STEPS = (
     ("queries/described.json", "describing the queries"),
@@ -32,7 +33,7 @@ class FinishedRun:
     """A run with or without ground truth. Photos' ids are positions in `database` and `queries`."""
 
     url: str
-    """As the user wrote it."""
+    """As the user wrote it, to read files; texts show `name`."""
     metrics: dict[str, Any]
     settings: dict[str, Any]
 
@@ -40,6 +41,11 @@ class FinishedRun:
     def predictions(self) -> str:
         """Path or URL of its predictions."""
         return storage.join(self.url, "predictions.parquet")
+
+    @property
+    def name(self) -> str:
+        """Its URL as texts show it, without a password."""
+        return without_secrets(self.url)
 
     @property
     def order(self) -> FinalOrder:

@@ -266,7 +266,7 @@ def protocol_section(run: FinishedRun) -> str:
         ["Candidates K", str(metrics["num_candidates"])],
     ]
     rows += [["Model", _plain(metrics["model"])], ["Versions", _plain(metrics.get("versions", {}))]]
-    rows += [["Rejected photos", _plain(metrics.get("rejected_images", {}))], ["Run", run.url]]
+    rows += [["Rejected photos", _plain(metrics.get("rejected_images", {}))], ["Run", run.name]]
     return _section("protocol", "Protocol", "", _table(["Entry", "Value"], rows, "words"))
 
 

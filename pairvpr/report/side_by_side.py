@@ -61,7 +61,7 @@ def write_comparison(urls: Sequence[str], output: str) -> None:
 def _masthead(first: FinishedRun, second: FinishedRun) -> str:
     return (
         f'<p class="kicker">Two runs side by side</p><h1>{escape(second.metrics["benchmark"])}</h1>'
-        f'<p class="facts">from {escape(first.url)} to {escape(second.url)}</p>'
+        f'<p class="facts">from {escape(first.name)} to {escape(second.name)}</p>'
     )
 
 
