@@ -26,8 +26,8 @@ from pairvpr.models.weights import announce, load_weights
 from pairvpr.status import published
 from pairvpr.terminal import say
 from ray_jobs.run import (
-    MAY_LACK,
     Run,
+    as_earlier,
     check_calibration,
     check_claims,
     check_dense_store,
@@ -56,9 +56,9 @@ def evaluate(configs: Sequence[EvaluateConfig]) -> list[dict[str, Any]]:
     if runs[0].weights is not None:
         announce(configs[0].model, runs[0].weights)
     for run in runs:
-        claim(run.output, run.settings(), "output", MAY_LACK)
+        claim(run.output, run.settings(), "output", as_earlier(run.settings()))
         if run.given is None and read_manifest(run.index) is None:
-            claim(run.index, run.index_settings(), "index.path", MAY_LACK)
+            claim(run.index, run.index_settings(), "index.path", as_earlier(run.index_settings()))
     reports: list[dict[str, Any]] = []
     incomplete: list[str] = []
     with ray_session(configs[0].cluster):

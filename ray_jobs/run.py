@@ -168,14 +168,15 @@ class Run:
         return {name: value for name, value in values.items() if value is not None}
 
 
-MAY_LACK = (POSITIONS_SHA256,)
-"""Of evaluate's settings: earlier versions did not write them."""
+def as_earlier(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """An evaluation's settings as earlier versions wrote them, without positions."""
+    return [{name: value for name, value in settings.items() if name != POSITIONS_SHA256}]
 
 
 def check_claims(run: Run) -> None:
-    check_claim(run.output, run.settings(), "output", may_lack=MAY_LACK)
+    check_claim(run.output, run.settings(), "output", earlier=as_earlier(run.settings()))
     if run.given is None:
-        check_claim(run.index, run.index_settings(), "index.path", may_lack=MAY_LACK)
+        check_claim(run.index, run.index_settings(), "index.path", earlier=as_earlier(run.index_settings()))
 
 
 def check_photos(run: Run) -> None:

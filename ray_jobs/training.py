@@ -47,13 +47,14 @@ def train(config: Any, datasets: list[str], make_stage: Any, start_weights: Call
         make_stage=make_stage,
         num_steps=num_steps,
     )
-    check_claim(output, job.settings(), "output")
+    settings, earlier = job.settings(), [job.earlier_settings()]
+    check_claim(output, settings, "output", earlier=earlier)
     if steps_done(output) >= num_steps:
         with published(output, "training"):  # a driver that was killed after its last step left another status
             say(f"training: finished earlier ({num_steps:,} steps), skipped")
         return
     with ray_session(config.cluster):
-        claim(output, job.settings(), "output")
+        claim(output, settings, "output", earlier)
         if train.validation is not None:
             prepare_benchmark(train.validation, output)
         with published(output, "training"):

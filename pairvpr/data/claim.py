@@ -6,7 +6,7 @@ import hashlib
 import os
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,12 @@ def check_claim(
     settings: Mapping[str, Any],
     key: str,
     ignored: Collection[str] = (),
-    may_lack: Collection[str] = (),
+    earlier: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Raise `UserError`, naming the setting `key` and what differs, if other settings made `directory`.
 
-    Also if it is not a directory, or its settings can't be read. Settings whose dotted names are `ignored` may differ,
-    and those that it `may_lack`, because earlier versions did not write them, may be absent there. Nothing is written.
+    Also if it is not a directory, or its settings can't be read. Settings whose dotted names are `ignored` may differ.
+    `earlier` has the same settings in the forms in which earlier versions stored them. Nothing is written.
     """
     made_by = sealed.read_json(
         storage.join(directory, FILE), f"expected another {key}: what made this one is not known"
@@ -39,8 +39,8 @@ def check_claim(
         if storage.is_local(directory):
             _nearest_directory(directory, key)
         return
-    absent = {name for name in may_lack if name not in made_by}
-    found = differences(made_by, plain_without_secrets(dict(settings)), absent.union(ignored))
+    forms = (plain_without_secrets(dict(form)) for form in (settings, *earlier))
+    found = min((differences(made_by, form, ignored) for form in forms), key=len)
     if found:
         raise UserError(
             f"{key}={directory} was made with different settings: {'; '.join(found)}; "
@@ -73,7 +73,7 @@ def check_writable_file(file: str, key: str, content: str) -> None:
     check_writable(str(path.parent), key)
 
 
-def claim(directory: str, settings: Mapping[str, Any], key: str, may_lack: Collection[str] = ()) -> None:
+def claim(directory: str, settings: Mapping[str, Any], key: str, earlier: Sequence[Mapping[str, Any]] = ()) -> None:
     """Write the settings into a directory that has none yet; from others, delete temporary files of killed writers.
 
     Of several simultaneous claims with different settings, at most one succeeds. Raises `UserError` as the two checks
@@ -91,7 +91,7 @@ def claim(directory: str, settings: Mapping[str, Any], key: str, may_lack: Colle
                 _announced(directory, settings, key)
     except OSError as error:
         raise UserError(f"{key}={directory}: can't be written: {storage.reason(error)}") from error
-    check_claim(directory, settings, key, may_lack=may_lack)
+    check_claim(directory, settings, key, earlier=earlier)
 
 
 def _announced(directory: str, settings: Mapping[str, Any], key: str) -> None:
@@ -146,5 +146,8 @@ def _flat(value: object, prefix: str) -> Iterator[tuple[str, object]]:
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield from _flat(inner, f"{prefix}.{name}" if prefix else str(name))
+    elif isinstance(value, list) and any(isinstance(inner, Mapping) for inner in value):
+        for number, inner in enumerate(value):
+            yield from _flat(inner, f"{prefix}[{number}]")
     else:
         yield prefix, value

@@ -93,12 +93,20 @@ class Job:
         train = asdict(self.config.train)
         for name in NOT_PART_OF_A_RESULT:
             train.pop(name, None)
-        train["datasets"] = {training_set.name: len(training_set) for training_set in self.sets}
+        train["datasets"] = [
+            {"name": its.name, "num_places": len(its), "places_sha256": its.places_sha256} for its in self.sets
+        ]
         train["start_sha256"] = self.start.sha256
         model = asdict(self.config.model)
         for name in ("weights", "scaled_decoding", "max_megapixels", "compile"):
             del model[name]  # training does not set it
         return {"stage": _stage_number(self.config), "train": _plain(train), "model": _plain(model)}
+
+    def earlier_settings(self) -> dict[str, Any]:
+        """The same settings in the form of earlier versions: the number of places of each set, without their order."""
+        settings = self.settings()
+        settings["train"]["datasets"] = {its.name: len(its) for its in self.sets}
+        return settings
 
 
 def _stage_number(config: JobConfig) -> int:

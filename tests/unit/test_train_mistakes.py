@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -10,10 +11,15 @@ import torch
 
 from pairvpr.config.compose import load
 from pairvpr.config.train_schema import StageOneConfig, TrainStageOneConfig, TrainStageTwoConfig
+from pairvpr.data import sealed, storage
+from pairvpr.data.claim import check_claim, claim
+from pairvpr.data.training_sets.read import read_training_sets
 from pairvpr.distributed import train_workers
 from pairvpr.errors import UserError
 from pairvpr.models.weights import untrained_state
+from pairvpr.toy.training_sets import write_landmarks
 from pairvpr.training.checkpoint import steps_done
+from pairvpr.training.start import stage_one_start_weights
 from ray_jobs.train_stage_one import train_stage_one
 from ray_jobs.train_stage_two import train_stage_two
 from tests.support.training import arguments, draw_training_set
@@ -100,6 +106,62 @@ def test_a_log_ahead_of_its_checkpoint_is_not_the_end(root: Path, tmp_path: Path
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "metrics.jsonl").write_text('{"step": 10, "loss": 1.0}\n')
     assert steps_done(str(tmp_path / "out")) == 0
+
+
+def _job(root: Path, output: Path, datasets: list[str]) -> train_workers.Job:
+    config = load(TrainStageOneConfig, arguments(1, root, output))
+    weights = stage_one_start_weights(config.model, None, 1)
+    sets = read_training_sets(datasets, str(root), str(root / "cache"))
+    nothing: Any = None
+    return train_workers.Job(
+        config=config, output=str(output), sets=sets, start=weights, validation=None, make_stage=nothing, num_steps=1
+    )
+
+
+@pytest.fixture
+def two_sets(tmp_path: Path) -> Path:
+    draw_training_set(tmp_path / "two")
+    write_landmarks(str(tmp_path / "two" / "gldv2"), num_places=4, photos_per_place=4, seed=1000)
+    return tmp_path / "two"
+
+
+def _claimed_by(job: train_workers.Job, other: train_workers.Job) -> str:
+    """What `job` is told in a directory that `other` has claimed."""
+    claim(other.output, other.settings(), "output", [other.earlier_settings()])
+    with pytest.raises(UserError) as refused:
+        check_claim(job.output, job.settings(), "output", earlier=[job.earlier_settings()])
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_training_does_not_go_on_with_sets_in_another_order(two_sets: Path, tmp_path: Path) -> None:
+    names = ["gsv_cities", "gldv2"]
+    job, other = (_job(two_sets, tmp_path / "out", order) for order in (names, names[::-1]))
+    assert "train.datasets[0].name gsv_cities there, gldv2 now" in _claimed_by(other, job)
+    check_claim(job.output, job.settings(), "output", earlier=[job.earlier_settings()])
+
+
+def test_training_does_not_go_on_with_another_list_of_as_many_places(two_sets: Path, tmp_path: Path) -> None:
+    job = _job(two_sets, tmp_path / "out", ["gldv2"])
+    table = two_sets / "gldv2" / "train_clean.csv"
+    head, *lines = table.read_text().splitlines()
+    table.write_text("\n".join([head, *lines[::-1], ""]))
+    said = _claimed_by(_job(two_sets, tmp_path / "out", ["gldv2"]), job)
+    assert "train.datasets[0].places_sha256" in said
+    assert "num_places" not in said
+
+
+def test_training_goes_on_where_an_earlier_version_stored_numbers_of_places(two_sets: Path, tmp_path: Path) -> None:
+    job = _job(two_sets, tmp_path / "out", ["gsv_cities", "gldv2"])
+    settings = job.settings()
+    settings["train"]["datasets"] = {"gsv_cities": len(job.sets[0]), "gldv2": 4}
+    storage.create_exclusively(f"{job.output}/settings.json", sealed.json_bytes(settings))
+    earlier = [job.earlier_settings()]
+    check_claim(job.output, job.settings(), "output", earlier=earlier)
+    claim(job.output, job.settings(), "output", earlier)
+    fewer = _job(two_sets, tmp_path / "out", ["gsv_cities"])
+    with pytest.raises(UserError, match=r"settings: train\.datasets\.gldv2 4 there, absent now; expected"):
+        check_claim(job.output, fewer.settings(), "output", earlier=[fewer.earlier_settings()])
 
 
 def test_a_validation_without_ground_truth_is_refused(root: Path, tmp_path: Path) -> None:

@@ -326,12 +326,12 @@ def make_landmarks(root: Path) -> Landmarks:
     return read_landmarks(landmarks(root, ["1,aaaa bbbb cccc dddd", "2," + " ".join(f"x{i:03d}" for i in range(9))]))
 
 
-def make_sfxl(root: Path) -> SfXl:
+def make_sfxl(root: Path, edit: Callable[[list[str]], list[str]] = list) -> SfXl:
     rng = np.random.default_rng(0)
     paths = [
         panorama(545010.5 + 15 * (i % 2) + x, 4180005.5 + y, i) for i, (x, y) in enumerate(rng.uniform(0, 9, (14, 2)))
     ]
-    return read_sfxl(sfxl_files(root, paths), str(root / "cache"))
+    return read_sfxl(sfxl_files(root, edit(paths)), str(root / "cache"))
 
 
 @pytest.fixture(scope="module", params=[make_gsv, make_landmarks, make_sfxl])
@@ -366,6 +366,40 @@ def test_every_photo_of_a_place_comes_up_alike(drawn_set: TrainingSet) -> None:
 
 
 # From names to pixels
+
+
+def _moved(paths: list[str]) -> list[str]:
+    """The last of the panoramas under another name, in its cell."""
+    return [*paths[:-1], paths[-1].replace("id", "other")]
+
+
+@pytest.mark.parametrize(
+    ("make", "edited"),
+    [
+        (make_gsv, lambda root: read_gsv_cities(gsv(root, {"Rome": [*gsv_rows(1, 5), *gsv_rows(2, 8)]}))),
+        (make_gsv, lambda root: read_gsv_cities(gsv(root, {"Rome": [*gsv_rows(1, 4), *gsv_rows(3, 9)]}))),
+        (make_gsv, lambda root: read_gsv_cities(gsv(root, {"Miami": [*gsv_rows(1, 4), *gsv_rows(2, 9)]}))),
+        (
+            make_landmarks,
+            lambda root: read_landmarks(landmarks(root, ["1,aaaa bbbb cccc dddd", "2,x000 x001 x002 x003"])),
+        ),
+        (
+            make_landmarks,
+            lambda root: read_landmarks(
+                landmarks(root, ["2," + " ".join(f"x{i:03d}" for i in range(9)), "1,aaaa bbbb cccc dddd"])
+            ),
+        ),
+        (make_sfxl, lambda root: make_sfxl(root, _moved)),
+    ],
+)
+def test_the_digest_is_that_of_what_is_drawn_from_wherever_it_lies(
+    tmp_path: Path, make: Callable[[Path], TrainingSet], edited: Callable[[Path], TrainingSet]
+) -> None:
+    """Another list with as many places has another digest; a copy in another folder has the same."""
+    first, copied, other = (make_it(tmp_path / str(n)) for n, make_it in enumerate((make, make, edited)))
+    assert first.places_sha256 == copied.places_sha256
+    assert len(first) == len(other)
+    assert first.places_sha256 != other.places_sha256
 
 
 def test_sets_are_read_by_name_from_their_folders(tmp_path: Path) -> None:

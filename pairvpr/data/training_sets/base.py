@@ -29,6 +29,11 @@ class TrainingSet(Protocol):
         """Number of places."""
         ...
 
+    @property
+    def places_sha256(self) -> str:
+        """Digest of the places and the paths of their photos below the set's root, in order: what is drawn from."""
+        ...
+
     def draw(self, place: int, count: int, rng: Generator, broken: Collection[str] = ()) -> list[View]:
         """`count` different views of a place, drawn only by `rng`.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from pairvpr.data import storage
 from pairvpr.data.training_sets.base import View
-from pairvpr.data.training_sets.places import draw_photos, group, offsets_of
+from pairvpr.data.training_sets.places import digest, draw_photos, group, offsets_of
 from pairvpr.data.training_sets.tables import read_csv
 from pairvpr.errors import UserError
 
@@ -84,6 +85,16 @@ class GsvCities:
     def __len__(self) -> int:
         """Number of places."""
         return len(self.offsets) - 1
+
+    @property
+    def places_sha256(self) -> str:
+        """See `TrainingSet.places_sha256`."""
+        return self._places_sha256
+
+    @cached_property
+    def _places_sha256(self) -> str:
+        columns = [self.photos.column(name) for name in ("city", *COLUMNS)]
+        return digest(self.offsets, *(its if pa.types.is_string(its.type) else its.to_numpy() for its in columns))
 
     def draw(self, place: int, count: int, rng: Generator, broken: Collection[str] = ()) -> list[View]:
         """`count` different photos of a place, drawn uniformly, without those in `broken`."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 
 import pyarrow as pa
 from numpy.random import Generator
 
 from pairvpr.data import storage
 from pairvpr.data.training_sets.base import View
-from pairvpr.data.training_sets.places import draw_photos
+from pairvpr.data.training_sets.places import digest, draw_photos
 from pairvpr.data.training_sets.tables import read_csv
 from pairvpr.errors import UserError
 
@@ -44,6 +45,15 @@ class Landmarks:
     def __len__(self) -> int:
         """Number of landmarks."""
         return len(self.images)
+
+    @property
+    def places_sha256(self) -> str:
+        """See `TrainingSet.places_sha256`."""
+        return self._places_sha256
+
+    @cached_property
+    def _places_sha256(self) -> str:
+        return digest(self.images)
 
     def draw(self, place: int, count: int, rng: Generator, broken: Collection[str] = ()) -> list[View]:
         """`count` different photos of a landmark, drawn uniformly, without those in `broken`."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.random import Generator
 from numpy.typing import NDArray
 
 from pairvpr.data.training_sets.base import View
+
+NUM_HASHED_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,6 +36,19 @@ def group(keys: NDArray[np.int64], min_rows: int) -> Places:
 def offsets_of(counts: NDArray[np.integer]) -> NDArray[np.int64]:
     """Start of each of n groups of these sizes, and the end of the last one (n + 1,)."""
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+def digest(*columns: NDArray[Any] | pa.Array | pa.ChunkedArray) -> str:
+    """sha256 of columns, in order: of numbers their bytes, of texts their lines."""
+    found = hashlib.sha256()
+    for column in columns:
+        found.update(f"{len(column)}\n".encode())
+        if isinstance(column, np.ndarray):
+            found.update(np.ascontiguousarray(column).tobytes())
+            continue
+        for first in range(0, len(column), NUM_HASHED_AT_ONCE):
+            found.update("\n".join([*column.slice(first, NUM_HASHED_AT_ONCE).to_pylist(), ""]).encode())
+    return found.hexdigest()
 
 
 def draw_photos(

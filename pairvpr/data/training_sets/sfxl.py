@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -21,7 +22,7 @@ from pyarrow import compute
 from pairvpr.data import panoramas, sealed, storage
 from pairvpr.data.photo_listing import photos_among
 from pairvpr.data.training_sets.base import View
-from pairvpr.data.training_sets.places import group, offsets_of
+from pairvpr.data.training_sets.places import digest, group, offsets_of
 from pairvpr.errors import UserError
 
 pc: Any = compute  # its functions are generated at run time, so their types are unknown
@@ -67,6 +68,15 @@ class SfXl:
     def __len__(self) -> int:
         """Number of cells."""
         return len(self.offsets) - 1
+
+    @property
+    def places_sha256(self) -> str:
+        """See `TrainingSet.places_sha256`; positions and yaws are in the paths."""
+        return self._places_sha256
+
+    @cached_property
+    def _places_sha256(self) -> str:
+        return digest(self.offsets, self.paths)
 
     def draw(self, place: int, count: int, rng: Generator, broken: Collection[str] = ()) -> list[View]:
         """Crops of two panoramas of a cell that look at one point; fewer if the others are in `broken`."""
