@@ -41,6 +41,7 @@ SUFFIXES = (".pt", ".pth", ".safetensors")
 ROLLING = "last.pt"
 SEARCHED_N = (1, 5, 10)
 COLUMNS = [f"{step}_recall@{n}" for step in ("global", "reranked") for n in SEARCHED_N]
+NOT_KNOWN = "-"
 
 
 @dataclass(frozen=True)
@@ -182,13 +183,15 @@ def _read_result(url: str) -> dict[str, Any]:
 
 
 def _table(search: Search, failed: dict[str, str]) -> pa.Table:
-    """A row for each checkpoint, by name; recalls are null if it failed."""
+    """A row for each checkpoint, by name; recalls are null if it failed, and re-ranked ones of more than K answers."""
+    most = search.config.rerank.num_candidates
+    known = [name for name in COLUMNS if name.startswith("global") or int(name.partition("@")[2]) <= most]
     rows = []
     for name in search.urls:
         result = {} if name in failed else _read_result(_result_url(search.output, name))
         rows.append(
             {"checkpoint": name}
-            | {column: result.get(column) for column in COLUMNS}
+            | {column: result.get(column) if column in known else None for column in COLUMNS}
             | {"weights_sha256": result.get("weights_sha256"), "error": failed.get(name)}
         )
     schema = pa.schema(
@@ -208,23 +211,31 @@ def _publish(output: str, table: pa.Table) -> None:
 
 
 def _text(table: pa.Table) -> str:
-    """The printed table, and the best checkpoint, by re-ranked and then by global recall@1."""
+    """The printed table, and the best checkpoint, by re-ranked (where pairs are scored) and then by global recall@1."""
     rows = table.to_pylist()
     width = max(len(row["checkpoint"]) for row in rows)
     lines = [f"{'recall@N (%)':<{width}}  " + "".join(f"{column.replace('_recall', ' '):>14}" for column in COLUMNS)]
     for row in rows:
-        cells = row["error"] or "".join(f"{row[column]:>14.1f}" for column in COLUMNS)
+        cells = row["error"] or "".join(f"{_percent(row[column]):>14}" for column in COLUMNS)
         lines.append(f"{row['checkpoint']:<{width}}  {cells}")
     best = max(rows, key=_rank)
     if best["error"] is None:
-        lines.append(f"best: {best['checkpoint']}, recall@1 {best['reranked_recall@1']:.1f} re-ranked")
+        step, recall = "re-ranked", best["reranked_recall@1"]
+        if recall is None:
+            step, recall = "global, nothing re-ranked", best["global_recall@1"]
+        lines.append(f"best: {best['checkpoint']}, recall@1 {_percent(recall)} {step}")
     return "\n".join(lines)
+
+
+def _percent(recall: float | None) -> str:
+    return NOT_KNOWN if recall is None else f"{recall:.1f}"
 
 
 def _rank(row: dict[str, Any]) -> tuple[float, float]:
     if row["error"] is not None:
         return -math.inf, -math.inf
-    return row["reranked_recall@1"], row["global_recall@1"]
+    reranked = row["reranked_recall@1"]
+    return 0.0 if reranked is None else reranked, row["global_recall@1"]
 
 
 if __name__ == "__main__":
