@@ -673,9 +673,12 @@ class BuildIndexConfig(PositionsConfig):
         require_text(self, "", "database", "output")
 
 
+OF_A_NEW_KIND = ("num_lists", "memory_budget_gib", "target_recall", "allow_overcommit")
+
+
 @dataclass(kw_only=True)
 class ChangedIndexConfig(ShardsConfig):
-    """The index to change. Memory budget, recall and lists apply to a new kind."""
+    """The index to change. Memory budget, recall, lists and overcommitment need index.kind, num_shards needs add."""
 
     path: str = "???"
     """Index directory (path or URL) written by build_index or evaluate."""
@@ -686,12 +689,26 @@ class ChangedIndexConfig(ShardsConfig):
 
     def __post_init__(self) -> None:
         require_text(self, "index.", "path")
-        require(
-            self.kind is not None or (self.num_lists is None and self.memory_budget_gib is None),
-            "index.num_lists or index.memory_budget_gib is set without index.kind: expected also index.kind=...",
-        )
         require(0 <= self.compact_share < 1, f"index.compact_share={self.compact_share}: expected 0 to below 1")
         self.as_build_config()
+        self._check_acts(OF_A_NEW_KIND, "index.kind=...", acts=self.kind is not None)
+
+    def check_acts(self, *, adds: bool, compacts: bool) -> None:
+        """Raise `UserError` for a setting that changes nothing in an update that `adds` photos or `compacts`."""
+        self._check_acts(("num_shards",), "add=...", acts=adds)
+        self._check_acts(("compact_share",), "compact=true", acts=compacts)
+        builds = adds or compacts or self.kind is not None
+        self._check_acts(("num_build_threads",), "add=..., compact=true or index.kind=...", acts=builds)
+
+    def _check_acts(self, names: tuple[str, ...], expected: str, *, acts: bool) -> None:
+        """Settings that differ from their defaults must act."""
+        defaults = {item.name: item.default for item in fields(self)}
+        for name in names if not acts else ():
+            value = getattr(self, name)
+            require(
+                value == defaults[name],
+                f"index.{name}={value}: nothing in this update reads it; expected {expected}, too",
+            )
 
     def as_build_config(self) -> BuildConfig:
         """The same settings as a `BuildConfig`."""
@@ -731,6 +748,7 @@ class UpdateIndexConfig(PositionsConfig):
             f"without_positions=true, add={self.add}, positions={self.positions}: expected it with add=... and without "
             "positions=...",
         )
+        self.index.check_acts(adds=self.add is not None, compacts=self.compact)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -30,6 +30,7 @@ class FakeSet:
     photos: tuple[int, ...]
     cities: tuple[tuple[str, range], ...] = ()
     focal: bool = False
+    places_sha256: str = "of no list"
 
     def __len__(self) -> int:
         return len(self.photos)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from pairvpr.config.compose import load
-from pairvpr.config.schema import BuildIndexConfig, QueryConfig, UpdateIndexConfig
+from pairvpr.config.schema import BuildIndexConfig, ChangedIndexConfig, QueryConfig, UpdateIndexConfig
 from pairvpr.data import storage
 from pairvpr.data.manifest import Manifest, folder_manifest
 from pairvpr.errors import UserError
@@ -73,7 +74,7 @@ def update(root: Path, *line: str) -> Callable[[], object]:
         (["remove=ROOT/absolute.txt"], "absolute.txt: /photos/a.png is not a path inside ROOT/photos"),
         (["add=ROOT/outside.txt"], "outside.txt: ../a.png is not a path inside ROOT/photos"),
         (["add=ROOT/list.txt", "remove=ROOT/dotted.txt"], "add and remove both name a.png"),
-        (["remove=ROOT/list.txt", "index.num_lists=8"], "is set without index.kind: expected also index.kind=..."),
+        (["remove=ROOT/list.txt", "index.num_lists=8"], "index.num_lists=8: nothing in this update reads it"),
         (["add=ROOT/photos", "positions=exif"], "photos/a.png: its EXIF has no GPS position"),
         (["add=ROOT/photos", "positions=names"], "add: a.png has no coordinates in its name"),
         (["add=ROOT/photos", "positions=table"], "expected positions=table and positions_table=FILE together"),
@@ -93,6 +94,37 @@ def test_updates(root: Path, line: list[str], expected: str) -> None:
     before = storage.list_files(str(root))
     assert expected.replace("ROOT", str(root)) in mistake(update(root, *line))
     assert storage.list_files(str(root)) == before
+
+
+ACTS_WITH = {
+    "index.num_shards=4": {"add"},
+    "index.compact_share=0.1": {"compact"},
+    "index.num_build_threads=1": {"add", "compact", "index.kind"},
+    "index.num_lists=8": {"index.kind"},
+    "index.memory_budget_gib=1.5": {"index.kind"},
+    "index.target_recall=0.99": {"index.kind"},
+    "index.allow_overcommit=true": {"index.kind"},
+}
+ACTIONS = {"add": "add=x", "remove": "remove=x", "compact": "compact=true", "index.kind": "index.kind=ivf_8bit"}
+
+
+@pytest.mark.parametrize("setting", ACTS_WITH)
+@pytest.mark.parametrize("number", range(1, 16))
+def test_a_setting_that_changes_nothing_is_refused(setting: str, number: int) -> None:
+    """In every combination of what an update can do."""
+    done = [name for place, name in enumerate(ACTIONS) if number >> place & 1]
+    words = ["index.path=/index", *SMALL_NETWORK, *(ACTIONS[name] for name in done), setting]
+    if ACTS_WITH[setting] & set(done):
+        load(UpdateIndexConfig, words)
+        return
+    message = mistake(lambda: load(UpdateIndexConfig, words))
+    assert f"{setting.partition('=')[0]}=" in message
+    assert "nothing in this update reads it; expected" in message
+
+
+def test_every_setting_of_the_index_is_tried() -> None:
+    tried = {words.split("=")[0].removeprefix("index.") for words in ACTS_WITH}
+    assert tried == {item.name for item in fields(ChangedIndexConfig)} - {"path", "kind"}
 
 
 def test_a_photo_stays_where_what_replaces_it_can_not_be_read(tmp_path: Path) -> None:
