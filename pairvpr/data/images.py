@@ -228,7 +228,7 @@ def load_pixels(
     url: str, image_size_px: int, *, scaled_decoding: bool = False, max_megapixels: float = MAX_MEGAPIXELS
 ) -> Pixels:
     """`decode_pixels` of a file. Raises as `load_upright` does."""
-    return decode_pixels(_read(url), image_size_px, scaled_decoding=scaled_decoding, max_megapixels=max_megapixels)
+    return decode_pixels(read(url), image_size_px, scaled_decoding=scaled_decoding, max_megapixels=max_megapixels)
 
 
 def from_image(image: Image.Image, image_size_px: int) -> NDArray[np.uint8]:
@@ -245,15 +245,16 @@ def from_image(image: Image.Image, image_size_px: int) -> NDArray[np.uint8]:
         raise BrokenImageError(f"{type(error).__name__}: {error}") from error
 
 
-def load_upright(url: str) -> Image.Image:
-    """`decode_upright` of a file. Raises `BrokenImageError`, also if the file is missing or a local one is unreadable.
+def load_upright(url: str, *, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
+    """`decode_upright` of a file. Raises as `decode_upright` and `read` do."""
+    return decode_upright(read(url), max_megapixels=max_megapixels)
+
+
+def read(url: str) -> bytes:
+    """The bytes of a photo. Raises `BrokenImageError` if the file is missing or a local one is unreadable.
 
     Raises `StorageError` if storage can't be reached or a disk fails: the photo is not to blame.
     """
-    return decode_upright(_read(url))
-
-
-def _read(url: str) -> bytes:
     is_local = storage.is_local(url)
     broken = BROKEN_LOCALLY if is_local else (FileNotFoundError, IsADirectoryError)
     try:

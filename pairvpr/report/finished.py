@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pairvpr.config.schema import MAX_MEGAPIXELS
 from pairvpr.data import sealed, storage
 from pairvpr.data.claim import FILE as SETTINGS_FILE
 from pairvpr.data.manifest import Manifest
@@ -51,6 +52,11 @@ class FinishedRun:
     def order(self) -> FinalOrder:
         """Which of its answers are the final ones."""
         return final_order_of(self.metrics)
+
+    @property
+    def max_megapixels(self) -> float:
+        """Photos of more pixels were rejected."""
+        return self.settings.get("model", {}).get("max_megapixels", MAX_MEGAPIXELS)
 
     @cached_property
     def database(self) -> Manifest:

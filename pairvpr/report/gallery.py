@@ -52,9 +52,11 @@ class ShownQuery:
 
 
 class Photos:
-    """The photos of a page, each once: `add` gives its position in the list."""
+    """The photos of a page, each once: `add` gives its position in the list. A run `beside` has the same ones."""
 
-    def __init__(self, run: FinishedRun) -> None:
+    def __init__(self, run: FinishedRun, beside: FinishedRun | None = None) -> None:
+        self.max_megapixels = max(its.max_megapixels for its in (run, beside or run))
+        """Photos of more pixels were rejected."""
         self._parts = {"database": run.database, "queries": run.queries}
         self._places: dict[tuple[str, int], int] = {}
 

@@ -108,7 +108,7 @@ def gallery_content(outcomes: Outcomes, queries: Sequence[ShownQuery], photos: P
 
 def shown_photos(photos: Photos, budget_bytes: int) -> list[dict[str, str | None]]:
     """Each photo with its picture, or why there is none."""
-    small = pictures(photos.urls, budget_bytes)
+    small = pictures(photos.urls, budget_bytes, photos.max_megapixels)
     gone = sum(picture.uri is None for picture in small)
     if gone:
         say(f"report: {gone:,} of {len(small):,} photos can't be shown, the page says why")
@@ -147,7 +147,7 @@ def explain(run: FinishedRun, queries: Sequence[ShownQuery], photos: Photos, num
         if done < number and its.final:
             pair = urls[its.photo], urls[its.final[0].photo]
             try:
-                sizes_px = [load_upright(url).size for url in pair]
+                sizes_px = [load_upright(url, max_megapixels=photos.max_megapixels).size for url in pair]
                 heat = map(heat_uri, explainer.maps(*pair), sizes_px)
                 its.heat = dict(zip(("query", "answer"), heat, strict=True))
             except (BrokenImageError, StorageError):

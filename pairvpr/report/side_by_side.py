@@ -35,7 +35,7 @@ def write_comparison(urls: Sequence[str], output: str) -> None:
     first, second = (open_run(url) for url in urls)
     before, after = (compare.first_answer_is_right(run) for run in tested)
     changed = {"corrected": after & ~before, "broken": before & ~after}
-    photos = Photos(second)
+    photos = Photos(second, beside=first)
     queries = [
         query
         for name, mask in changed.items()

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pairvpr.config.schema import MAX_MEGAPIXELS
 from pairvpr.data import images, storage
 from pairvpr.data.images import BrokenImageError
 
@@ -37,20 +38,21 @@ class Picture:
     """Why it can't."""
 
 
-def pictures(urls: Sequence[str], budget_bytes: int) -> list[Picture]:
+def pictures(urls: Sequence[str], budget_bytes: int, max_megapixels: float = MAX_MEGAPIXELS) -> list[Picture]:
     """A picture of each photo (path or URL); together their URIs take at most `budget_bytes`.
 
-    A photo that is gone or can't be read, or whose store can't be reached, gets the reason instead.
+    A photo that is gone, can't be read or has more than `max_megapixels`, or whose store can't be reached, gets the
+    reason instead.
     """
     most_bytes = max(1, budget_bytes // max(1, len(urls)))
     with ThreadPoolExecutor(NUM_THREADS) as threads:
-        return list(threads.map(lambda url: picture(url, most_bytes), urls))
+        return list(threads.map(lambda url: picture(url, most_bytes, max_megapixels), urls))
 
 
-def picture(url: str, most_bytes: int) -> Picture:
+def picture(url: str, most_bytes: int, max_megapixels: float = MAX_MEGAPIXELS) -> Picture:
     """One photo whose URI takes at most `most_bytes`."""
     try:
-        image = images.load_upright(url)
+        image = images.load_upright(url, max_megapixels=max_megapixels)
     except (BrokenImageError, storage.StorageError, OSError) as error:
         return Picture(None, storage.reason(error)[:MOST_REASON])
     image.thumbnail((DECODE_SIDE_PX, DECODE_SIDE_PX), Image.Resampling.LANCZOS, reducing_gap=3.0)

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import cast
@@ -24,7 +25,8 @@ from pairvpr.models.weights import build_model, load_weights
 from pairvpr.report import thumbnails
 from pairvpr.report.attention import Explainer
 from pairvpr.report.finished import open_run
-from pairvpr.report.make import make_report
+from pairvpr.report.gallery import Photos, ShownAnswer, ShownQuery
+from pairvpr.report.make import explain, make_report, shown_photos
 from pairvpr.report.page import json_in_html, page
 from tests.support.finished import DECISION, FACTS, MadeUpRun, draw_photos, make_run
 from tests.support.small import small_model_config
@@ -217,6 +219,30 @@ def test_explained_pairs_and_weights_that_are_not_the_runs(tmp_path: Path) -> No
         assert its.sum() == pytest.approx(1)
         np.testing.assert_allclose(its, same, rtol=1e-5)  # which photo comes first does not matter
     assert thumbnails.heat_uri(both[0], load_upright(urls[0]).size).startswith("data:image/webp")
+
+
+@pytest.mark.slow
+def test_photos_above_the_default_limit_are_shown_and_explained(tmp_path: Path) -> None:
+    """A run that takes 183 megapixels has read a photo of 182."""
+    made = make_run(tmp_path / "OUT", num_queries=12, num_database=20)
+    draw_photos(made.benchmark)
+    thumbnails.Image.new("L", (13_500, 13_500), 120).save(made.benchmark.database.url(0), "PNG")
+    run, other = open_run(made.folder), open_run(made.folder)
+    run.settings["model"].update(replace(small_model_config(), max_megapixels=183).settings())
+    run.metrics["model"] |= {"untrained": True, "weights_sha256": load_weights(small_model_config()).sha256}
+    for photos in (Photos(other, beside=run), Photos(run)):
+        query, answer = photos.add("queries", 0), photos.add("database", 0)
+        shown = shown_photos(photos, 40_000)
+        assert [its["reason"] for its in shown] == [None, None]
+    final = [ShownAnswer(photo=answer, right=None, metres=None, score=1.0)]
+    its = ShownQuery(
+        id=0, photo=query, kind="missed", tags=[], confidence=None, error=None, retrieved=[], final=final, truth=None
+    )
+    explain(run, [its], photos, 1, None)
+    assert set(its.heat) == {"query", "answer"}
+    photos = Photos(other)
+    photos.add("database", 0)
+    assert "more than model.max_megapixels=178" in str(shown_photos(photos, 40_000)[0]["reason"])
 
 
 def test_the_command_takes_a_directory_and_needs_neither_torch_nor_ray(tmp_path: Path) -> None:
