@@ -35,7 +35,7 @@ MOMENTS = {
 def test_driver_killed_and_run_again(city: Path, expected: bytes, tmp_path: Path, moment: str) -> None:
     line = arguments(city, tmp_path / "out", "index.num_shards=2", "rerank.num_actors=1")
     driver = start_job("evaluate", line)
-    wait_until(lambda: any((tmp_path / "out").glob(MOMENTS[moment])), moment)
+    wait_until(lambda: any((tmp_path / "out").glob(MOMENTS[moment])), moment, job=driver)
     children = descendants(driver.pid)
     driver.kill()
     driver.communicate()
@@ -67,7 +67,7 @@ def test_reranking_actor_killed(city: Path, expected_one_by_one: bytes, tmp_path
         driver = start_job("evaluate", line)
         wait_until(lambda pid=driver.pid: len(actors(pid, "_RerankActor")) == 2, "the start of two actors")
         victim = actors(driver.pid, "_RerankActor")[0]
-        wait_until(lambda output=output: any(output.glob("reranked/*.parquet")), "the first unit")
+        wait_until(lambda output=output: any(output.glob("reranked/*.parquet")), "the first unit", job=driver)
         with suppress(psutil.NoSuchProcess):  # the run is over
             victim.suspend()
             wait_until(lambda output=output: len(list(output.glob("reranked/*.parquet"))) > 3, "units of the other one")
@@ -115,7 +115,7 @@ def test_a_photo_that_is_replaced_while_the_driver_is_dead_is_described_anew(cit
     shutil.copytree(city, own)
     line = arguments(own, tmp_path / "out", "index.num_shards=2", "rerank.num_actors=1")
     driver = start_job("evaluate", line)
-    wait_until(lambda: any((tmp_path / "out").glob("index/parts/*.npz")), "a described part")
+    wait_until(lambda: any((tmp_path / "out").glob("index/parts/*.npz")), "a described part", job=driver)
     children = descendants(driver.pid)
     driver.kill()
     driver.communicate()

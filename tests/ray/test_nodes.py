@@ -76,7 +76,7 @@ def test_node_removed(
     )
     driver = start_job("evaluate", line, RAY_ADDRESS=str(cluster.address))
     if moment != "never":
-        wait_until(lambda: any((tmp_path / "out").glob(moment)), moment)
+        wait_until(lambda: any((tmp_path / "out").glob(moment)), moment, job=driver)
         cluster.remove_node(workers[0], allow_graceful=False)
     _, err = driver.communicate(timeout=300)
     assert driver.returncode == 0, err
@@ -94,7 +94,7 @@ def test_node_lost_while_training(tmp_path: Path, stage: int) -> None:
     with _three_nodes(1) as (cluster, workers):
         line = training.arguments(stage, tmp_path, tmp_path / "out", *more)
         driver = start_job(training.JOBS[stage], line, RAY_ADDRESS=str(cluster.address))
-        wait_until(lambda: len(read_metrics(output)) >= 2, "the second step")
+        wait_until(lambda: len(read_metrics(output)) >= 2, "the second step", job=driver)
         cluster.remove_node(workers[0], allow_graceful=False)
         cluster.add_node(num_cpus=1, object_store_memory=200 << 20)
         _, err = driver.communicate(timeout=300)
@@ -112,7 +112,7 @@ def test_a_node_that_announces_its_end_loses_no_step(tmp_path: Path) -> None:
     with _three_nodes(1) as (cluster, workers):
         line = training.arguments(2, tmp_path, tmp_path / "out", *more)
         driver = start_job("train_stage_two", line, RAY_ADDRESS=str(cluster.address))
-        wait_until(lambda: len(read_metrics(output)) >= 2, "the second step")
+        wait_until(lambda: len(read_metrics(output)) >= 2, "the second step", job=driver)
         drain = ["drain-node", f"--address={cluster.address}", f"--node-id={workers[0].node_id}"]
         reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=the pod ends"]
         ray_command = str(Path(sys.executable).with_name("ray"))

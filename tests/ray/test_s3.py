@@ -78,7 +78,7 @@ def test_everything_on_s3(city: Path, tmp_path: Path, swift: SwiftServer) -> Non
         f"index.cache_dir={tmp_path}/cache",
     )
     driver = start_job("evaluate", line, **swift.environment)
-    wait_until(lambda: store.exists("city/out/reranked/000001.parquet"), "the second unit")
+    wait_until(lambda: store.exists("city/out/reranked/000001.parquet"), "the second unit", job=driver)
     driver.kill()
     driver.communicate()
     resumed = run_job("evaluate", line, **swift.environment)
@@ -104,7 +104,9 @@ def test_an_index_lives_on_a_store_that_fails_one_request_in_ten(
         environment = swift.environment | {"AWS_ENDPOINT_URL": proxy.endpoint_url}
         remote = _Living("s3://city/living", "s3://city/living_index", city, tmp_path, "index.cache_gib=0.001")
         builder = start_job("build_index", remote.build, **environment)
-        wait_until(lambda: store.exists("city/living_index/shards/00001/described.json"), "a described shard")
+        wait_until(
+            lambda: store.exists("city/living_index/shards/00001/described.json"), "a described shard", job=builder
+        )
         builder.kill()
         builder.communicate()
         for job, line in remote.jobs():

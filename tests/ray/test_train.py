@@ -45,7 +45,7 @@ def test_actors_and_driver_killed(root: Path, tmp_path: Path, stage: int, victim
 
     output, line = str(tmp_path / "out"), _line(stage, root, tmp_path / "out")
     driver = start_job(JOBS[stage], line)
-    wait_until(lambda: len(read_metrics(output)) >= 2, "the second step")
+    wait_until(lambda: len(read_metrics(output)) >= 2, "the second step", job=driver)
     before = actors(driver.pid, "RayTrainWorker")
     assert len(before) == 2
     for name in victims:

@@ -123,10 +123,14 @@ def run_job(job: str, line: Sequence[str], **environment: str) -> subprocess.Com
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def wait_until(happened: Callable[[], bool], what: str, timeout_s: float = 300.0) -> None:
-    """Poll; fails the test, naming `what`, when it does not happen in time."""
+def wait_until(
+    happened: Callable[[], bool], what: str, timeout_s: float = 300.0, job: subprocess.Popen[str] | None = None
+) -> None:
+    """Poll; fails the test, naming `what`, when it does not happen in time, or the `job` ends without it."""
     deadline_s = time.monotonic() + timeout_s
     while not happened():
+        if job is not None and job.poll() is not None and not happened():
+            raise AssertionError(f"{what} did not happen, and the job ended ({job.returncode}): {job.communicate()[1]}")
         assert time.monotonic() < deadline_s, f"{what} did not happen within {timeout_s:.0f} s"
         time.sleep(0.02)
 

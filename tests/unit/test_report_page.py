@@ -105,6 +105,8 @@ def test_a_decision_has_its_columns(tmp_path: Path) -> None:
         assert {cells[0]: float(cells[place]) for cells in rows[f"by_{name}"][1:]} == pytest.approx(
             {group: 100 * right[ids].mean() for group, ids in groups.items()}, abs=0.05
         )
+    assert set(made.benchmark.groupings) == {"group", "light", "sequence", "subtask"}
+    assert "benchmark.subtask=NAME restricts the database to the subtask" in text
     assert [cells[0] for cells in rows["distances"][1:]] == ["By descriptor", "Re-ranked", "Decided", "Estimated"]
     for cells, name in zip(rows["distances"][1:], ("global", "reranked", "decided", "estimated"), strict=True):
         assert float(cells[3]) == pytest.approx(entry["error_m"][name]["within_25_m"], abs=0.05)

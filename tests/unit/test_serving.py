@@ -143,6 +143,8 @@ BAD_REQUESTS: tuple[tuple[str, dict[str, Any], int, str], ...] = (
     ("POST /v1/locate?near=48.8,8.2", {"data": b"x"}, 422, "expected both of them, or neither"),
     ("POST /v1/locate?near=here&radius_m=5", {"data": b"x"}, 422, "near: "),
     ("POST /v1/locate?near=nan,8&radius_m=5", {"data": b"x"}, 422, "near: "),
+    ("POST /v1/locate?near=\U0001e4f1,8.2&radius_m=5", {"data": b"x"}, 422, "near: "),  # a digit of a later Unicode
+    ("POST /v1/locate?box=\U0001ccf1,1,2,3", {"data": b"x"}, 422, "box: "),
     ("POST /v1/locate?near=99,8&radius_m=5", {"data": b"x"}, 422, "latitude"),
     ("POST /v1/locate?near=-33,151&radius_m=5", {"data": b"x"}, 422, "too far from UTM zone"),
     ("POST /v1/locate?box=2,2,1,1", {"data": b"x"}, 422, "box"),

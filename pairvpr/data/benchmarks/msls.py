@@ -80,7 +80,7 @@ def load(config: MslsConfig, problems: Problems) -> Benchmark:
     found: dict[str, _Part] = {}
     for part in ("database", "query"):
         with problems.gathered():
-            found[part] = _read_part(root, part, config, _kinds(config) if part == "query" else {}, problems)
+            found[part] = _read_part(root, part, config, problems)
     if len(found) < 2:
         problems.raise_if_any()
     database, queries = _with_tables(found["database"], found["query"], config, problems)
@@ -107,8 +107,10 @@ def load(config: MslsConfig, problems: Problems) -> Benchmark:
     )
 
 
-def _kinds(config: MslsConfig) -> dict[str, tuple[str, str]]:
-    """Tables and columns of what groups this benchmark's queries."""
+def _kinds(part: str, config: MslsConfig) -> dict[str, tuple[str, str]]:
+    """Tables and columns of what groups this benchmark's queries; the database has no groups."""
+    if part != "query":
+        return {}
     return _KINDS | (_BY_SUBTASK if config.subtask is MslsSubtask.all else {})
 
 
@@ -141,19 +143,18 @@ def _positives(
     return positives, {"positives": "radius, within the city", "radius_m": config.radius_m}
 
 
-def _read_part(
-    root: str, part: str, config: MslsConfig, kinds: Mapping[str, tuple[str, str]], problems: Problems
-) -> _Part:
+def _read_part(root: str, part: str, config: MslsConfig, problems: Problems) -> _Part:
     """The photos of all cities' database or queries. Raises `UserError` if there are none."""
     has_positions = _have_positions(root, part, config, problems)
-    cities = [_read_photos(root, city, part, config, has_positions, kinds, problems) for city in config.cities]
+    cities = [_read_photos(root, city, part, config, has_positions, problems) for city in config.cities]
     if not sum(map(len, cities)):
         raise _nothing_left(root, f"{part} photo", config, problems)
     paths = [path for its in cities for path in its.paths]
     photos = Manifest.of(root, paths, np.concatenate([its.utm_m for its in cities]))
     known = [its.kinds for its in cities if len(its)]
-    in_all = {name: np.concatenate([its[name] for its in known]) for name in kinds if all(name in its for its in known)}
-    return _Part(photos, np.repeat(np.arange(len(cities)), [len(its) for its in cities]), in_all)
+    in_all = [name for name in _kinds(part, config) if all(name in its for its in known)]
+    kinds = {name: np.concatenate([its[name] for its in known]) for name in in_all}
+    return _Part(photos, np.repeat(np.arange(len(cities)), [len(its) for its in cities]), kinds)
 
 
 def _have_positions(root: str, part: str, config: MslsConfig, problems: Problems) -> bool:
@@ -182,13 +183,7 @@ def _nothing_left(root: str, what: str, config: MslsConfig, problems: Problems) 
 
 
 def _read_photos(
-    root: str,
-    city: str,
-    part: str,
-    config: MslsConfig,
-    has_positions: bool,
-    kinds: Mapping[str, tuple[str, str]],
-    problems: Problems,
+    root: str, city: str, part: str, config: MslsConfig, has_positions: bool, problems: Problems
 ) -> _Photos:
     """The photos of a city's database or queries that take part; none if a table is unusable."""
     folder = storage.join(root, city, part)
@@ -200,7 +195,8 @@ def _read_photos(
         columns[POSITIONS] = ["key", *AXES]
     if config.split is MslsSplit.train_val:
         columns["raw.csv"] = ["key", "pano"]
-    tables = _read_tables(folder, columns, list(kinds.values()), problems)
+    wanted = _kinds(part, config)
+    tables = _read_tables(folder, columns, list(wanted.values()), problems)
     if len(tables) < len(columns):
         return _Photos([], np.empty((0, 2)))
     rows = tables["seq_info.csv"]
@@ -220,12 +216,12 @@ def _read_photos(
     there = _photos_in(folder, len(names), problems)
     if there:
         paths = listed_paths(names, there, folder, lambda i: rows.where(int(taken[i])), problems)
-        its_kinds = {
+        kinds = {
             name: _kind(name, tables[file], column, problems)[taken]
-            for name, (file, column) in kinds.items()
+            for name, (file, column) in wanted.items()
             if file in tables and column in tables[file].columns.column_names
         }
-        photos = _Photos([f"{city}/{part}/{path}" for path in paths], utm_m[taken], its_kinds)
+        photos = _Photos([f"{city}/{part}/{path}" for path in paths], utm_m[taken], kinds)
         return photos.only(np.array([path is not None for path in paths], bool))
     return _Photos([], np.empty((0, 2)))
 
