@@ -146,3 +146,9 @@ def test_a_job_started_as_a_module_says_the_same(job: str) -> None:
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     packages = ", ".join(needed.PACKAGES[module] for module in needed.NEEDED[job])
     says(ended, f'lacks {packages}; expected pip install "pairvpr[cpu]"')
+
+
+def test_ray_starts_without_a_grammar_of_addresses() -> None:
+    """jsonschema, which Ray imports, parses one where it is installed: a second in each of a run's many processes."""
+    code = "import sys, ray; print('rfc3987_syntax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
