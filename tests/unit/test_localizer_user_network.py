@@ -26,6 +26,7 @@ from pairvpr.retrieval import pipeline
 from pairvpr.retrieval.user_network import UserDescriber, find_user_network
 from pairvpr.serving.opening import Opening
 from pairvpr.toy import city as toy_city
+from tests.support.browser import browser, require_browser, until, visited
 from tests.support.served import served
 from tests.support.small import small_evaluate_config
 from tests.support.user_networks import SIDE_PX, WIDTH
@@ -145,6 +146,16 @@ def test_a_service_of_such_an_index(folder: Path) -> None:
         Opening.of(replace(config, index=ServedIndexConfig(path="nowhere/there"), descriptor=MISSPELT))
     with pytest.raises(UserError, match=r"^model\.weights=.*: they have changed since the service started"):
         replace(opening, weights_sha256="0" * 64).network(torch.device("cpu"))
+
+
+@pytest.mark.slow
+def test_the_page_names_both_networks(folder: Path) -> None:
+    require_browser()
+    named = {"theirs": Localizer.open(folder / "index", descriptor=WIDE, **SECTIONS)}
+    with served(named) as at, browser() as running, visited(running, at.url) as seen:
+        until(seen, "document.getElementById('facts').textContent")
+        facts = seen.page.locator("#facts").text_content()
+    assert facts.endswith(f"model {WIDE.module}, pairs scored by {CONFIG.model.name}")
 
 
 def test_a_photo_that_the_network_fails_on(folder: Path) -> None:
