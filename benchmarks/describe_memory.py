@@ -36,8 +36,9 @@ import ray
 from benchmarks import shared
 from pairvpr.config.schema import ClusterConfig
 from pairvpr.distributed.describe import Description, describe
+from pairvpr.distributed.network import ModelSource
 from pairvpr.distributed.progress import say
-from pairvpr.distributed.runtime import ModelSource, ray_session
+from pairvpr.distributed.runtime import ray_session
 from pairvpr.models.weights import load_weights
 
 WHAT = "describe_memory"

@@ -43,8 +43,9 @@ import pairvpr.distributed.describe as pipeline
 from benchmarks import shared
 from pairvpr.config.schema import BuildIndexConfig, ClusterConfig
 from pairvpr.data.manifest import Manifest
+from pairvpr.distributed.network import ModelSource
 from pairvpr.distributed.progress import Progress, say
-from pairvpr.distributed.runtime import ModelSource, ray_session
+from pairvpr.distributed.runtime import ray_session
 from pairvpr.index import descriptor_shards
 from pairvpr.models.pair_vpr import PairVPR, normalise
 from pairvpr.models.weights import Weights, build_model, load_weights

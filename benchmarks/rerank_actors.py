@@ -43,9 +43,10 @@ from benchmarks import shared
 from pairvpr.config.compose import load
 from pairvpr.config.schema import ClusterConfig, EvaluateConfig
 from pairvpr.data.manifest import Benchmark, Manifest
+from pairvpr.distributed.network import ModelSource
 from pairvpr.distributed.pool import PoolActor
 from pairvpr.distributed.progress import say
-from pairvpr.distributed.runtime import ModelSource, ray_session
+from pairvpr.distributed.runtime import ray_session
 from pairvpr.models.weights import load_weights
 from pairvpr.retrieval.rerank import Reranked, WorkUnit
 

@@ -15,7 +15,8 @@ from pairvpr.data.claim import check_claim, check_writable, claim
 from pairvpr.data.descriptor_file import check_photos_of_file
 from pairvpr.data.located import located
 from pairvpr.data.manifest import folder_manifest
-from pairvpr.distributed.runtime import ModelSource, ray_session
+from pairvpr.distributed.network import ModelSource
+from pairvpr.distributed.runtime import ray_session
 from pairvpr.index import choose
 from pairvpr.index.settings import index_settings, position_settings
 from pairvpr.models.weights import announce, load_weights

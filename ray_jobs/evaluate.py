@@ -17,7 +17,8 @@ from pairvpr.data.benchmarks import load_benchmark, prepare_benchmark
 from pairvpr.data.claim import check_writable, claim
 from pairvpr.data.manifest import Benchmark
 from pairvpr.distributed.dense import check_sharing
-from pairvpr.distributed.runtime import ModelSource, ray_session
+from pairvpr.distributed.network import ModelSource
+from pairvpr.distributed.runtime import ray_session
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.evaluation.confidence import calibrated
 from pairvpr.index import choose

@@ -22,7 +22,8 @@ from pairvpr.data.claim import check_claim, check_writable, claim
 from pairvpr.data.descriptor_file import check_photos_of_file
 from pairvpr.data.located import located
 from pairvpr.data.manifest import Benchmark, Manifest, folder_manifest
-from pairvpr.distributed.runtime import ModelSource, ray_session
+from pairvpr.distributed.network import ModelSource
+from pairvpr.distributed.runtime import ray_session
 from pairvpr.errors import UserError
 from pairvpr.evaluation.confidence import calibrated
 from pairvpr.index.filters import Filters, Places

@@ -26,9 +26,10 @@ from pairvpr.data import sealed, storage
 from pairvpr.data.benchmarks import load_benchmark, prepare_benchmark
 from pairvpr.data.claim import check_claim, check_writable, claim
 from pairvpr.data.manifest import Benchmark
+from pairvpr.distributed.network import own_device
 from pairvpr.distributed.pool import PoolActor, SupervisedPool
 from pairvpr.distributed.progress import Progress
-from pairvpr.distributed.runtime import own_device, plan_actors, ray_session
+from pairvpr.distributed.runtime import plan_actors, ray_session
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.evaluation.recall import recall_at
 from pairvpr.models.weights import build_model, load_weights

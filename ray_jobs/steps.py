@@ -16,9 +16,10 @@ from pairvpr.distributed.capacity import node_rooms, room
 from pairvpr.distributed.dense import about_store, make_store
 from pairvpr.distributed.describe import Description, describe, source_of
 from pairvpr.distributed.index import RayRunner
+from pairvpr.distributed.network import ModelSource
 from pairvpr.distributed.rerank import Lost, RerankResult, rerank, unfinished
 from pairvpr.distributed.retrieve import retrieve
-from pairvpr.distributed.runtime import ModelSource, cluster_memory_bytes
+from pairvpr.distributed.runtime import cluster_memory_bytes
 from pairvpr.errors import UserError
 from pairvpr.evaluation.predictions import predictions_table, write_predictions
 from pairvpr.evaluation.report import RunFacts, metrics, summary

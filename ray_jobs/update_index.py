@@ -34,7 +34,8 @@ from pairvpr.data.spellings import NO_PHOTO, SEVERAL, Spellings, no_photo_text
 from pairvpr.data.tables import TableFile
 from pairvpr.distributed.describe import Description, describe, source_of
 from pairvpr.distributed.index import RayRunner
-from pairvpr.distributed.runtime import ModelSource, ray_session
+from pairvpr.distributed.network import ModelSource
+from pairvpr.distributed.runtime import ray_session
 from pairvpr.errors import UserError
 from pairvpr.index import choose, descriptor_shards
 from pairvpr.index.generations import (

@@ -23,9 +23,10 @@ from pairvpr.data import sealed, storage
 from pairvpr.data.claim import check_claim, check_writable, claim, differences
 from pairvpr.data.manifest import Manifest, check_photos_are_seen
 from pairvpr.distributed.capacity import disk_bytes
+from pairvpr.distributed.network import ModelSource
 from pairvpr.distributed.pool import PoolActor, SupervisedPool
 from pairvpr.distributed.progress import Progress
-from pairvpr.distributed.runtime import ModelSource, plan_actors
+from pairvpr.distributed.runtime import plan_actors
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.index.plan import size_text
 from pairvpr.retrieval import dense_store

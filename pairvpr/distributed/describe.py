@@ -27,17 +27,10 @@ from pairvpr.data.photo_batches import PhotoBatch
 from pairvpr.distributed import parts as part_files
 from pairvpr.distributed.index import RayRunner
 from pairvpr.distributed.metrics import bytes_of, count_failure, counted
+from pairvpr.distributed.network import ModelSource, UserNetworkSource
 from pairvpr.distributed.parts import Parts, Rows
 from pairvpr.distributed.progress import Progress
-from pairvpr.distributed.runtime import (
-    ActorPlan,
-    ModelSource,
-    UserNetworkSource,
-    cpus_of_a_shard,
-    most_gpus_of_a_node,
-    plan_actors,
-    share_cpus,
-)
+from pairvpr.distributed.runtime import ActorPlan, cpus_of_a_shard, most_gpus_of_a_node, plan_actors, share_cpus
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.index import descriptor_shards
 from pairvpr.machine import in_a_line

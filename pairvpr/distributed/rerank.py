@@ -17,9 +17,10 @@ from pairvpr.config.schema import RerankConfig
 from pairvpr.data import sealed, storage
 from pairvpr.data.manifest import Benchmark, check_photos_are_seen
 from pairvpr.distributed.metrics import PAIRS
+from pairvpr.distributed.network import ModelSource
 from pairvpr.distributed.pool import PoolActor, SupervisedPool
 from pairvpr.distributed.progress import Progress
-from pairvpr.distributed.runtime import ModelSource, plan_actors
+from pairvpr.distributed.runtime import plan_actors
 from pairvpr.errors import IncompleteRunError
 from pairvpr.retrieval.decision import Weights
 from pairvpr.retrieval.dense_store import DenseStore

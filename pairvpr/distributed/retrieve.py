@@ -18,7 +18,7 @@ from pairvpr.data import sealed, storage
 from pairvpr.data.local_cache import LocalCache, cache_directory
 from pairvpr.distributed.pool import PoolActor, SupervisedPool
 from pairvpr.distributed.progress import Progress
-from pairvpr.distributed.runtime import ALONE, cpus_of_a_shard, job_cpus, own_device
+from pairvpr.distributed.runtime import ALONE, cpus_of_a_shard, has_gpu, job_cpus
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.index import choose, descriptor_shards
 from pairvpr.index.filters import Filters, Places
@@ -204,8 +204,8 @@ class _ShardActor(PoolActor):
         self.effort = effort
         self.num_threads = config.num_threads_per_actor
         cache = LocalCache(cache_directory(config.cache_dir), int(config.cache_gib * 2**30))
-        has_gpu = own_device().type == "cuda"
-        self.opened = OpenIndex(request.index, request.manifest, cache, memory_map=config.memory_map, has_gpu=has_gpu)
+        memory_map = config.memory_map
+        self.opened = OpenIndex(request.index, request.manifest, cache, memory_map=memory_map, has_gpu=has_gpu())
         self.visits = self.opened.visits(request.queries, effort, self.num_threads)
 
     def run(self, unit: _Unit) -> tuple[Any, float]:

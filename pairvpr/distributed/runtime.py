@@ -1,4 +1,4 @@
-"""Ray itself: where it runs, how CPUs and GPUs are divided among actors, and the network inside an actor."""
+"""Ray itself: where it runs, and how CPUs and GPUs are divided among actors. It works without torch."""
 
 from __future__ import annotations
 
@@ -17,16 +17,11 @@ from typing import Any
 
 import psutil
 import ray
-import torch
 
-from pairvpr.config.schema import ClusterConfig, DescribeConfig, ModelConfig, RerankConfig
+from pairvpr.config.schema import ClusterConfig, DescribeConfig, RerankConfig
 from pairvpr.data import storage
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.machine import in_a_line
-from pairvpr.models.weights import Weights, build_model
-from pairvpr.retrieval.describe import Describer
-from pairvpr.retrieval.first_stage import UserNetwork
-from pairvpr.retrieval.user_network import UserDescriber
 from pairvpr.terminal import say
 
 ALONE = "pairvpr-alone"
@@ -290,49 +285,11 @@ def most_gpus_of_a_node() -> float:
     return max((node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
 
 
-def own_device() -> torch.device:
-    """The GPU that Ray gave this actor, or the CPU."""
-    return torch.device("cuda" if ray.get_runtime_context().get_accelerator_ids().get("GPU") else "cpu")
+def has_gpu() -> bool:
+    """Whether Ray gave this actor a GPU."""
+    return bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
 
 
 def _rounded_down(cpus: float) -> float:
     """Rounded down to Ray's resolution of 1/10,000."""
     return int(cpus * 1000) / 1000
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """All that an actor needs to build the network: its shape, and its weights, once in the object store."""
-
-    config: ModelConfig
-    weights: ray.ObjectRef[Weights]
-
-    @property
-    def photos(self) -> ModelConfig:
-        """How it takes photos."""
-        return self.config
-
-    @property
-    def width(self) -> int:
-        """Descriptor width."""
-        return self.config.descriptor_dim
-
-    def describer(self, num_threads: int) -> Describer:
-        """The network on this actor's GPU if it has one, else on its CPU threads."""
-        return Describer(build_model(self.config, ray.get(self.weights), own_device()), num_threads)
-
-
-@dataclass(frozen=True)
-class UserNetworkSource:
-    """A network of the user's environment, which every actor builds for itself: `photos` is all that is known of it."""
-
-    photos: UserNetwork
-
-    @property
-    def width(self) -> int:
-        """Descriptor width."""
-        return self.photos.width
-
-    def describer(self, num_threads: int) -> UserDescriber:
-        """The network on this actor's GPU if it has one, else on its CPU threads."""
-        return UserDescriber.built(self.photos, own_device(), num_threads)

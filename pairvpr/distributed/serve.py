@@ -35,7 +35,8 @@ from pairvpr.config.schema import IndexKind, ModelConfig, SearchConfig
 from pairvpr.config.serve_schema import ServeSettings
 from pairvpr.data.local_cache import LocalCache, cache_directory
 from pairvpr.deadline import Deadline, TooLateError
-from pairvpr.distributed.runtime import ALONE, most_gpus_of_a_node, own_device
+from pairvpr.distributed.network import own_device
+from pairvpr.distributed.runtime import ALONE, most_gpus_of_a_node
 from pairvpr.engines import Described, Explained, LocalShards, Scored, effort_of
 from pairvpr.errors import UserError
 from pairvpr.index import choose

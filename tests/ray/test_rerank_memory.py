@@ -16,8 +16,9 @@ import pytest
 import ray
 
 from pairvpr.config.schema import DenseFeatures, RerankConfig
+from pairvpr.distributed.network import ModelSource
 from pairvpr.distributed.rerank import rerank
-from pairvpr.distributed.runtime import ModelSource, plan_actors
+from pairvpr.distributed.runtime import plan_actors
 from pairvpr.models.weights import load_weights
 from pairvpr.retrieval.rerank import WorkUnit
 from tests.support.noise import (

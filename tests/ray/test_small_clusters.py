@@ -13,8 +13,9 @@ from pairvpr.config.compose import load_evaluations
 from pairvpr.data.manifest import Manifest, folder_manifest
 from pairvpr.distributed import describe as steps
 from pairvpr.distributed.describe import Description, _described, describe
+from pairvpr.distributed.network import ModelSource
 from pairvpr.distributed.parts import Rows
-from pairvpr.distributed.runtime import ActorPlan, ModelSource, plan_actors
+from pairvpr.distributed.runtime import ActorPlan, plan_actors
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.models.weights import load_weights
 from tests.support.runs import arguments, run_job

@@ -22,8 +22,9 @@ from pairvpr.data.descriptor_file import DescriptorFile
 from pairvpr.data.manifest import Manifest
 from pairvpr.distributed import describe as steps
 from pairvpr.distributed.describe import Description, describe
+from pairvpr.distributed.network import ModelSource
 from pairvpr.distributed.progress import Progress
-from pairvpr.distributed.runtime import ActorPlan, ModelSource
+from pairvpr.distributed.runtime import ActorPlan
 from pairvpr.errors import IncompleteRunError, UserError
 from pairvpr.index import descriptor_shards
 from pairvpr.retrieval.describe import Describer
