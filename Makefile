@@ -29,7 +29,7 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest tests -m "not soak and not cluster" -n 2 --dist loadfile --durations 20
-	$(BIN)/python -m pytest tests -m "cluster and not soak" -n 2 --dist loadfile -vv --durations 20
+	$(BIN)/python -m pytest tests -m "cluster and not soak" -vv --durations 20
 
 test-fast: setup
 	$(BIN)/python -m pytest $(FAST) -m "not soak and not slow" -n 2 --dist loadfile --no-loadscope-reorder

@@ -78,6 +78,7 @@ def test_single_machine(line: list[str], options: list[str], tolerance: float, t
     _check_predictions(tmp_path / "predictions.parquet", tolerance)
 
 
+@pytest.mark.soak
 def test_three_shards_two_actors(line: list[str], tmp_path: Path) -> None:
     options = ["index.num_shards=3", "describe.num_actors=2", "rerank.num_actors=2", f"output={tmp_path}/out"]
     done = run_job("evaluate", [*line, *options])

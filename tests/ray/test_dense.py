@@ -36,35 +36,47 @@ def file_times(folder: Path, pattern: str) -> dict[str, int]:
     return {str(file): file.stat().st_mtime_ns for file in folder.glob(pattern)}
 
 
-def test_a_store_of_any_size_gives_the_same_predictions(
+def num_readable(city: Path) -> int:
+    """Photos of the city's database; one is broken."""
+    return len(list((city / "database").iterdir())) - 1
+
+
+def test_a_store_of_the_candidates_gives_the_same_predictions(
     city: Path, expected: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the candidates, of the whole database, used by a second run, damaged and mended."""
     monkeypatch.setattr(dense_store, "SHARD_BYTES", SMALL_SHARDS)
-    shared = [STORE, "rerank.num_actors=2", f"index.path={tmp_path}/index"]
-    predictions = single_machine_predictions(arguments(city, "unused", *shared), tmp_path / "expected.parquet")
+    options = [STORE, "rerank.num_actors=2"]
+    predictions = single_machine_predictions(arguments(city, "unused", *options), tmp_path / "expected.parquet")
     assert predictions != expected  # rounding is seen, so a store that is not read would be, too
     with ray_session(ClusterConfig(num_cpus=4)):
-        (content,) = evaluate(load_evaluations(arguments(city, tmp_path / "union", *shared)))
-        assert (tmp_path / "union" / "predictions.parquet").read_bytes() == predictions
-        union = DenseStore.open(f"{tmp_path}/union/dense").manifest
-        assert content["dense_store"]["num_images"] == union.num_images
-        assert content["dense_store"]["seconds"] > 0
-        assert content["kib_per_image"]["dense"] == union.layout.record_bytes / 1024
-        assert len(union.shards) == -(-union.num_images // (SMALL_SHARDS // union.layout.record_bytes))
+        (content,) = evaluate(load_evaluations(arguments(city, tmp_path / "out", *options)))
+    assert (tmp_path / "out" / "predictions.parquet").read_bytes() == predictions
+    union = DenseStore.open(f"{tmp_path}/out/dense").manifest
+    assert union.num_images < num_readable(city)
+    assert content["dense_store"]["num_images"] == union.num_images
+    assert content["dense_store"]["seconds"] > 0
+    assert content["kib_per_image"]["dense"] == union.layout.record_bytes / 1024
+    assert len(union.shards) == -(-union.num_images // (SMALL_SHARDS // union.layout.record_bytes))
 
-        whole = [*shared, f"rerank.store_path={tmp_path}/whole", "rerank.store_whole_database=true"]
-        evaluate(load_evaluations(arguments(city, tmp_path / "first", *whole)))
+
+@pytest.mark.soak
+def test_a_store_of_the_whole_database_is_used_again_damaged_and_mended(
+    city: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense_store, "SHARD_BYTES", SMALL_SHARDS)
+    whole = [STORE, "rerank.num_actors=2", f"index.path={tmp_path}/index", f"rerank.store_path={tmp_path}/whole"]
+    whole_database = "rerank.store_whole_database=true"
+    predictions = single_machine_predictions(arguments(city, "unused", *whole), tmp_path / "expected.parquet")
+    with ray_session(ClusterConfig(num_cpus=4)):
+        evaluate(load_evaluations(arguments(city, tmp_path / "first", *whole, whole_database)))
         assert (tmp_path / "first" / "predictions.parquet").read_bytes() == predictions
-        manifest = DenseStore.open(f"{tmp_path}/whole").manifest
-        assert manifest.num_images == len(list((city / "database").iterdir())) - 1  # one is broken
-        assert manifest.num_images > union.num_images
+        assert DenseStore.open(f"{tmp_path}/whole").manifest.num_images == num_readable(city)
 
         victim = tmp_path / "whole" / "shards" / "00001" / "records.npy"
         data = bytearray(victim.read_bytes())
         data[-1] ^= 1
         victim.write_bytes(data)
-        second = arguments(city, tmp_path / "second", *whole[:-1])
+        second = arguments(city, tmp_path / "second", *whole)
         with pytest.raises(IncompleteRunError, match=r"shards/00001/records\.npy: damaged"):
             evaluate(load_evaluations(second))
         for name in ("records.npy", "ids.npy", "crc32.npy", "shard.json"):
@@ -73,7 +85,7 @@ def test_a_store_of_any_size_gives_the_same_predictions(
             evaluate(load_evaluations(second))
         (tmp_path / "whole" / "manifest.json").unlink()
         times = file_times(tmp_path / "whole", "shards/*/records.npy")
-        evaluate(load_evaluations([*second, whole[-1]]))
+        evaluate(load_evaluations([*second, whole_database]))
         assert (tmp_path / "second" / "predictions.parquet").read_bytes() == predictions
         mended = file_times(tmp_path / "whole", "shards/*/records.npy")
         assert mended == times | {str(victim): mended[str(victim)]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,34 +29,63 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "moment",
-    [*(pytest.param(moment, marks=pytest.mark.soak) for moment in list(MOMENTS)[:2]), "while re-ranking"],
-)
-def test_driver_killed_and_run_again(city: Path, expected: bytes, tmp_path: Path, moment: str) -> None:
-    line = arguments(city, tmp_path / "out", "index.num_shards=2", "rerank.num_actors=1")
+def test_a_query_that_changed_while_the_driver_is_dead_is_named_and_put_back_gives_the_same(
+    city: Path, expected: bytes, tmp_path: Path
+) -> None:
+    """The driver is killed while it re-ranks; with the photo back, the same line goes on from there."""
+    own = tmp_path / "city"
+    shutil.copytree(city, own)
+    line = arguments(own, tmp_path / "out", "index.num_shards=2", "rerank.num_actors=1")
+    children = kill_driver(line, tmp_path / "out", "while re-ranking")
+    victim = sorted((own / "queries").iterdir())[2]
+    hidden = victim.rename(tmp_path / victim.name)
+    victim.write_bytes(b"")
+    broken = run_job("evaluate", line)
+    assert broken.returncode != 0
+    assert "Traceback" not in broken.stderr
+    assert f"1 of 13 photos have changed since they were described in {tmp_path / 'out' / 'queries'}" in broken.stderr
+    assert victim.name in broken.stderr
+    assert not (tmp_path / "out" / "predictions.parquet").exists()
+
+    hidden.replace(victim)
+    go_on(line, tmp_path / "out", expected)
+    third = run_job("evaluate", line)
+    assert third.returncode == 0, third.stderr
+    assert third.stderr.count("finished earlier, skipped") == 3, third.stderr  # index, queries, retrieval
+    wait_gone(children)
+
+
+def kill_driver(line: Sequence[str], output: Path, moment: str) -> list[psutil.Process]:
+    """Start a run and kill its driver at a moment; gives the processes that it started."""
     driver = start_job("evaluate", line)
-    wait_until(lambda: any((tmp_path / "out").glob(MOMENTS[moment])), moment, job=driver)
+    wait_until(lambda: any(output.glob(MOMENTS[moment])), moment, job=driver)
     children = descendants(driver.pid)
     driver.kill()
     driver.communicate()
-    assert not (tmp_path / "out" / "predictions.parquet").exists()
-    killed = status.read(str(tmp_path / "out"))
+    assert not (output / "predictions.parquet").exists()
+    killed = status.read(str(output))
     assert killed is not None
     assert (killed.job, killed.state, killed.process) == ("evaluate", status.State.running, driver.pid)
+    return children
 
-    survivors = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("reranked/*.parquet")}
+
+def go_on(line: Sequence[str], output: Path, expected: bytes) -> None:
+    """The same line again: what was done is not done twice, and the predictions are those of an undisturbed run."""
+    survivors = {file: file.stat().st_mtime_ns for file in output.glob("reranked/*.parquet")}
     again = run_job("evaluate", line)
     assert again.returncode == 0, again.stderr
-    assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected
-    assert all(file.stat().st_mtime_ns == written for file, written in survivors.items())  # not done twice
-    assert not list((tmp_path / "out").rglob("*.tmp"))
-    assert status.about(str(tmp_path / "out"))[0].startswith("evaluate: finished at ")
+    assert (output / "predictions.parquet").read_bytes() == expected
+    assert all(file.stat().st_mtime_ns == written for file, written in survivors.items())
+    assert not list(output.rglob("*.tmp"))
+    assert status.about(str(output))[0].startswith("evaluate: finished at ")
 
-    if moment == "while re-ranking":
-        third = run_job("evaluate", line)
-        assert third.returncode == 0, third.stderr
-        assert third.stderr.count("finished earlier, skipped") == 3, third.stderr  # index, queries, retrieval
+
+@pytest.mark.soak
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_driver_killed_and_run_again(city: Path, expected: bytes, tmp_path: Path, moment: str) -> None:
+    line = arguments(city, tmp_path / "out", "index.num_shards=2", "rerank.num_actors=1")
+    children = kill_driver(line, tmp_path / "out", moment)
+    go_on(line, tmp_path / "out", expected)
     wait_gone(children)
 
 
@@ -79,34 +109,6 @@ def test_reranking_actor_killed(city: Path, expected_one_by_one: bytes, tmp_path
         if "an actor died" in err:
             return
     pytest.fail("no actor was killed while it had work")
-
-
-def test_a_query_that_changed_since_is_named_and_the_photo_put_back_gives_the_same(
-    city: Path, expected: bytes, tmp_path: Path
-) -> None:
-    own = tmp_path / "city"
-    shutil.copytree(city, own)
-    line = arguments(own, tmp_path / "out", "rerank.num_actors=1")
-    whole = run_job("evaluate", line)
-    assert whole.returncode == 0, whole.stderr
-    for name in ("predictions.parquet", "metrics.json", "reranked"):
-        target = tmp_path / "out" / name
-        shutil.rmtree(target) if target.is_dir() else target.unlink()
-    victim = sorted((own / "queries").iterdir())[2]
-    hidden = victim.rename(tmp_path / victim.name)
-    victim.write_bytes(b"")
-
-    broken = run_job("evaluate", line)
-    assert broken.returncode != 0
-    assert "Traceback" not in broken.stderr
-    assert f"1 of 13 photos have changed since they were described in {tmp_path / 'out' / 'queries'}" in broken.stderr
-    assert victim.name in broken.stderr
-    assert not (tmp_path / "out" / "predictions.parquet").exists()
-
-    hidden.replace(victim)
-    mended = run_job("evaluate", line)
-    assert mended.returncode == 0, mended.stderr
-    assert (tmp_path / "out" / "predictions.parquet").read_bytes() == expected
 
 
 @pytest.mark.soak

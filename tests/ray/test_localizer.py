@@ -169,6 +169,7 @@ def _files(directory: Path) -> dict[str, bytes | dict[str, Any]]:
 
 
 @needs_shared
+@pytest.mark.soak
 @pytest.mark.parametrize("kind", KINDS)
 def test_corridor(kind: IndexKind, tmp_path: Path) -> None:
     """Real photos, with the original's small network."""
