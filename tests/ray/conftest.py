@@ -9,7 +9,7 @@ import pytest
 
 from pairvpr.config.schema import ClusterConfig
 from pairvpr.distributed.runtime import ray_session
-from tests.support.runs import arguments, draw_city, single_machine_predictions
+from tests.support.runs import arguments, draw_city, single_machine_predictions, wait_for_agents
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -17,6 +17,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.cluster)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_agent_is_left() -> Iterator[None]:
+    """Of the runs that tests killed."""
+    yield
+    wait_for_agents()
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,7 @@ SMALL_NETWORK = (
     "model.encoder.num_trainable_blocks=2",
     "model.decoder.depth=1",
 )
+_AGENTS: list[psutil.Process] = []
 ONE_THREAD = tuple(f"{step}.num_threads_per_actor=1" for step in ("describe", "index", "rerank"))
 
 
@@ -154,6 +155,17 @@ def _title(process: psutil.Process) -> str:
 
 
 def wait_gone(processes: Sequence[psutil.Process]) -> None:
-    """All of them end; fails the test if one is left. Ray's agents take a minute to see that all else is gone."""
-    _, alive = psutil.wait_procs(processes, timeout=150)
+    """All of them end; fails the test if one is left. Ray's agents may take until the end of all tests.
+
+    An agent takes a minute to see that its node is gone: `wait_for_agents` waits for all of them at once.
+    """
+    agents = [process for process in processes if re.match(r"ray::\w+Agent\b", _title(process))]
+    _, alive = psutil.wait_procs([process for process in processes if process not in agents], timeout=150)
+    assert not alive, f"processes left behind: {alive}"
+    _AGENTS.extend(agents)
+
+
+def wait_for_agents() -> None:
+    """Every agent that `wait_gone` left ends; fails if one does not."""
+    _, alive = psutil.wait_procs(_AGENTS, timeout=150)
     assert not alive, f"processes left behind: {alive}"
