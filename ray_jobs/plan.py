@@ -24,8 +24,8 @@ from pairvpr.data.benchmarks import load_benchmark
 from pairvpr.data.claim import check_writable_file
 from pairvpr.data.manifest import Manifest
 from pairvpr.distributed.capacity import room
-from pairvpr.distributed.describe import Description, NetworkSource, describe
-from pairvpr.distributed.network import ModelSource, UserNetworkSource
+from pairvpr.distributed.describe import Description, describe
+from pairvpr.distributed.network import ModelSource, NetworkSource, UserNetworkSource
 from pairvpr.distributed.runtime import plan_actors, ray_session
 from pairvpr.errors import UserError
 from pairvpr.index.plan import Plan, Room, plan_index, table

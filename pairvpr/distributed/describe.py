@@ -27,7 +27,7 @@ from pairvpr.data.photo_batches import PhotoBatch
 from pairvpr.distributed import parts as part_files
 from pairvpr.distributed.index import RayRunner
 from pairvpr.distributed.metrics import bytes_of, count_failure, counted
-from pairvpr.distributed.network import ModelSource, UserNetworkSource
+from pairvpr.distributed.network import ModelSource, NetworkSource, UserNetworkSource
 from pairvpr.distributed.parts import Parts, Rows
 from pairvpr.distributed.progress import Progress
 from pairvpr.distributed.runtime import ActorPlan, cpus_of_a_shard, most_gpus_of_a_node, plan_actors, share_cpus
@@ -44,9 +44,6 @@ MAX_RESTARTS = 20
 SECONDS_BEFORE_COMPLAINT = 10.0
 CALLS_PER_ACTOR = 2
 """Parts per actor at once: one is in the network while another is received or written."""
-
-
-NetworkSource = ModelSource | UserNetworkSource
 
 
 def source_of(first: FirstStage, own: ModelSource | None) -> NetworkSource | DescriptorFile:

@@ -56,3 +56,6 @@ class UserNetworkSource:
     def describer(self, num_threads: int) -> UserDescriber:
         """The network on this actor's GPU if it has one, else on its CPU threads."""
         return UserDescriber.built(self.photos, own_device(), num_threads)
+
+
+NetworkSource = ModelSource | UserNetworkSource

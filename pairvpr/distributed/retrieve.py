@@ -204,8 +204,7 @@ class _ShardActor(PoolActor):
         self.effort = effort
         self.num_threads = config.num_threads_per_actor
         cache = LocalCache(cache_directory(config.cache_dir), int(config.cache_gib * 2**30))
-        memory_map = config.memory_map
-        self.opened = OpenIndex(request.index, request.manifest, cache, memory_map=memory_map, has_gpu=has_gpu())
+        self.opened = OpenIndex(request.index, request.manifest, cache, memory_map=config.memory_map, has_gpu=has_gpu())
         self.visits = self.opened.visits(request.queries, effort, self.num_threads)
 
     def run(self, unit: _Unit) -> tuple[Any, float]:

@@ -18,7 +18,7 @@ from pairvpr.retrieval.dense_store import DenseStore
 from ray_jobs.build_index import build_index
 from ray_jobs.evaluate import evaluate
 from ray_jobs.query import query
-from tests.support.runs import ROOT, arguments, descendants, single_machine_predictions, wait_gone, wait_until
+from tests.support.runs import ROOT, arguments, kill_when, single_machine_predictions, wait_gone
 
 SMALL_SHARDS = 3 * 16 * 96 * 2
 """Bytes of three records of the small network."""
@@ -97,10 +97,7 @@ def test_a_driver_that_dies_while_the_store_is_filled(city: Path, tmp_path: Path
     expected = single_machine_predictions(line, tmp_path / "expected.parquet")
     driver = subprocess.Popen([sys.executable, "-c", CODE, *line], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     shards = "dense/shards/*/shard.json"
-    wait_until(lambda: any((tmp_path / "out").glob(shards)), "a finished shard")
-    children = descendants(driver.pid)
-    driver.kill()
-    driver.communicate()
+    children = kill_when(driver, lambda: any((tmp_path / "out").glob(shards)), "a finished shard")
     wait_gone([child for child in children if "_StoreActor" in child.name()])
     assert not (tmp_path / "out" / "dense" / "manifest.json").exists()
     survivors = file_times(tmp_path / "out", shards)

@@ -14,7 +14,7 @@ from pairvpr import status
 from tests.support.runs import (
     actors,
     arguments,
-    descendants,
+    kill_when,
     run_job,
     single_machine_predictions,
     start_job,
@@ -27,6 +27,28 @@ MOMENTS = {
     "when the index is finished": "index/manifest.json",
     "while re-ranking": "reranked/000001.parquet",
 }
+
+
+def kill_driver(line: Sequence[str], output: Path, moment: str) -> list[psutil.Process]:
+    """Start a run and kill its driver at a moment; gives the processes that it started."""
+    driver = start_job("evaluate", line)
+    children = kill_when(driver, lambda: any(output.glob(MOMENTS[moment])), moment)
+    assert not (output / "predictions.parquet").exists()
+    killed = status.read(str(output))
+    assert killed is not None
+    assert (killed.job, killed.state, killed.process) == ("evaluate", status.State.running, driver.pid)
+    return children
+
+
+def go_on(line: Sequence[str], output: Path, expected: bytes) -> None:
+    """The same line again: what was done is not done twice, and the predictions are those of an undisturbed run."""
+    survivors = {file: file.stat().st_mtime_ns for file in output.glob("reranked/*.parquet")}
+    again = run_job("evaluate", line)
+    assert again.returncode == 0, again.stderr
+    assert (output / "predictions.parquet").read_bytes() == expected
+    assert all(file.stat().st_mtime_ns == written for file, written in survivors.items())
+    assert not list(output.rglob("*.tmp"))
+    assert status.about(str(output))[0].startswith("evaluate: finished at ")
 
 
 def test_a_query_that_changed_while_the_driver_is_dead_is_named_and_put_back_gives_the_same(
@@ -53,31 +75,6 @@ def test_a_query_that_changed_while_the_driver_is_dead_is_named_and_put_back_giv
     assert third.returncode == 0, third.stderr
     assert third.stderr.count("finished earlier, skipped") == 3, third.stderr  # index, queries, retrieval
     wait_gone(children)
-
-
-def kill_driver(line: Sequence[str], output: Path, moment: str) -> list[psutil.Process]:
-    """Start a run and kill its driver at a moment; gives the processes that it started."""
-    driver = start_job("evaluate", line)
-    wait_until(lambda: any(output.glob(MOMENTS[moment])), moment, job=driver)
-    children = descendants(driver.pid)
-    driver.kill()
-    driver.communicate()
-    assert not (output / "predictions.parquet").exists()
-    killed = status.read(str(output))
-    assert killed is not None
-    assert (killed.job, killed.state, killed.process) == ("evaluate", status.State.running, driver.pid)
-    return children
-
-
-def go_on(line: Sequence[str], output: Path, expected: bytes) -> None:
-    """The same line again: what was done is not done twice, and the predictions are those of an undisturbed run."""
-    survivors = {file: file.stat().st_mtime_ns for file in output.glob("reranked/*.parquet")}
-    again = run_job("evaluate", line)
-    assert again.returncode == 0, again.stderr
-    assert (output / "predictions.parquet").read_bytes() == expected
-    assert all(file.stat().st_mtime_ns == written for file, written in survivors.items())
-    assert not list(output.rglob("*.tmp"))
-    assert status.about(str(output))[0].startswith("evaluate: finished at ")
 
 
 @pytest.mark.soak
@@ -117,10 +114,7 @@ def test_a_photo_that_is_replaced_while_the_driver_is_dead_is_described_anew(cit
     shutil.copytree(city, own)
     line = arguments(own, tmp_path / "out", "index.num_shards=2", "rerank.num_actors=1")
     driver = start_job("evaluate", line)
-    wait_until(lambda: any((tmp_path / "out").glob("index/parts/*.npz")), "a described part", job=driver)
-    children = descendants(driver.pid)
-    driver.kill()
-    driver.communicate()
+    children = kill_when(driver, lambda: any((tmp_path / "out").glob("index/parts/*.npz")), "a described part")
     first, *_, other = sorted((own / "database").iterdir())
     first.write_bytes(other.read_bytes())
     again = run_job("evaluate", line)

@@ -31,10 +31,10 @@ from tests.support.flaky_proxy import running_flaky_proxy
 from tests.support.runs import (
     SMALL_NETWORK,
     arguments,
+    kill_when,
     run_job,
     single_machine_predictions,
     start_job,
-    wait_until,
 )
 from tests.support.swift_server import SwiftServer, running_swift
 
@@ -78,9 +78,7 @@ def test_everything_on_s3(city: Path, tmp_path: Path, swift: SwiftServer) -> Non
         f"index.cache_dir={tmp_path}/cache",
     )
     driver = start_job("evaluate", line, **swift.environment)
-    wait_until(lambda: store.exists("city/out/reranked/000001.parquet"), "the second unit", job=driver)
-    driver.kill()
-    driver.communicate()
+    kill_when(driver, lambda: store.exists("city/out/reranked/000001.parquet"), "the second unit")
     resumed = run_job("evaluate", line, **swift.environment)
     assert resumed.returncode == 0, resumed.stderr
     assert "kept from an earlier run" in resumed.stderr
@@ -108,11 +106,7 @@ def test_an_index_lives_on_a_store_that_fails_one_request_in_ten(
         environment = swift.environment | {"AWS_ENDPOINT_URL": proxy.endpoint_url}
         remote = _Living("s3://city/living", "s3://city/living_index", city, tmp_path, "index.cache_gib=0.001")
         builder = start_job("build_index", remote.build, **environment)
-        wait_until(
-            lambda: store.exists("city/living_index/shards/00001/described.json"), "a described shard", job=builder
-        )
-        builder.kill()
-        builder.communicate()
+        kill_when(builder, lambda: store.exists("city/living_index/shards/00001/described.json"), "a described shard")
         for job, line in remote.jobs():
             done = run_job(job, line, **environment)
             assert done.returncode == 0, done.stderr

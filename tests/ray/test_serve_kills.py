@@ -133,8 +133,7 @@ def expected(index: str, photos: list[bytes]) -> list[Any]:
 def service(line: list[str], **environment: str) -> Iterator[Popen[str]]:
     process = start_job("serve", line, **environment)
     try:
-        wait_until(lambda: process.poll() is not None or is_ready(), "a ready service")
-        assert process.poll() is None, process.communicate()
+        wait_until(is_ready, "a ready service", job=process)
         yield process
     finally:
         process.terminate()

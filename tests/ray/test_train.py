@@ -10,7 +10,7 @@ import pytest
 
 from pairvpr import status
 from pairvpr.training.metrics_log import read_metrics
-from tests.support.runs import actors, descendants, run_job, start_job, wait_gone, wait_until
+from tests.support.runs import actors, kill_when, run_job, start_job, wait_gone, wait_until
 from tests.support.terminal import in_a_terminal, without_codes
 from tests.support.training import JOBS, arguments, draw_training_set, losses, train_on_ranks
 
@@ -52,12 +52,8 @@ def test_actors_and_driver_killed(root: Path, tmp_path: Path, stage: int, victim
         actors(driver.pid, name)[-1].kill()
     done = len(read_metrics(output))
     wait_until(lambda: len(read_metrics(output)) > done + 1, "going on without a killed actor")
-    wait_until(
-        lambda: not any(worker.is_running() for worker in before), "the end of the workers"
-    )  # all workers are new
-    children = descendants(driver.pid)
-    driver.kill()
-    driver.communicate()
+    # All workers are new.
+    children = kill_when(driver, lambda: not any(worker.is_running() for worker in before), "the end of the workers")
     assert len(read_metrics(output)) < NUM_STEPS
 
     again = run_job(JOBS[stage], line)

@@ -154,8 +154,7 @@ def _utm_m(name: str) -> np.ndarray:
     return np.array(name.split("@")[1:3], np.float64)
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize("source", ["exif", "table"])
+@pytest.mark.parametrize("source", ["exif", pytest.param("table", marks=pytest.mark.soak)])
 def test_photos_that_join_in_degrees_are_found_in_the_zone_of_the_index(tmp_path: Path, source: str) -> None:
     """Around 12 degrees east, where zones 32 and 33 meet: those that join would have zone 33 of their own."""
     draw_located(tmp_path / "photos", {"a.jpg": 11.9997, "b.jpg": 11.9999, "c.jpg": 12.0001}, 48.0)

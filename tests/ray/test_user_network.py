@@ -40,7 +40,7 @@ from ray_jobs.evaluate import evaluate
 from ray_jobs.plan import plan
 from ray_jobs.query import query
 from ray_jobs.update_index import update_index
-from tests.support.runs import SMALL_NETWORK, arguments, descendants, start_job, wait_gone, wait_until
+from tests.support.runs import SMALL_NETWORK, arguments, kill_when, start_job, wait_gone
 from tests.support.user_networks import SIDE_PX, WIDTH, wide
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -94,11 +94,7 @@ def line(many: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     found = [f"database={many}/database", f"output={output}", *WIDE, *PASSES, "describe.num_actors=2"]
     found += ["index.num_shards=3", "index.reduce_to=512", "index.target_recall=0.1", "cluster.num_cpus=4"]
     process = start_job("build_index", found)
-    wait_until(lambda: len(list(output.glob("parts/*.npz"))) >= 4 or process.poll() is not None, "parts")
-    rays = descendants(process.pid)
-    process.kill()
-    process.communicate()
-    wait_gone(rays)
+    wait_gone(kill_when(process, lambda: len(list(output.glob("parts/*.npz"))) >= 4, "four parts"))
     assert not (output / "described.json").exists(), "killed too late"
     assert len(list(output.glob("parts/*.npz"))) >= 4
     return found

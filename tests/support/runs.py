@@ -34,8 +34,9 @@ SMALL_NETWORK = (
     "model.encoder.num_trainable_blocks=2",
     "model.decoder.depth=1",
 )
-_AGENTS: list[psutil.Process] = []
 ONE_THREAD = tuple(f"{step}.num_threads_per_actor=1" for step in ("describe", "index", "rerank"))
+_AGENTS: list[psutil.Process] = []
+"""Ray's agents that `wait_gone` left to `wait_for_agents`."""
 
 
 def draw_city(folder: Path, num_places: int = NUM_PLACES) -> None:
@@ -134,6 +135,15 @@ def wait_until(
             raise AssertionError(f"{what} did not happen, and the job ended ({job.returncode}): {job.communicate()[1]}")
         assert time.monotonic() < deadline_s, f"{what} did not happen within {timeout_s:.0f} s"
         time.sleep(0.02)
+
+
+def kill_when(job: subprocess.Popen[str], happened: Callable[[], bool], what: str) -> list[psutil.Process]:
+    """Kill a job's driver as soon as something happened; gives all processes that it had started."""
+    wait_until(happened, what, job=job)
+    children = descendants(job.pid)
+    job.kill()
+    job.communicate()
+    return children
 
 
 def descendants(pid: int) -> list[psutil.Process]:

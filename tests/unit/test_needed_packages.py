@@ -148,7 +148,7 @@ def test_a_job_started_as_a_module_says_the_same(job: str) -> None:
     says(ended, f'lacks {packages}; expected pip install "pairvpr[cpu]"')
 
 
-def test_ray_starts_without_a_grammar_of_addresses() -> None:
+def test_no_development_package_slows_down_the_start_of_ray() -> None:
     """jsonschema, which Ray imports, parses one where it is installed: a second in each of a run's many processes."""
     code = "import sys, ray; print('rfc3987_syntax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

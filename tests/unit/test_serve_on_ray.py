@@ -1,4 +1,4 @@
-"""What the service tells Ray Serve of HAProxy, and what a door in another process knows of the network."""
+"""The service on Ray Serve, as far as it needs no Ray: HAProxy's settings, and a network in another process."""
 
 from __future__ import annotations
 
